@@ -1,0 +1,430 @@
+"""The one configuration model: every field with its meaning, unit and bounds.
+
+`load_config("quickstart", ["run.seed=1"])` reads a packaged config by name or any YAML file by path, applies
+`key.path=value` overrides and validates. Bad input raises ConfigError with one line: field, found, allowed.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PACKAGE = Path(__file__).parent
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Tie = bool | Literal["init"]
+TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec"]
+
+
+BlockT = TypeVar("BlockT", bound="Block")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line: field, found, allowed."""
+
+
+class Block(BaseModel):
+    """Base of all config blocks: unknown keys, NaN and infinities are refused; values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _require(field: str, found: Any, condition: bool, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}: found {found}, allowed: {allowed}")
+
+
+def _check_split(block: Any) -> Any:
+    _require("split", list(block.split), abs(sum(block.split) - 1) < 1e-6 and min(block.split) > 0, "three shares above 0 with sum 1")
+    return block
+
+
+class RunConfig(Block):
+    name: str = Field("run", description="Folder name of the run below runs/.", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N.")
+    threads: int = Field(2, ge=1, description="CPU threads; part of what makes a CPU run repeatable.")
+    deterministic: bool = Field(True, description="Ask PyTorch for deterministic algorithms.")
+
+
+class ModelConfig(Block):
+    name: str = Field("textbook-lm-9m", description="Hub id, folder, or the packaged textbook-lm-9m.")
+    revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision the language model runs in.")
+    hook: str = Field(
+        "final_residual_pre_unembed",
+        description="final_residual_pre_unembed (after the final norm) or any module name, e.g. model.layers.2.",
+    )
+
+
+class CorpusConfig(Block):
+    source: Literal["tokens", "text", "jsonl", "parquet", "hub"] = Field("tokens", description="Kind of corpus.")
+    path: str | None = Field(None, description="File or hub dataset; null = the packaged sampled tokens.")
+    split: tuple[Fraction, Fraction, Fraction] = Field(
+        (0.80, 0.05, 0.15), description="Shares of documents for train, val and test."
+    )
+    max_tokens: int = Field(600_000, ge=256, description="Tokens read at most.")
+    context_length: int = Field(256, ge=8, description="Tokens of one context at most.")
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "CorpusConfig":
+        return _check_split(self)
+
+
+class ConceptsConfig(Block):
+    ontology: str = Field("wordnet", description="wordnet, or a YAML/JSON tree {parent: {child: [words]}}.")
+    max_parents: int = Field(80, ge=2, description="Parents kept at most.")
+    max_children_per_parent: int = Field(32, ge=2, description="Children kept per parent at most.")
+    min_children: int = Field(3, ge=2, description="Parents with fewer children are dropped.")
+    min_words_per_child: int = Field(3, ge=3, description="Children with fewer words are dropped.")
+    min_test_rows: int = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
+    label: Literal["belief", "next_token", "current_token"] = Field(
+        "belief", description="Which concept a row carries: what the model believes comes next, what comes, what is."
+    )
+    belief_threshold: float = Field(0.3, gt=0, lt=1, description="Probability mass from which a belief is a label.")
+    split: tuple[Fraction, Fraction, Fraction] = Field(
+        (0.70, 0.15, 0.15), description="Shares of words for train, val and test."
+    )
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "ConceptsConfig":
+        return _check_split(self)
+
+
+class DataConfig(Block):
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Stored activations.")
+    shard_rows: int = Field(65_536, ge=256, description="Rows per shard file.")
+    batch_tokens: int = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
+    normalize: Literal["rms", "unit_row", "none"] = Field(
+        "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
+    )
+
+
+class GeometryConfig(Block):
+    metric: Literal["causal", "identity", "diagonal", "random"] = Field(
+        "causal", description="Metric of the unembedding's rows; causal = their covariance, the rest to compare with."
+    )
+    shrinkage: float = Field(0.05, ge=0, lt=1, description="Relative shrinkage of the covariance to its mean.")
+    estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector from its tokens.")
+    permutations: int = Field(1000, ge=100, description="Draws of every permutation null.")
+
+
+class TeacherConfig(Block):
+    init: Literal["dual", "literal"] = Field("dual", description="Read and write directions apart, or one for both.")
+    energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
+    anchor: Literal["none", "frozen", "pull", "slow"] = Field("none", description="What holds the teacher's rows.")
+    anchor_weight: float = Field(1.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
+    anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
+    noise_deg: float = Field(0.0, ge=0, le=180, description="Rotation of every teacher vector, degrees.")
+    seed_parent: bool = Field(True, description="Initialise router rows from the teacher.")
+    seed_child: bool = Field(True, description="Initialise children from the teacher's differences.")
+    seed_projectors: bool = Field(True, description="Initialise projectors from the teacher's subspaces.")
+
+
+class HSAEConfig(Block):
+    """Shape and losses of an H-SAE (docs/method.md sections 1 and 2)."""
+
+    n_parents: int = Field(256, ge=1, description="P: parents (experts).")
+    topk_parent: int = Field(16, ge=1, description="k: active parents per row.")
+    n_children_per_parent: int = Field(8, ge=1, description="C: children per parent.")
+    topk_child: int = Field(1, ge=1, description="k_c: active children per active parent.")
+    topk_child_total: int | None = Field(
+        None, ge=1, description="K_c: active children per row under child_budget shared; null = k * k_c."
+    )
+    subspace_dim: int = Field(16, ge=1, description="s: width of a parent's subspace.")
+    gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
+    magnitude: Literal["relu", "binary"] = Field("relu", description="Size of a code; binary = the gate alone.")
+    router_noise: Literal["relative", "absolute"] = Field(
+        "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
+    )
+    router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
+    router_temp_end: float = Field(0.7, gt=0, description="Routing temperature at the last step.")
+    child_input: Literal["input", "residual"] = Field(
+        "residual", description="What children read: the row, or what the parents leave of it."
+    )
+    child_input_detach: bool = Field(False, description="Stop the residual's gradient at the parents.")
+    child_budget: Literal["per_parent", "shared"] = Field(
+        "shared", description="k_c children for each active parent, or K_c for all of a row's."
+    )
+    use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    use_tied_decoders_child: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    tie_projectors: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    use_decoder_bias: bool = Field(True, description="Learn b_dec, started at the geometric median.")
+    normalize_decoder: bool = Field(True, description="Keep decoder rows and atoms at unit norm.")
+    normalize_child: Literal["atom", "decoder"] = Field("atom", description="What has unit norm: the atom or G's row.")
+    norm_metric: Literal["euclidean", "causal"] = Field("euclidean", description="Norm of the constraint.")
+    project_gradient: bool = Field(False, description="Remove the gradient along constrained rows before a step.")
+    recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
+    top_level_beta: float = Field(0.1, ge=0, description="Weight of the parents-only reconstruction.")
+    l1_parent: float = Field(0.0, ge=0, description="Weight of the parents' L1.")
+    l1_child: float = Field(0.0, ge=0, description="Weight of the children's L1.")
+    l1_scope: Literal["selected", "all"] = Field("selected", description="Codes that the L1 covers.")
+    biorth_lambda: float = Field(0.0, ge=0, description="Weight of bi-orthogonality.")
+    use_offdiag_biorth: bool = Field(False, description="Unit rows and off-diagonal entries only.")
+    causal_ortho_lambda: float = Field(0.0, ge=0, description="Weight of parent-child causal orthogonality.")
+    causal_orth_form: Literal["atom", "literal"] = Field("atom", description="Atom itself, or atom minus parent.")
+
+    @property
+    def active_children(self) -> int:
+        """K_c: children kept per row."""
+        if self.child_budget == "shared" and self.topk_child_total is not None:
+            return self.topk_child_total
+        return self.topk_parent * self.topk_child
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "HSAEConfig":
+        _require("topk_parent", self.topk_parent, self.topk_parent <= self.n_parents, f"at most n_parents = {self.n_parents}")
+        C = self.n_children_per_parent
+        _require("topk_child", self.topk_child, self.topk_child <= C, f"at most n_children_per_parent = {C}")
+        if self.topk_child_total is not None:
+            _require("topk_child_total", self.topk_child_total, self.child_budget == "shared", "null unless child_budget is shared")
+            limit = self.topk_parent * C
+            _require("topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}")
+        return self
+
+
+class LossOverrides(Block):
+    """Loss weights that a stage replaces; null keeps the model's."""
+
+    l1_parent: float | None = Field(None, ge=0, description="See hsae.l1_parent.")
+    l1_child: float | None = Field(None, ge=0, description="See hsae.l1_child.")
+    biorth_lambda: float | None = Field(None, ge=0, description="See hsae.biorth_lambda.")
+    causal_ortho_lambda: float | None = Field(None, ge=0, description="See hsae.causal_ortho_lambda.")
+    top_level_beta: float | None = Field(None, ge=0, description="See hsae.top_level_beta.")
+
+    def apply(self, hsae: HSAEConfig) -> HSAEConfig:
+        """The model's config with this stage's weights."""
+        return hsae.model_copy(update=self.model_dump(exclude_none=True))
+
+
+class StageConfig(Block):
+    name: str = Field(description="Name of the stage in logs.")
+    steps: int = Field(ge=1, description="Optimiser steps.")
+    freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
+    loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
+    lr_mult: dict[TensorName, float] = Field({}, description="Learning-rate multipliers by tensor.")
+
+
+class PhaseStages(Block):
+    stages: list[StageConfig] = Field([StageConfig(name="train", steps=1000)], min_length=1, description="In order.")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+
+class TrainingConfig(Block):
+    batch_size: int = Field(2048, ge=1, description="Rows per micro-batch.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
+    lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Cosine ends at this share of lr.")
+    warmup_steps: int = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
+    penalty_warmup_steps: int = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    grad_clip: float | None = Field(1.0, gt=0, description="Global gradient norm at most; null = no clipping.")
+    dead_after: int = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
+    dead_after_routed: int = Field(2_000, ge=1, description="Routed tokens without firing after which a child is dead.")
+    log_every: int = Field(10, ge=1, description="Steps between metric lines.")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
+    val_every: int = Field(200, ge=1, description="Steps between validation passes.")
+    val_rows: int = Field(16_384, ge=1, description="Validation rows at most.")
+    baseline: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms with random initialisation.")
+    teacher: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms initialised by a teacher.")
+    allow_unequal_budget: bool = Field(False, description="Allow arms with different numbers of steps.")
+
+
+class ArmConfig(Block):
+    name: str = Field(description="Name of the arm.", pattern=r"^[A-Za-z0-9._-]+$")
+    kind: Literal["hsae", "topk"] = Field("hsae", description="Hierarchical, or one flat TopK dictionary.")
+    init: Literal["random", "teacher", "permuted_teacher", "random_teacher"] = Field(
+        "random", description="Where the parameters start; anything but random belongs to phase 3."
+    )
+    stages: Literal["baseline", "teacher"] | None = Field(None, description="Which stages; null = by init.")
+    hsae: dict[str, Any] = Field({}, description="Fields of hsae that this arm replaces.")
+    teacher: dict[str, Any] = Field({}, description="Fields of teacher that this arm replaces.")
+    match_l0: str | None = Field(None, description="Flat arms: k follows this arm's measured validation L0.")
+
+    @property
+    def phase(self) -> int:
+        """2 for random initialisation, 3 for a teacher's."""
+        return 2 if self.init == "random" else 3
+
+
+class SteeringConfig(Block):
+    target_nats: float = Field(3.0, gt=0, description="Rise of the target's log-odds, nats.")
+    contexts: int = Field(16, ge=1, description="Contexts that every concept is steered in.")
+    context_length: int = Field(24, ge=4, description="Tokens per context.")
+    max_concepts: int = Field(20, ge=1, description="Concepts steered at most, most test rows first.")
+
+
+class TargetsConfig(Block):
+    angle_deg: tuple[float, float] = Field((80.0, 100.0), description="Band of the median causal angle.")
+    purity_gain_pp: float = Field(10.0, description="Gain of purity, percentage points.")
+    leakage_reduction: float = Field(0.20, description="Relative fall of leakage.")
+    steering_leakage_reduction: float = Field(0.20, description="Relative fall of steering leakage.")
+    reconstruction_parity: float = Field(0.05, gt=0, description="Relative change of FVU, two-sided.")
+
+
+class EvalConfig(Block):
+    split: Literal["val", "test"] = Field("test", description="Split that is read: val to choose, test once.")
+    bootstrap: int = Field(1000, ge=100, description="Bootstrap resamples of every interval.")
+    lm_contexts: int = Field(64, ge=1, description="Contexts for CE and KL through the language model, at most.")
+    steering: SteeringConfig = Field(default_factory=SteeringConfig, description="Steering.")
+    targets: TargetsConfig = Field(default_factory=TargetsConfig, description="Thresholds of the targets.")
+
+
+class TrackingConfig(Block):
+    wandb: Literal["off", "online", "offline"] = Field("off", description="Weights & Biases beside metrics.jsonl.")
+    wandb_project: str = Field("polytope_hsae", description="W&B project.")
+    tensorboard: bool = Field(False, description="TensorBoard events beside metrics.jsonl.")
+
+
+DEFAULT_ARMS = [
+    {"name": "baseline"},
+    {"name": "flat_topk", "kind": "topk", "match_l0": "baseline"},
+    {"name": "teacher", "init": "teacher"},
+    {"name": "permuted_teacher", "init": "permuted_teacher"},
+]
+
+
+class Config(Block):
+    """Everything a run depends on."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="Name, seed, machine.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The language model and where it is read.")
+    corpus: CorpusConfig = Field(default_factory=CorpusConfig, description="The text.")
+    concepts: ConceptsConfig = Field(default_factory=ConceptsConfig, description="The ontology and its words.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Stored activations.")
+    geometry: GeometryConfig = Field(default_factory=GeometryConfig, description="Concept vectors and their metric.")
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Initialisation from the teacher.")
+    hsae: HSAEConfig = Field(default_factory=HSAEConfig, description="The H-SAE.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="Optimisation and stages.")
+    arms: list[ArmConfig] = Field([ArmConfig(**arm) for arm in DEFAULT_ARMS], description="Models trained and compared.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Trackers.")
+
+    def arm(self, name: str) -> ArmConfig:
+        """The arm of that name; KeyError if there is none."""
+        return {arm.name: arm for arm in self.arms}[name]
+
+    def arm_hsae(self, arm: ArmConfig) -> HSAEConfig:
+        """The H-SAE config with this arm's replacements."""
+        return _merged(HSAEConfig, self.hsae, arm.hsae, f"arms.{arm.name}.hsae")
+
+    def arm_teacher(self, arm: ArmConfig) -> TeacherConfig:
+        """The teacher config with this arm's replacements."""
+        return _merged(TeacherConfig, self.teacher, arm.teacher, f"arms.{arm.name}.teacher")
+
+    def arm_stages(self, arm: ArmConfig) -> list[StageConfig]:
+        """The stages that this arm trains through."""
+        key = arm.stages or ("baseline" if arm.init == "random" else "teacher")
+        return self.training.teacher.stages if key == "teacher" else self.training.baseline.stages
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        names = [arm.name for arm in self.arms]
+        _require("arms", names, len(set(names)) == len(names), "names that differ")
+        for arm in self.arms:
+            hsae, teacher = self.arm_hsae(arm), self.arm_teacher(arm)
+            where = f"arms.{arm.name}"
+            if arm.match_l0 is not None:
+                _require(f"{where}.match_l0", arm.match_l0, arm.match_l0 in names[: names.index(arm.name)], "an earlier arm")
+                _require(f"{where}.match_l0", arm.match_l0, arm.kind == "topk", "null unless kind is topk")
+            if arm.kind == "topk":
+                _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
+            if arm.init != "random" and teacher.init == "dual" and teacher.seed_parent:
+                tied = hsae.use_tied_decoders_parent
+                _require("hsae.use_tied_decoders_parent", tied, tied is not True, "false or init: the dual teacher reads and writes apart")
+            for stage in self.arm_stages(arm):
+                weights = stage.loss.apply(hsae)
+                held = {"Up", "G", "D"} <= set(stage.freeze)
+                if weights.causal_ortho_lambda > 0:
+                    _require(f"stage {stage.name}: freeze", stage.freeze, not held,
+                             "a list without Up, D or G: causal_ortho_lambda needs a gradient")
+        budgets = {arm.name: sum(stage.steps for stage in self.arm_stages(arm)) for arm in self.arms}
+        if not self.training.allow_unequal_budget:
+            _require("training stages", f"steps {budgets}", len(set(budgets.values())) <= 1,
+                     "the same number of steps for every arm, or training.allow_unequal_budget: true")
+        return self
+
+
+def _merged(block: type[BlockT], base: BlockT, overrides: dict[str, Any], where: str) -> BlockT:
+    try:
+        return block.model_validate({**base.model_dump(), **overrides})
+    except ValidationError as error:
+        raise ValueError(f"{where}.{_first_line(error)}") from error
+
+
+def _first_line(error: ValidationError) -> str:
+    """One line for the first problem of a pydantic error: field, found, allowed."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown key"
+    if problem["type"] == "value_error":
+        return f"{field}.{message}" if field else message
+    return f"{field}: found {problem['input']!r}, allowed: {message[0].lower()}{message[1:]}"
+
+
+def find_config(name_or_path: str) -> Path:
+    """Path of a packaged config by name, or of a YAML file. Raises ConfigError naming the packaged ones."""
+    packaged = PACKAGE / "configs" / f"{name_or_path}.yaml"
+    for path in (Path(name_or_path), packaged):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml")))
+    raise ConfigError(f"config: found {name_or_path!r}, allowed: a YAML file or one of {names}")
+
+
+def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
+    """Read, override and validate a config.
+
+    Args:
+        name_or_path: packaged name ("quickstart") or path of a YAML file.
+        overrides: "key.path=value" strings; values are read as YAML; list items by number (arms.0.name=x).
+
+    Raises:
+        ConfigError: one line naming the field, what was found and what is allowed.
+    """
+    path = find_config(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of config blocks")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set: found {override!r}, allowed: key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: found {text!r}, allowed: a YAML value") from error
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in [*parents, last]:
+        if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+            raise ConfigError(f"--set {key}: found item {part!r}, allowed: 0 to {len(node) - 1}")
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {key}: found a value above {part!r}, allowed: a block")
+        if part is last:
+            node[int(part) if isinstance(node, list) else part] = value
+            return
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML, every field present."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

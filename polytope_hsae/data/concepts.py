@@ -1,0 +1,315 @@
+"""Concepts: nouns at two levels, each noun a set of tokens, in three folds (docs/method.md §3).
+
+A *word* is a noun; its *forms* are the word, Capitalised, its plural and the Capitalised plural, with a
+leading space, each kept where the tokenizer makes it one token. Every token belongs to at most one word,
+every word to at most one child and one parent, and all the forms of a word to one fold. Children are
+numbered in file order: this *row* is what `child_tokens`, `token_to_child` and every tensor of children
+follow. A parent's token set is the union of its children's. Shape suffixes: R children, V tokens of the
+vocabulary.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.tree import Tree
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from polytope_hsae.data.ontology import Families, read_ontology, select_parents
+from polytope_hsae.data.wordnet import load_wordnet, noun_words, word_forms
+
+FOLDS = ("train", "val", "test")
+MIN_TRAIN_WORDS = 2
+
+
+@dataclass(frozen=True)
+class Child:
+    """`words`: fold -> words, sorted. `tokens`: word -> ids by form. `synset`: None from a file."""
+
+    name: str
+    synset: str | None
+    words: dict[str, list[str]]
+    tokens: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Parent:
+    name: str
+    synset: str | None
+    children: list[Child]
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """Parents in the order of `concepts.json`. A token in two places or a word without a fold: ValueError."""
+
+    parents: list[Parent]
+
+    def __post_init__(self) -> None:
+        place: dict[int, str] = {}
+        for parent in self.parents:
+            for child in parent.children:
+                folded = [word for fold in FOLDS for word in child.words[fold]]
+                where = f"{parent.name} / {child.name}"
+                if sorted(folded) != sorted(child.tokens):
+                    raise ValueError(
+                        f"concepts: {where}: found {len(folded)} words in folds and {len(child.tokens)} with "
+                        "tokens, allowed every word once in both"
+                    )
+                for word, ids in child.tokens.items():
+                    for token in ids:
+                        if token in place:
+                            both = f"{place[token]} and in {where} / {word}"
+                            raise ValueError(f"concepts: token {token} is in {both}; one place is allowed")
+                        place[token] = f"{where} / {word}"
+
+    @cached_property
+    def children(self) -> list[Child]:
+        """All children by row."""
+        return [child for parent in self.parents for child in parent.children]
+
+    @property
+    def n_parents(self) -> int:
+        return len(self.parents)
+
+    @property
+    def n_children(self) -> int:
+        return len(self.children)
+
+    @property
+    def child_parent_R(self) -> list[int]:
+        """Parent row of every child row."""
+        return [p for p, parent in enumerate(self.parents) for _ in parent.children]
+
+    def child_tokens(self, folds: Sequence[str] = FOLDS) -> list[list[int]]:
+        """Per child row, its token ids of these folds, sorted."""
+        return [
+            sorted(token for fold in folds for word in child.words[fold] for token in child.tokens[word])
+            for child in self.children
+        ]
+
+    def token_to_child(self, vocab_size: int, folds: Sequence[str] = FOLDS) -> Tensor:
+        """int32 [vocab_size]: child row of every token of these folds, -1 elsewhere."""
+        rows_V = torch.full((vocab_size,), -1, dtype=torch.int32)
+        for row, tokens in enumerate(self.child_tokens(folds)):
+            rows_V[self._within(tokens, vocab_size)] = row
+        return rows_V
+
+    def token_fold(self, vocab_size: int) -> Tensor:
+        """int8 [vocab_size]: 0 train, 1 val, 2 test, -1 no concept."""
+        folds_V = torch.full((vocab_size,), -1, dtype=torch.int8)
+        for number, fold in enumerate(FOLDS):
+            for tokens in self.child_tokens((fold,)):
+                folds_V[self._within(tokens, vocab_size)] = number
+        return folds_V
+
+    @staticmethod
+    def _within(tokens: list[int], vocab_size: int) -> Tensor:
+        if tokens and tokens[-1] >= vocab_size:
+            raise ValueError(f"concepts: found token {tokens[-1]}, allowed 0 to {vocab_size - 1}")
+        return torch.tensor(tokens, dtype=torch.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, obj: Any) -> "Concepts":
+        try:
+            return cls([
+                Parent(p["name"], p["synset"], [
+                    Child(
+                        c["name"],
+                        c["synset"],
+                        {fold: list(c["words"][fold]) for fold in FOLDS},
+                        {word: [int(token) for token in ids] for word, ids in c["tokens"].items()},
+                    )
+                    for c in p["children"]
+                ])
+                for p in obj["parents"]
+            ])  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__} {error}"
+            raise ValueError(f"concepts: not the layout of concepts.json: {what}") from error
+
+
+def build_concepts(
+    tokenizer: PreTrainedTokenizerBase,
+    ontology: str | Path,
+    *,
+    max_parents: int,
+    max_children_per_parent: int,
+    min_children: int = 3,
+    min_words_per_child: int = 3,
+    split: tuple[float, float, float] = (0.70, 0.15, 0.15),
+    seed: int = 0,
+) -> Concepts:
+    """Parents and children for a tokenizer from "wordnet" or a JSON or YAML file {parent: {child: [words]}}.
+
+    Parents with the most words come first, and so do children within a parent; the limits cut the rest.
+    `seed` decides the folds only. Equal arguments give equal results. ValueError when a field is out of
+    bounds, the file is not such a tree, or no parent is left.
+    """
+    _check_bounds(max_parents, max_children_per_parent, min_children, min_words_per_child, split)
+    from_wordnet = str(ontology) == "wordnet"
+    if from_wordnet:
+        words: Iterable[str] = noun_words()
+        tree: Families = {}
+    else:
+        tree = read_ontology(Path(ontology))
+        words = [word for children in tree.values() for listed in children.values() for word in listed]
+    tokens = word_tokens(tokenizer, words)
+    if from_wordnet:
+        tree = select_parents(
+            load_wordnet(), tokens, min_children=min_children, min_words_per_child=min_words_per_child
+        )
+    families = []
+    for parent, children in tree.items():
+        found = [(child, [word for word in listed if word in tokens]) for child, listed in children.items()]
+        found = sorted((f for f in found if len(f[1]) >= min_words_per_child), key=lambda f: -len(f[1]))
+        if len(found) >= min_children:
+            families.append((parent, found[:max_children_per_parent]))
+    if not families:
+        raise ValueError(
+            f"concepts.ontology: {ontology}: found 0 parents with {min_children} or more children of "
+            f"{min_words_per_child} or more words of one token ({len(tokens)} words do), allowed 1 or more"
+        )
+    families = sorted(families, key=lambda f: -sum(len(listed) for _, listed in f[1]))[:max_parents]
+    parent_names = _names([parent for parent, _ in families], from_wordnet)
+    parents = []
+    for name, (parent, found) in zip(parent_names, families, strict=True):
+        # seeded by name, so that a parent keeps its folds when others come or go
+        fold_seed = (seed, zlib.crc32(parent.encode("utf-8")))
+        folds = split_words([listed for _, listed in found], split, fold_seed)
+        child_names = _names([child for child, _ in found], from_wordnet)
+        rows = []
+        for child_name, (child, listed), fold in zip(child_names, found, folds, strict=True):
+            ids = {word: tokens[word] for word in sorted(listed)}
+            rows.append(Child(child_name, child if from_wordnet else None, fold, ids))
+        parents.append(Parent(name, parent if from_wordnet else None, rows))
+    return Concepts(parents)
+
+
+def _check_bounds(
+    max_parents: int, max_children: int, min_children: int, min_words: int, split: Sequence[float]
+) -> None:
+    least = {
+        "max_parents": (max_parents, 1),
+        "min_children": (min_children, 2),
+        "max_children_per_parent": (max_children, min_children),
+        "min_words_per_child": (min_words, 3),
+    }
+    for field, (found, bound) in least.items():
+        if found < bound:
+            raise ValueError(f"concepts.{field}: found {found}, allowed {bound} or more")
+    if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
+        raise ValueError(f"concepts.split: found {list(split)}, allowed three positive shares that sum to 1")
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dict[str, list[int]]:
+    """Word -> ids of its forms that are one token after a space, by form; words without any are left out.
+
+    A token that two words share (`glasses`: a word, and the plural of another) goes to the word whose form
+    ranks first, then to the first in alphabetical order.
+    """
+    # No token has the text of most forms: looking there first saves most of the encoding.
+    texts = {text.lstrip("\u2581\u0120").lower() for text in tokenizer.get_vocab()}
+    forms = [
+        (rank, word, form)
+        for word in words
+        for rank, form in word_forms(word)
+        if not form.isascii() or form.lower() in texts
+    ]
+    if not forms:
+        return {}
+    # SentencePiece puts the space before a text itself; a second one would be a token of its own.
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
+    space = "" if first and first[0].startswith("\u2581") else " "
+    encoded = tokenizer([space + form for _, _, form in forms], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    owner: dict[int, tuple[int, str, str]] = {}
+    for form, ids in zip(forms, encoded, strict=True):
+        if len(ids) == 1 and ids[0] not in special and form < owner.get(ids[0], (9, "", "")):
+            owner[ids[0]] = form
+    tokens: dict[str, list[int]] = {}
+    for token, (_, word, _) in sorted(owner.items(), key=lambda item: (item[1], item[0])):
+        tokens.setdefault(word, []).append(token)
+    return tokens
+
+
+def split_words(
+    children: Sequence[Sequence[str]], split: Sequence[float], seed: Sequence[int]
+) -> list[dict[str, list[str]]]:
+    """One parent's words by child -> folds by child, in the shares of `split`.
+
+    Every child keeps at least two train words, the parent at least one val and one test word.
+    """
+    rng = np.random.default_rng(list(seed))
+    fold_of = {word: "train" for words in children for word in words}
+    free: list[tuple[float, int, str]] = []
+    for row, words in enumerate(children):
+        order = [sorted(words)[i] for i in rng.permutation(len(words))][MIN_TRAIN_WORDS:]
+        # the first of these keys, sorted, hold about the same share of every child
+        free += [((i + rng.random()) / len(order), row, word) for i, word in enumerate(order)]
+    assert len(free) >= 2, "bounds on children and words leave a word for val and one for test"
+    n_words = len(fold_of)
+    n_val, n_test = (max(1, round(share * n_words)) for share in split[1:])
+    if n_val + n_test > len(free):
+        n_val = min(max(1, round(len(free) * split[1] / (split[1] + split[2]))), len(free) - 1)
+        n_test = len(free) - n_val
+    n_held = n_val + n_test
+    held = sorted((row, word) for _, row, word in sorted(free)[:n_held])
+    start = int(rng.integers(n_held))
+    for i in range(n_held):  # val and test in turn, child after child
+        is_val = (i + 1) * n_val // n_held > i * n_val // n_held
+        fold_of[held[(start + i) % n_held][1]] = "val" if is_val else "test"
+    return [{fold: sorted(w for w in words if fold_of[w] == fold) for fold in FOLDS} for words in children]
+
+
+def _names(keys: Sequence[str], from_wordnet: bool) -> list[str]:
+    """Synsets -> their words where these are unique, else the synsets; names of a file as they are."""
+    if not from_wordnet:
+        return list(keys)
+    short = [key.rsplit(".", 2)[0].replace("_", " ") for key in keys]
+    return [name if short.count(name) == 1 else key for name, key in zip(short, keys, strict=True)]
+
+
+def format_tree(concepts: Concepts, examples: int = 6) -> Tree:
+    """Parents and children with their words and tokens counted (train/val/test) and a few words; for rich."""
+    tree = Tree(f"{concepts.n_parents} parents, {concepts.n_children} children; {_counts(concepts.children)}")
+    for parent in concepts.parents:
+        branch = tree.add(f"{parent.name} ({len(parent.children)} children; {_counts(parent.children)})")
+        for child in parent.children:
+            words = [word for fold in FOLDS for word in child.words[fold]][:examples]
+            branch.add(f"{child.name} ({_counts([child])}): {', '.join(words)}")
+    return tree
+
+
+def _counts(children: Sequence[Child]) -> str:
+    words = [sum(len(child.words[fold]) for child in children) for fold in FOLDS]
+    tokens = [sum(len(c.tokens[word]) for c in children for word in c.words[fold]) for fold in FOLDS]
+    return f"words {'/'.join(map(str, words))}, tokens {'/'.join(map(str, tokens))}"
+
+
+def permuted_words(concepts: Concepts, seed: int) -> Concepts:
+    """The control of a teacher: words of each fold reassigned at random among all children, every size kept."""
+    generator = np.random.default_rng(seed)
+    tokens = {word: ids for child in concepts.children for word, ids in child.tokens.items()}
+    shuffled: dict[str, Iterator[str]] = {}
+    for fold in FOLDS:
+        listed = [word for child in concepts.children for word in child.words[fold]]
+        shuffled[fold] = iter([listed[i] for i in generator.permutation(len(listed))])
+
+    def redealt(child: Child) -> Child:
+        words = {fold: sorted(next(shuffled[fold]) for _ in child.words[fold]) for fold in FOLDS}
+        own = sorted(word for fold in FOLDS for word in words[fold])
+        return replace(child, words=words, tokens={word: tokens[word] for word in own})
+
+    return Concepts(
+        [replace(parent, children=[redealt(c) for c in parent.children]) for parent in concepts.parents]
+    )

@@ -1,0 +1,144 @@
+"""Nouns at two levels: chosen from WordNet, or read from a file. `concepts.py` gives them their tokens."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from polytope_hsae.data.wordnet import WordNet
+
+Families = dict[str, dict[str, list[str]]]  # parent -> child -> words
+MAX_PARENT_SHARE = 0.03  # of all the words that the ontology is given
+MAX_CHILD_SHARE = 0.7  # of its parent's words
+
+
+def select_parents(
+    wordnet: WordNet, words: Iterable[str], *, min_children: int, min_words_per_child: int
+) -> Families:
+    """Parent synset -> child synset -> words; parents do not overlap. From the graph and the words alone.
+
+    `words` are first-sense nouns. A child is a direct hyponym with at least `min_words_per_child` of them
+    in its subtree. A synset can be a parent if it has `min_children` such children, holds at most
+    `MAX_PARENT_SHARE` of all words (which excludes abstract synsets such as `entity.n.01` for a vocabulary
+    of any size), and no child has more than `MAX_CHILD_SHARE` of its words. Smallest first, each of these
+    is taken that lies neither above nor below one already taken: many specific parents. Then each gives way
+    to the largest one that lies above it and above no other: more words for the same number of parents. A
+    word below two parents goes to the nearer.
+    """
+    row = {synset: i for i, synset in enumerate(wordnet.lemmas)}
+    words = list(words)
+    below = _words_below(wordnet, words)
+    ancestors = _ancestors(wordnet)
+
+    def size_then_row(synset: str) -> tuple[int, int]:
+        return len(below[synset]), row[synset]
+
+    def families(parents: Iterable[str], keep: Callable[[str, str], bool]) -> Families:
+        found = {p: _children_of(wordnet, below, p, min_words_per_child, keep) for p in parents}
+        return {p: children for p, children in found.items() if len(children) >= min_children}
+
+    small_enough = [s for s in below if len(below[s]) <= MAX_PARENT_SHARE * len(words)]
+    candidates = families(sorted(small_enough, key=size_then_row), lambda parent, word: True)
+    candidates = {p: c for p, c in candidates.items() if _largest_share(c) <= MAX_CHILD_SHARE}
+    chosen: list[str] = []
+    for s in candidates:
+        if not any(s in ancestors(c) or c in ancestors(s) for c in chosen):
+            chosen.append(s)
+    for s in candidates:
+        inside = [c for c in chosen if s in ancestors(c)]
+        if len(inside) == 1:
+            chosen[chosen.index(inside[0])] = s
+
+    owner: dict[str, str] = {}
+    for parent in sorted(chosen, key=size_then_row):
+        for word, distance in below[parent].items():
+            if word not in owner or distance < below[owner[word]][word]:
+                owner[word] = parent
+    return families(sorted(chosen, key=row.__getitem__), lambda parent, word: owner[word] == parent)
+
+
+def _words_below(wordnet: WordNet, words: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Synset -> {word of its subtree: steps down to it}, for synsets that have any."""
+    below: dict[str, dict[str, int]] = {}
+    for word in words:
+        level, steps = [wordnet.first_sense[word.lower()]], 0
+        seen = set(level)
+        while level:
+            for synset in level:
+                below.setdefault(synset, {})[word] = steps
+            level = [h for synset in level for h in wordnet.hypernyms[synset] if h not in seen]
+            level = list(dict.fromkeys(level))
+            seen.update(level)
+            steps += 1
+    return below
+
+
+def _ancestors(wordnet: WordNet) -> Callable[[str], frozenset[str]]:
+    @cache
+    def ancestors(synset: str) -> frozenset[str]:
+        above = wordnet.hypernyms[synset]
+        return frozenset(above).union(*(ancestors(h) for h in above))
+
+    return ancestors
+
+
+def _children_of(
+    wordnet: WordNet,
+    below: Mapping[str, Mapping[str, int]],
+    parent: str,
+    min_words: int,
+    keep: Callable[[str, str], bool],
+) -> dict[str, list[str]]:
+    """Child -> its words; a word below two children goes to the nearer one, else to the first."""
+    owner: dict[str, str] = {}
+    for child in wordnet.children[parent]:
+        for word, distance in below.get(child, {}).items():
+            if keep(parent, word) and (word not in owner or distance < below[owner[word]][word]):
+                owner[word] = child
+    children: dict[str, list[str]] = {child: [] for child in wordnet.children[parent]}
+    for word, child in owner.items():
+        children[child].append(word)
+    return {child: sorted(words) for child, words in children.items() if len(words) >= min_words}
+
+
+def _largest_share(children: Mapping[str, list[str]]) -> float:
+    sizes = [len(words) for words in children.values()]
+    return max(sizes) / sum(sizes)
+
+
+def read_ontology(path: Path) -> Families:
+    """The tree of a JSON or YAML file, {parent: {child: [words]}}; ValueError for anything else."""
+    if not path.is_file():
+        raise ValueError(f"concepts.ontology: {path} is not a file; allowed: wordnet, or a JSON or YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"concepts.ontology: {path} cannot be parsed: {' '.join(str(error).split())}"
+        ) from error
+    place: dict[str, str] = {}
+    for parent, children in _items(tree, f"{path}", "a mapping of parents"):
+        for child, listed in _items(children, f"{path}: {parent}", "a mapping of children"):
+            here = f"{parent} / {child}"
+            if not isinstance(listed, list) or not all(isinstance(word, str) and word for word in listed):
+                found = " ".join(repr(listed).split())[:60]
+                raise ValueError(f"concepts.ontology: {path}: {here}: found {found}, allowed a list of words")
+            for word in listed:
+                if word in place:
+                    both = f"{place[word]} and in {here}"
+                    raise ValueError(
+                        f"concepts.ontology: {path}: {word!r} is in {both}; one place is allowed"
+                    )
+                place[word] = here
+    return tree
+
+
+def _items(obj: Any, where: str, allowed: str) -> list[tuple[str, Any]]:
+    if not isinstance(obj, dict) or not all(isinstance(key, str) for key in obj):
+        found = "keys that are not text" if isinstance(obj, dict) else type(obj).__name__
+        raise ValueError(f"concepts.ontology: {where}: found {found}, allowed {allowed} by name")
+    return list(obj.items())

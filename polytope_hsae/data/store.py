@@ -1,0 +1,134 @@
+"""The activation store: safetensors shards with label columns, read memory-mapped.
+
+A folder holds `manifest.json` and shards `train-00000.safetensors`, `val-…`, `test-…`. Columns, one row per token:
+`acts` [N,d] (the manifest's dtype), `token`, `next_token` (-1 at a context's end), `doc`, `pos` (place in the document,
+0 = its first token), `belief_concept` (child row or -1), `belief_token` (all int32) and `belief_prob` (float32).
+Shapes: N rows of a split, n or b rows asked for, d residual width.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from polytope_hsae.fileio import read_json, sha256_file
+
+MANIFEST = "manifest.json"
+LABEL_COLUMNS = ("token", "next_token", "doc", "pos", "belief_concept", "belief_token", "belief_prob")
+COLUMNS = ("acts", *LABEL_COLUMNS)
+
+
+class ActivationStore:
+    """A complete harvest, opened for reading. Make one with `ActivationStore.open(folder)`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.width: int = manifest["width"]
+        self._files: dict[str, list[str]] = {}
+        self._bounds: dict[str, np.ndarray] = {}
+        self._acts: dict[str, Tensor] = {}
+        self._columns: dict[tuple[str, str], Tensor] = {}
+        for split in manifest["rows"]:
+            shards = [shard for shard in manifest["shards"] if shard["split"] == split]
+            self._files[split] = [shard["file"] for shard in shards]
+            self._bounds[split] = np.cumsum([0] + [shard["rows"] for shard in shards])
+
+    @classmethod
+    def open(cls, folder: Path | str, *, verify: bool = False) -> "ActivationStore":
+        """Open a folder. `verify` compares every shard's sha256 with the manifest's.
+
+        Raises ValueError for a missing or incomplete harvest and, naming the file, for a missing, truncated or
+        (with `verify`) altered shard.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder}: no {MANIFEST}, not an activation store")
+        manifest = read_json(folder / MANIFEST)
+        if not manifest.get("complete"):
+            raise ValueError(f"{folder}: the harvest is not complete, run it again to finish it")
+        store = cls(folder, manifest)
+        for shard in manifest["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file():
+                raise ValueError(f"{path}: missing shard")
+            if path.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{path}: found {path.stat().st_size} bytes, the manifest has {shard['bytes']}")
+            if verify and sha256_file(path) != shard["sha256"]:
+                raise ValueError(f"{path}: sha256 differs from the manifest's, the shard is corrupt")
+        return store
+
+    def n_rows(self, split: str) -> int:
+        """Rows of a split."""
+        return int(self._bounds[self._checked(split)][-1])
+
+    def shard_bounds(self, split: str) -> list[int]:
+        """First row of every shard of a split, and the split's number of rows at the end."""
+        return self._bounds[self._checked(split)].tolist()
+
+    def column(self, split: str, name: str) -> Tensor:
+        """A label column of the whole split, [N]; kept in memory once read."""
+        if name not in LABEL_COLUMNS:
+            raise ValueError(f"column: found {name!r}, allowed: {', '.join(LABEL_COLUMNS)}")
+        files = self._files[self._checked(split)]
+        if (split, name) not in self._columns:
+            self._columns[split, name] = torch.cat([self._read(file, name) for file in files])
+        return self._columns[split, name]
+
+    def acts(self, split: str, indices: Tensor) -> Tensor:
+        """Activations of the given rows, float32 [n,d], in the order asked for. Raises ValueError when out of range."""
+        bounds = self._bounds[self._checked(split)]
+        index_n = indices.to("cpu", torch.int64)
+        if index_n.numel() and (int(index_n.min()) < 0 or int(index_n.max()) >= bounds[-1]):
+            raise ValueError(f"rows: found {int(index_n.min())} to {int(index_n.max())}, allowed: 0 to {bounds[-1] - 1}")
+        shard_n = torch.from_numpy(np.searchsorted(bounds, index_n.numpy(), side="right") - 1)
+        acts_nd = torch.empty(index_n.numel(), self.width)
+        for shard in torch.unique(shard_n).tolist():
+            here = (shard_n == shard).nonzero().squeeze(1)
+            acts_nd[here] = self._mapped(self._files[split][shard])[index_n[here] - int(bounds[shard])].float()
+        return acts_nd
+
+    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, int]]:
+        """The split's rows in order: (acts float32 [b,d], number of the first row), b = `batch_size` but at the end."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: found {batch_size}, allowed: 1 or more")
+        n_rows = self.n_rows(split)
+        for start in range(0, n_rows, batch_size):
+            yield self.acts(split, torch.arange(start, min(start + batch_size, n_rows))), start
+
+    def moments(self, split: str, batch_size: int = 8192) -> tuple[Tensor, float]:
+        """Mean of the rows (float64 [d]) and their mean squared distance from it, in one pass."""
+        mean_d = torch.zeros(self.width, dtype=torch.float64)
+        summed, count = 0.0, 0
+        for acts_bd, _ in self.batches(split, batch_size):
+            acts_bd = acts_bd.double()
+            batch_mean_d, rows = acts_bd.mean(0), acts_bd.shape[0]
+            shift_d = batch_mean_d - mean_d
+            summed += float((acts_bd - batch_mean_d).square().sum())
+            summed += float(shift_d.square().sum()) * count * rows / (count + rows)
+            mean_d += shift_d * rows / (count + rows)
+            count += rows
+        return mean_d, summed / count
+
+    def _checked(self, split: str) -> str:
+        if split not in self._bounds:
+            raise ValueError(f"split: found {split!r}, allowed: {', '.join(self._bounds)}")
+        return split
+
+    def _mapped(self, file: str) -> Tensor:
+        """A shard's activations, mapped and not read until rows are taken."""
+        if file not in self._acts:
+            self._acts[file] = self._read(file, "acts")
+        return self._acts[file]
+
+    def _read(self, file: str, name: str) -> Tensor:
+        path = self.folder / file
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{path}: not a complete shard ({error})") from error

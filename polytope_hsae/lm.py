@@ -1,0 +1,334 @@
+"""Language models: load, unembedding, capture at a hook, splice an edit in.
+
+Hugging Face causal LMs from a hub id, a folder or the name of a packaged model; safetensors only, no remote code.
+The residual *after the final norm* is read where it is used: at the input of the output embedding module.
+Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary.
+"""
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from polytope_hsae.fileio import sha256_file, sha256_json
+
+FINAL_HOOK = "final_residual_pre_unembed"
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class Captured(NamedTuple):
+    """Activations at a hook, float32. `logits` [B,T,V] and `final` [B,T,d] only when asked for."""
+
+    acts: Tensor
+    logits: Tensor | None = None
+    final: Tensor | None = None
+
+
+class LanguageModel:
+    """A causal LM with its unembedding U (and bias, soft-cap) such that logits = softcap(U h + b).
+
+    h is the residual after the final norm. A constant that the model multiplies its logits by is folded into U
+    and b. A model without an output head uses its input embeddings as U and says so: `has_head` is False, and
+    whatever needs logits raises ValueError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        has_head: bool,
+        revision: str | None = None,
+        tokenizer_sha256: str | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.has_head = has_head
+        self._tokenizer_sha256 = tokenizer_sha256
+        self._modules = {key: module for key, module in model.named_modules() if key}
+        text_config = model.config.get_text_config()
+        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None) if has_head else None
+        self.head: nn.Module | None = model.get_output_embeddings() if has_head else None
+        if has_head and self.head is None:
+            raise ValueError(f"model.name: {name} is a causal LM but names no output embedding module")
+        if self.head is None:
+            warnings.warn(
+                f"{name} has no output head: its input embeddings stand in for the unembedding, "
+                "and nothing that needs logits is available",
+                stacklevel=2,
+            )
+        scale = _logit_scale(text_config) if has_head else 1.0
+        source = self.head if self.head is not None else model.get_input_embeddings()
+        bias = getattr(source, "bias", None)
+        self.unembedding: Tensor = _scaled(source.weight, scale)
+        self.unembedding_bias: Tensor | None = None if bias is None else _scaled(bias, scale)
+        self.vocab_size, self.width = self.unembedding.shape
+
+    @classmethod
+    def load(
+        cls, name: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
+    ) -> "LanguageModel":
+        """Load a model and its tokenizer, and check U h = logits on a few tokens.
+
+        `name`: a hub id, a folder, or the name of a packaged model. `dtype`: float32, bfloat16 or float16.
+        Raises ValueError (one line) for a missing folder, missing weights, or U h != logits.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"model.dtype: found {dtype!r}, allowed: {', '.join(DTYPES)}")
+        location = _location(name)
+        options = {"revision": revision} if revision is not None else {}
+        try:
+            config = AutoConfig.from_pretrained(location, **options)
+            has_head = any("ForCausalLM" in a or "LMHead" in a for a in config.architectures or [])
+            auto_class = AutoModelForCausalLM if has_head else AutoModel
+            model, loading = auto_class.from_pretrained(
+                location, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.name: cannot load {name!r} ({_first_line(error)})") from error
+        if loading["missing_keys"] and has_head:
+            missing = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise ValueError(f"model.name: the weights of {name!r} lack {missing}")
+        folder = Path(location) if Path(location).is_dir() else None
+        lm = cls(
+            model.to(device),
+            load_tokenizer(name, revision=revision),
+            name=folder.resolve().name if folder else name,
+            has_head=has_head,
+            revision=_weights_sha256(folder) if folder else revision or getattr(config, "_commit_hash", None),
+            tokenizer_sha256=_tokenizer_file_sha256(location, revision),
+        )
+        if has_head:
+            lm.check_unembedding(torch.arange(0, lm.vocab_size, max(1, lm.vocab_size // 12))[None])
+        return lm
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return self.unembedding.device
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 of tokenizer.json; of the vocabulary (token, id) for a tokenizer that has no such file."""
+        if self._tokenizer_sha256 is None:
+            self._tokenizer_sha256 = sha256_json(self.tokenizer.get_vocab())
+        return self._tokenizer_sha256
+
+    def logits_from_final(self, acts_d: Tensor) -> Tensor:
+        """softcap(U h + b) in float32: [..., d] -> [..., V]."""
+        self._require_head("logits")
+        logits_V = nn.functional.linear(acts_d.float(), self.unembedding, self.unembedding_bias)
+        if self.softcap is not None:
+            logits_V = torch.tanh_(logits_V.div_(self.softcap)).mul_(self.softcap)
+        return logits_V
+
+    def check_unembedding(self, ids_BT: Tensor) -> float:
+        """Largest |U h - logits| relative to the largest |logit|. Raises ValueError beyond the tolerance."""
+        captured = self.capture(ids_BT, FINAL_HOOK, logits=True)
+        assert captured.logits is not None
+        error = (self.logits_from_final(captured.acts) - captured.logits).abs().max() / captured.logits.abs().max()
+        tolerance = CHECK_TOLERANCE[next(self.model.parameters()).dtype]
+        if not error <= tolerance:
+            raise ValueError(
+                f"model.name: {self.name}'s logits are not U h of the final residual "
+                f"(relative error {float(error):.2g}, allowed {tolerance:g})"
+            )
+        return float(error)
+
+    @torch.no_grad()
+    def capture(
+        self, ids_BT: Tensor, hook: str, *, mask: Tensor | None = None, logits: bool = False, final: bool = False
+    ) -> Captured:
+        """Activations at `hook` (float32 [B,T,d]); also logits [B,T,V] and the final residual [B,T,d] if asked.
+
+        `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple). `mask` [B,T] is 1 on
+        tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook (with close
+        matches), a module that does not run exactly once, or logits of a model without a head.
+        """
+        if logits:
+            self._require_head("logits")
+        seen: dict[str, Tensor] = {}
+
+        def keep(acts_BTd: Tensor) -> None:
+            seen["acts"] = acts_BTd.float()
+
+        def keep_final(acts_BTd: Tensor) -> None:
+            seen["final"] = acts_BTd.float()
+
+        hooks: list[tuple[str, Callable[[Tensor], Tensor | None]]] = [(hook, keep)]
+        if final:
+            hooks.append((FINAL_HOOK, keep_final))
+        head_is_hooked = self.head is not None and self._modules.get(hook) is self.head
+        positions = None if logits or head_is_hooked else "one"
+        logits_BTV = self._forward(ids_BT, mask, hooks, positions)
+        return Captured(seen["acts"], logits_BTV if logits else None, seen.get("final"))
+
+    @torch.no_grad()
+    def run_with_edit(
+        self, ids_BT: Tensor, hook: str, edit: Edit, *, mask: Tensor | None = None, last_only: bool = False
+    ) -> Tensor:
+        """Logits (float32 [B,T,V]) with the hook's activations replaced by `edit(acts_BTd)`.
+
+        `edit` takes and returns float32 [B,T,d]. `last_only`: logits [B,V] of every row's last token that `mask`
+        keeps. Raises ValueError as `capture` does.
+        """
+        self._require_head("a run with an edit")
+        logits = self._forward(ids_BT, mask, [(hook, edit)], "last" if last_only else None)
+        assert logits is not None
+        return logits[:, 0] if last_only else logits
+
+    def _forward(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        hooks: list[tuple[str, Callable[[Tensor], Tensor | None]]],
+        positions: str | None,
+    ) -> Tensor | None:
+        """One pass. Each function of `hooks` sees its hook's activations and may return a replacement.
+
+        `positions`: which positions go through the head: None all, "last" every row's last token, "one" any
+        single position (the caller does not read the logits, and a head over all of them would be wasted).
+        """
+        ids_BT = ids_BT.to(self.device, torch.int64)
+        mask_BT = _checked_mask(mask_BT, ids_BT)
+        fired = [0] * len(hooks)
+        handles = []
+        for index, (name, function) in enumerate(hooks):
+            handles.append(self._attach(name, function, fired, index, ids_BT.shape))
+        if self.head is not None and positions is not None:
+            handles.append(self.head.register_forward_pre_hook(_select(positions, mask_BT)))
+        try:
+            output = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        finally:
+            for handle in handles:
+                if handle is not None:
+                    handle.remove()
+        for index, (name, function) in enumerate(hooks):
+            if self.head is None and name == FINAL_HOOK:
+                function(output[0])
+                fired[index] += 1
+            if fired[index] != 1:
+                raise ValueError(f"model.hook: {name!r} ran {fired[index]} times in a pass, allowed: exactly once")
+        return output.logits.float() if self.head is not None else None
+
+    def _attach(
+        self, name: str, function: Callable[[Tensor], Tensor | None], fired: list[int], index: int, shape: torch.Size
+    ) -> Any:
+        """Register `function` at hook `name`; counts its calls in `fired[index]`."""
+
+        def apply(acts: Any) -> Tensor | None:
+            fired[index] += 1
+            if not isinstance(acts, Tensor) or acts.ndim != 3 or acts.shape[:2] != shape:
+                found = tuple(acts.shape) if isinstance(acts, Tensor) else type(acts).__name__
+                raise ValueError(f"model.hook: {name!r} gives {found}, allowed: a tensor {tuple(shape)} + (width,)")
+            edited = function(acts.float())
+            assert edited is None or edited.shape == acts.shape
+            return None if edited is None else edited.to(acts.dtype)
+
+        def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            edited = apply(first)
+            if edited is None:
+                return None
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        def on_input(module: nn.Module, args: Any) -> Any:
+            edited = apply(args[0])
+            return None if edited is None else (edited, *args[1:])
+
+        if name == FINAL_HOOK:
+            return self.head.register_forward_pre_hook(on_input) if self.head is not None else None
+        if name not in self._modules:
+            known = [FINAL_HOOK, *self._modules]
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or [FINAL_HOOK]
+            raise ValueError(f"model.hook: no module {name!r} in {self.name}; close matches: {', '.join(close)}")
+        return self._modules[name].register_forward_hook(on_output)
+
+    def _require_head(self, what: str) -> None:
+        if not self.has_head:
+            raise ValueError(f"model.name: {self.name} has no output head, {what}: not available")
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a hub id, a folder or a packaged model. Raises ValueError (one line) when there is none."""
+    options = {"revision": revision} if revision is not None else {}
+    try:
+        return AutoTokenizer.from_pretrained(_location(name), **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name: cannot load the tokenizer of {name!r} ({_first_line(error)})") from error
+
+
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    """A parameter as float32, multiplied by `scale`; shares memory where nothing changes."""
+    weight = weight.detach().float()
+    return weight if scale == 1.0 else weight * scale
+
+
+def _logit_scale(config: Any) -> float:
+    """The constant that a model multiplies its logits by (Cohere: logit_scale; Granite: 1 / logits_scaling)."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _checked_mask(mask_BT: Tensor | None, ids_BT: Tensor) -> Tensor | None:
+    """The attention mask, None when nothing is padded. Raises ValueError unless padding is on the right."""
+    if ids_BT.ndim != 2 or 0 in ids_BT.shape:
+        raise ValueError(f"ids: found shape {tuple(ids_BT.shape)}, allowed: [sequences, positions], not empty")
+    if mask_BT is None:
+        return None
+    mask_BT = mask_BT.to(ids_BT.device, torch.int64)
+    if mask_BT.shape != ids_BT.shape or (mask_BT[:, 1:] > mask_BT[:, :-1]).any() or not mask_BT[:, 0].all():
+        raise ValueError("mask: allowed: the shape of ids, 1 on tokens and then 0 on padding (on the right)")
+    return None if bool(mask_BT.all()) else mask_BT
+
+
+def _select(positions: str, mask_BT: Tensor | None) -> Callable[[nn.Module, Any], Any]:
+    """A pre-hook of the head that passes one position per row on."""
+
+    def narrow(module: nn.Module, args: Any) -> Any:
+        acts_BTd = args[0]
+        if positions == "one" or mask_BT is None:
+            return (acts_BTd[:, -1:], *args[1:])
+        rows = torch.arange(acts_BTd.shape[0], device=acts_BTd.device)
+        return (acts_BTd[rows, mask_BT.sum(1) - 1][:, None], *args[1:])
+
+    return narrow
+
+
+def _location(name: str) -> str:
+    """Where to load `name` from: the folder it names, a packaged model, or the hub id itself."""
+    if Path(name).is_dir():
+        return name
+    if "/" not in name and (ASSETS / name / "config.json").is_file():
+        return str(ASSETS / name)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+        raise ValueError(f"model.name: no such folder {name!r}")
+    return name
+
+
+def _weights_sha256(folder: Path) -> str:
+    """What stands for a revision where there is no hub: a hash over the folder's weights."""
+    hashes = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return "sha256:" + hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _tokenizer_file_sha256(location: str, revision: str | None) -> str | None:
+    path = cached_file(location, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else sha256_file(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,185 @@
+"""What every autoencoder shares: the coordinates of its input, freezing, saving and loading.
+
+Shapes: B rows, d residual width, P parents (a flat SAE's latents).
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from ..config import Block, LossOverrides
+from ..fileio import read_json, read_tensors, write_json, write_tensors
+from .codes import Codes, ModelOutput
+
+UNIT_ROW_EPS = 1e-6
+
+
+class SparseAutoencoder(nn.Module):
+    """Base of the hierarchical and the flat autoencoders.
+
+    `encode`, `decode`, `reconstruct` and every file speak raw activations h. Inside, x = (h - data_mean) / data_scale
+    (`rms`), h / (|h| + 1e-6) (`unit_row`), or h (`none`).
+    """
+
+    registry: ClassVar[dict[str, type["SparseAutoencoder"]]] = {}
+    config_block: ClassVar[type[Block]]
+    data_mean: Tensor
+    data_scale: Tensor
+    D: Tensor
+    n_parents: int
+    n_children: int
+
+    def __init_subclass__(cls) -> None:
+        SparseAutoencoder.registry[cls.__name__] = cls
+
+    def __init__(self, config: Any, width: int, normalize: str = "rms"):
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.normalize = normalize
+        self.router_temperature = 1.0
+        self.register_buffer("data_mean", torch.zeros(width))
+        self.register_buffer("data_scale", torch.ones(()))
+
+    # -- the part that each kind writes ---------------------------------------------------------------------------
+
+    def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
+        """One pass over raw rows; routing noise, where there is any, is drawn from `generator` in training mode only."""
+        raise NotImplementedError
+
+    def decode_normalized(self, codes: Codes) -> Tensor:
+        """x_hat [B, d] in normalised coordinates."""
+        raise NotImplementedError
+
+    def normalize_decoder_weights(self, geometry: Any = None) -> None:
+        """Restore the unit norms of decoder rows (and atoms)."""
+        raise NotImplementedError
+
+    def project_gradients(self) -> None:
+        """Remove the gradients' components along constrained rows."""
+        raise NotImplementedError
+
+    def loss_terms(self, output: ModelOutput, overrides: LossOverrides) -> dict[str, tuple[float, Tensor]]:
+        """Every loss term that is on, by name: (weight, value)."""
+        raise NotImplementedError
+
+    def initialize_bias(self, h_Bd: Tensor) -> None:
+        """Start b_dec, where there is one, at the geometric median of a sample of raw rows."""
+        raise NotImplementedError
+
+    def write_directions(self) -> Tensor:
+        """Unit-norm decoder rows, the parents' write directions in raw coordinates: [P, d]."""
+        return torch.nn.functional.normalize(self.D.detach(), dim=1)
+
+    # -- coordinates ----------------------------------------------------------------------------------------------
+
+    def set_normalization(self, mean_d: Tensor, scale: float) -> None:
+        """Set the train mean and scale of `rms`; ignored by the other normalisations."""
+        if self.normalize == "rms":
+            self.data_mean.copy_(mean_d)
+            self.data_scale.fill_(scale)
+
+    def to_normalized(self, h_Bd: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(x [B, d], row norms [B] or None)."""
+        if self.normalize == "unit_row":
+            norms_B = h_Bd.norm(dim=1) + UNIT_ROW_EPS
+            return h_Bd / norms_B[:, None], norms_B
+        return (h_Bd - self.data_mean) / self.data_scale, None
+
+    def to_raw(self, x_Bd: Tensor, row_scale_B: Tensor | None) -> Tensor:
+        """Inverse of `to_normalized`: h [B, d]."""
+        if row_scale_B is not None:
+            return x_Bd * row_scale_B[:, None]
+        return x_Bd * self.data_scale + self.data_mean
+
+    def encode(self, h_Bd: Tensor) -> Codes:
+        """Sparse codes of raw rows [B, d] (without noise in eval mode). Raises ValueError on another width."""
+        if h_Bd.ndim != 2 or h_Bd.shape[1] != self.width:
+            raise ValueError(f"encode: found rows of shape {tuple(h_Bd.shape)}, allowed: [B, {self.width}]")
+        return self(h_Bd).codes
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Raw reconstruction [B, d] of codes."""
+        return self.to_raw(self.decode_normalized(codes), codes.row_scale)
+
+    def reconstruct(self, h_Bd: Tensor) -> Tensor:
+        """decode(encode(h)): [B, d]."""
+        return self.decode(self.encode(h_Bd))
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Freeze exactly the named tensors; the others become trainable. Tied tensors freeze together."""
+        names = set(names)
+        held = {id(tensor) for name, tensor in self.tensors().items() if name in names}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) not in held)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The method's tensors by name (E, D, ...), tied ones under both names."""
+        return {name: getattr(self, name) for name in self.tensor_names if getattr(self, name, None) is not None}
+
+    tensor_names: ClassVar[tuple[str, ...]] = ()
+
+    def update_router_temperature(self, step: int, total_steps: int) -> None:
+        """Set the temperature of step 0 <= step < total_steps; models without routing have nothing to set."""
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and model.safetensors; the folder appears whole or not at all."""
+        folder = Path(folder)
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.mkdir(parents=True)
+        header = {
+            "architecture": type(self).__name__,
+            "width": self.width,
+            "normalize": self.normalize,
+            "config": self.config.model_dump(mode="json"),
+        }
+        write_json(temporary / "config.json", header)
+        unique = {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
+        write_tensors(temporary / "model.safetensors", unique)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+
+    transient_names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, *, device: str = "cpu") -> Self:
+        """Load a folder written by `save_pretrained`, or a hub repository of the same files, in eval mode.
+
+        Raises ValueError with one line when a file is missing, broken, of another architecture or of other shapes.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
+                raise ValueError(f"{name}: no such folder, allowed: a saved model's folder or a hub id (owner/name)")
+            folder = Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors"]))
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder / 'config.json'}: no such file, allowed: a folder written by save_pretrained")
+        header = read_json(folder / "config.json")
+        kind = SparseAutoencoder.registry.get(header.get("architecture")) if isinstance(header, dict) else None
+        if kind is None or not issubclass(kind, cls):
+            allowed = sorted(name for name, known in SparseAutoencoder.registry.items() if issubclass(known, cls))
+            found = header.get("architecture") if isinstance(header, dict) else header
+            raise ValueError(f"{folder}/config.json: architecture: found {found!r}, allowed: {', '.join(allowed)}")
+        try:
+            model = kind(kind.config_block.model_validate(header["config"]), header["width"], header["normalize"])
+        except (ValidationError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/config.json: not a model config ({' '.join(str(error).split())})") from error
+        tensors, _ = read_tensors(folder / "model.safetensors")
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
+        return model.to(device).eval()  # type: ignore[return-value]

@@ -1,0 +1,46 @@
+"""Sparse codes, the common language of every autoencoder here."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """Sparse codes of B rows.
+
+    parent_index [B,k] int64 and parent_value [B,k] >= 0: the active parents (a flat SAE's latents).
+    child_index [B,K] int64, flat as parent * C + child, and child_value [B,K] >= 0 (K = 0 for a flat SAE).
+    row_scale [B] or None: norms of the input rows, which data.normalize = unit_row divides by.
+    A slot whose value is 0 is not in use.
+    """
+
+    parent_index: Tensor
+    parent_value: Tensor
+    child_index: Tensor
+    child_value: Tensor
+    row_scale: Tensor | None = None
+
+    def l0(self) -> Tensor:
+        """Active parents and children of each row: [B] int64."""
+        return (self.parent_value > 0).sum(1) + (self.child_value > 0).sum(1)
+
+    def dense_parents(self, n_parents: int) -> Tensor:
+        """Parent codes as [B, P]; built on request only."""
+        dense = self.parent_value.new_zeros(len(self.parent_value), n_parents)
+        return dense.scatter_add(1, self.parent_index, self.parent_value)
+
+
+class ModelOutput(NamedTuple):
+    """One forward pass in the model's normalised coordinates.
+
+    x, x_hat, x_hat_top [B,d]: input, reconstruction, reconstruction by the parents alone; codes as encode returns them.
+    router_logits [B,P] before selection; child_pre [B,k,C] pre-activations of the routed parents' children.
+    A flat SAE has x_hat_top = x_hat and child_pre of width 0.
+    """
+
+    x: Tensor
+    x_hat: Tensor
+    x_hat_top: Tensor
+    codes: Codes
+    router_logits: Tensor
+    child_pre: Tensor

@@ -1,0 +1,282 @@
+"""The hierarchical sparse autoencoder (docs/method.md sections 1 and 4).
+
+One activation's way: x -> router logits E x' -> k parents -> their codes a -> what the parents leave of x -> each routed
+parent's subspace Down_p -> its children F_p -> the largest child codes c -> x_hat = b_dec + sum a D_p + sum c Up_p^T G_pj.
+
+Shapes: B rows, d residual width, P parents, k active parents, C children per parent, K active children per row,
+s subspace width, Q teacher parents.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HSAEConfig, LossOverrides
+from ..geometry.bases import dual_rows
+from ..ops import reference as ops
+from .base import SparseAutoencoder
+from .codes import Codes, ModelOutput
+from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
+from .losses import causal_orthogonality, loss_terms
+from .routing import routing_noise, straight_through_gate
+
+
+class ChildInit(NamedTuple):
+    """Teacher of one parent's sub-SAE: Down, Up [s, d]; F, G [C', s] for its first C' <= C children."""
+
+    down: Tensor
+    up: Tensor
+    F: Tensor
+    G: Tensor
+
+
+class SquareRoots(Protocol):
+    """What the dual form needs of a geometry: Sigma^(1/2) and Sigma^(-1/2), [d, d]."""
+
+    @property
+    def sigma_sqrt(self) -> Tensor: ...
+
+    @property
+    def sigma_inv_sqrt(self) -> Tensor: ...
+
+
+def unit_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Gaussian rows scaled to unit norm."""
+    return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
+
+
+def orthonormal_rows(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """For each of P parents s orthonormal rows of width d: [P, s, d]."""
+    P, s, d = shape
+    return torch.linalg.qr(torch.randn(P, d, s, generator=generator)).Q.mT.contiguous()
+
+
+class HierarchicalSAE(SparseAutoencoder):
+    """A router over P parents, each of which opens a sub-SAE of C children in an s-dimensional subspace.
+
+    Args:
+        config: shape and options.
+        width: d of the activations.
+        normalize: rms, unit_row or none.
+        seed: of the random initialisation.
+
+    Raises ValueError when the subspace is wider than d.
+    """
+
+    config_block = HSAEConfig
+    tensor_names = ("E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec")
+    transient_names: ClassVar[tuple[str, ...]] = ("gram_reference",)
+    sigma: Tensor | None
+    gram_reference: Tensor | None
+
+    def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
+        super().__init__(config, width, normalize)
+        P, C, s = config.n_parents, config.n_children_per_parent, config.subspace_dim
+        if s > width:
+            raise ValueError(f"hsae.subspace_dim: found {s}, allowed: at most the residual width {width}")
+        self.n_parents, self.n_children = P, C
+        generator = torch.Generator().manual_seed(seed)
+        self.D = nn.Parameter(unit_rows((P, width), generator))
+        self.Up = nn.Parameter(orthonormal_rows((P, s, width), generator))
+        self.G = nn.Parameter(unit_rows((P, C, s), generator))
+        self.E = _tie(config.use_tied_decoders_parent, self.D, unit_rows((P, width), generator))
+        self.Down = _tie(config.tie_projectors, self.Up, orthonormal_rows((P, s, width), generator))
+        self.F = _tie(config.use_tied_decoders_child, self.G, unit_rows((P, C, s), generator))
+        self.b_E = nn.Parameter(torch.zeros(P))
+        self.b_F = nn.Parameter(torch.zeros(P, C))
+        self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
+        self.router_temperature = config.router_temp_start
+        self.register_buffer("sigma", torch.eye(width) if self._needs_metric() else None)
+        self.register_buffer("gram_reference", None)
+
+    def _needs_metric(self) -> bool:
+        return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
+
+    # -- the way through the model ------------------------------------------------------------------------------------
+
+    def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
+        """One pass over raw rows [B, d]."""
+        x, row_scale = self.to_normalized(h_Bd)
+        centred = x if self.b_dec is None else x - self.b_dec
+        parent_index, parent_value, logits = self.encode_parent(centred, generator)
+        top = ops.weighted_row_sum(self.D, parent_index, parent_value)
+        child_input = centred
+        if self.config.child_input == "residual":
+            child_input = centred - (top.detach() if self.config.child_input_detach else top)
+        child_index, child_value, child_pre = self.encode_children(child_input, parent_index, parent_value)
+        if self.b_dec is not None:
+            top = top + self.b_dec
+        x_hat = top + ops.decode_children(child_index, child_value, self.Up, self.G)
+        codes = Codes(parent_index, parent_value, child_index, child_value, row_scale)
+        return ModelOutput(x, x_hat, top, codes, logits, child_pre)
+
+    def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
+        config = self.config
+        logits_BP = torch.nn.functional.linear(x_Bd, self.E, self.b_E)
+        choice_BP = logits_BP.detach()
+        straight_through = config.gate == "straight_through"
+        if straight_through and self.training:
+            choice_BP = choice_BP + routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
+        index_Bk = torch.topk(choice_BP, config.topk_parent, dim=1).indices
+        selected_Bk = logits_BP.gather(1, index_Bk)
+        value_Bk = torch.relu(selected_Bk) if config.magnitude == "relu" else torch.ones_like(selected_Bk)
+        if straight_through:
+            value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.router_temperature)
+        return index_Bk, value_Bk, logits_BP
+
+    def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Children of the routed parents: flat indices [B, K], codes [B, K], pre-activations [B, k, C].
+
+        A child contributes only while its parent's code is above 0.
+        """
+        config = self.config
+        pre_BkC = ops.encode_children(x_Bd, parent_Bk, self.Down, self.F, self.b_F)
+        B, k, C = pre_BkC.shape
+        flat_BkC = parent_Bk.unsqueeze(2) * C + torch.arange(C, device=parent_Bk.device)
+        open_BkC = (value_Bk > 0).unsqueeze(2).expand(B, k, C)
+        score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
+        if config.child_budget == "shared":
+            index = torch.topk(score_BkC.flatten(1), config.active_children, dim=1).indices
+        else:
+            offset = (torch.arange(k, device=parent_Bk.device) * C).view(1, k, 1)
+            index = (torch.topk(score_BkC, config.topk_child, dim=2).indices + offset).flatten(1)
+        pre = pre_BkC.flatten(1).gather(1, index)
+        value = torch.relu(pre) if config.magnitude == "relu" else torch.ones_like(pre)
+        value = value * open_BkC.flatten(1).gather(1, index)
+        return flat_BkC.flatten(1).gather(1, index), value, pre_BkC
+
+    def decode_normalized(self, codes: Codes) -> Tensor:
+        """x_hat [B, d] = b_dec + parents + children."""
+        x_hat = ops.weighted_row_sum(self.D, codes.parent_index, codes.parent_value)
+        x_hat = x_hat + ops.decode_children(codes.child_index, codes.child_value, self.Up, self.G)
+        return x_hat if self.b_dec is None else x_hat + self.b_dec
+
+    def atoms(self, parents: Tensor) -> Tensor:
+        """Child atoms Up_p^T G_pc of the given parents [n]: [n, C, d]."""
+        return self.G[parents] @ self.Up[parents]
+
+    # -- training -------------------------------------------------------------------------------------------------------
+
+    def update_router_temperature(self, step: int, total_steps: int) -> None:
+        """tau = start + (end - start) step / total_steps, for 0 <= step < total_steps over all stages together."""
+        start, end = self.config.router_temp_start, self.config.router_temp_end
+        self.router_temperature = start + (end - start) * step / total_steps
+
+    def freeze(self, names: Any) -> None:
+        """Freeze exactly the named tensors; a frozen G fixes the Gram matrices of Up, hence the atoms' norms."""
+        super().freeze(names)
+        held = not self.G.requires_grad and self.config.normalize_child == "atom"
+        self.gram_reference = gram(self.Up.detach(), self._norm_metric()) if held else None
+
+    def set_metric(self, sigma_dd: Tensor) -> None:
+        """Set Sigma, the residual metric of the causal penalty and norms; a model that uses neither ignores it."""
+        if self.sigma is not None:
+            self.sigma.copy_(sigma_dd)
+
+    def _norm_metric(self, geometry: Any = None) -> Tensor | None:
+        if geometry is not None:
+            return geometry.sigma.to(self.D)
+        return self.sigma if self.config.norm_metric == "causal" else None
+
+    @torch.no_grad()
+    def normalize_decoder_weights(self, geometry: Any = None) -> None:
+        """Unit norm for D's rows and for the atoms (or G's rows), in the configured norm or in `geometry`'s."""
+        metric = self._norm_metric(geometry)
+        if self.D.requires_grad:
+            self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
+        if self.gram_reference is not None:
+            if self.Up.requires_grad:
+                self.Up.copy_(restore_gram(self.Up, self.gram_reference, metric))
+        elif self.G.requires_grad:
+            norms = atom_norms(self.Up, self.G, metric) if self.config.normalize_child == "atom" else row_norms(self.G, None)
+            self.G.div_(norms.clamp_min(1e-12))
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Remove the gradients' components along the rows of D and G."""
+        for rows in (self.D, self.G):
+            if rows.grad is not None:
+                rows.grad.copy_(project_out(rows.grad, rows))
+
+    @torch.no_grad()
+    def initialize_bias(self, h_Bd: Tensor) -> None:
+        """Start b_dec, where there is one, at the geometric median of a sample of raw rows."""
+        if self.b_dec is not None:
+            self.b_dec.copy_(geometric_median(self.to_normalized(h_Bd)[0]))
+
+    def loss_terms(self, output: ModelOutput, overrides: LossOverrides) -> dict[str, tuple[float, Tensor]]:
+        """Every loss term that is on, by name: (weight, value)."""
+        return loss_terms(output, overrides.apply(self.config), self.tensors(), self.sigma)
+
+    def compute_causal_orthogonality_penalty(self, geometry: Any) -> Tensor:
+        """Mean squared causal inner product of parents and their atoms in `geometry` (a CausalGeometry)."""
+        metric = geometry.sigma_inv if self.config.causal_orth_form == "literal" else geometry.sigma
+        return causal_orthogonality(self.D, self.Up, self.G, metric.to(self.D), self.config.causal_orth_form)
+
+    @torch.no_grad()
+    def initialize_from_teacher(
+        self,
+        parent_vectors: Mapping[str, Tensor],
+        child_projectors: Mapping[str, ChildInit],
+        geometry: SquareRoots | None = None,
+        *,
+        seed_parent: bool = True,
+        seed_child: bool = True,
+        seed_projectors: bool = True,
+    ) -> None:
+        """Put a teacher into the first Q parents, in the order of `parent_vectors`; the others stay random.
+
+        Args:
+            parent_vectors: l_p [d] by parent name. With `geometry`, unified coordinates: the dual form, read and write
+                apart. Without, residual coordinates: the literal form, one unit vector for both.
+            child_projectors: sub-SAE by parent name; matched by name, never by order.
+            geometry: a CausalGeometry or a Teacher.
+            seed_parent, seed_child, seed_projectors: which parts are put in.
+
+        Raises ValueError when names differ, when there are more teacher parents than parents, or when a tied router
+        would have to read and write apart.
+        """
+        Q = len(parent_vectors)
+        if self.n_parents < Q:
+            raise ValueError(f"hsae.n_parents: found {self.n_parents}, allowed: at least the teacher's {Q} parents")
+        if set(parent_vectors) != set(child_projectors):
+            odd = sorted(set(parent_vectors) ^ set(child_projectors))
+            raise ValueError(f"teacher: found {odd} in one of parent_vectors and child_projectors, allowed: equal names")
+        if geometry is not None and seed_parent and self.E is self.D:
+            raise ValueError("hsae.use_tied_decoders_parent: found true, allowed: false or init (the dual form reads and writes apart)")
+        unified = torch.stack(list(parent_vectors.values())).double()
+        if geometry is None:
+            read = write = torch.nn.functional.normalize(unified, dim=1)
+        else:
+            read, write = dual_rows(unified, geometry.sigma_sqrt.to(unified), geometry.sigma_inv_sqrt.to(unified))
+        if seed_parent:
+            self.E[:Q], self.D[:Q] = read.to(self.E), write.to(self.D)
+            self.b_E[:Q] = 0
+        for row, name in enumerate(parent_vectors):
+            child = child_projectors[name]
+            if seed_projectors:
+                self.Down[row], self.Up[row] = child.down.to(self.Down), child.up.to(self.Up)
+            if seed_child:
+                n = min(len(child.G), self.n_children)
+                self.F[row, :n], self.G[row, :n] = child.F[:n].to(self.F), child.G[:n].to(self.G)
+        self.normalize_decoder_weights()
+
+
+def _tie(tie: bool | str, decoder: nn.Parameter, independent: Tensor) -> nn.Parameter:
+    """The encoder's tensor: the decoder itself (true), a copy of it (init), or its own random one (false)."""
+    if tie is True:
+        return decoder
+    return nn.Parameter(decoder.detach().clone() if tie == "init" else independent)
+
+
+def freeze_decoder_weights(model: HierarchicalSAE) -> None:
+    """Freeze D and G; Up and Down stay trainable, so that the causal penalty keeps its gradient."""
+    model.freeze({"D", "G"})
+
+
+def unfreeze_decoder_weights(model: HierarchicalSAE) -> None:
+    """Make every tensor trainable again."""
+    model.freeze(())

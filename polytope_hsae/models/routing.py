@@ -1,0 +1,27 @@
+"""Choosing k of P parents, with a gradient through the choice when it is asked for (docs/method.md section 1)."""
+
+import torch
+from torch import Tensor
+
+
+def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: torch.Generator | None) -> Tensor:
+    """Gumbel noise times the temperature, and for `relative` times the row's standard deviation too: [B, P]."""
+    exponential = torch.empty_like(logits_BP, requires_grad=False).exponential_(generator=generator)
+    gumbel = -torch.log(exponential)
+    if kind == "relative":
+        gumbel = gumbel * logits_BP.detach().std(dim=1, keepdim=True)
+    return gumbel * temperature
+
+
+def straight_through_gate(logits_BP: Tensor, index_Bk: Tensor, temperature: float) -> Tensor:
+    """A gate of value 1 on the selected parents whose gradient is that of the soft mask: [B, k].
+
+    The soft mask is softmax(r / temperature) renormalised over the selected, that is, the softmax of the selected
+    logits alone. With k = 1 that is constant, so the softmax over all parents stands in, not renormalised.
+    """
+    scaled_BP = logits_BP / temperature
+    if index_Bk.shape[1] == 1:
+        soft_Bk = torch.softmax(scaled_BP, dim=1).gather(1, index_Bk)
+    else:
+        soft_Bk = torch.softmax(scaled_BP.gather(1, index_Bk), dim=1)
+    return 1.0 + (soft_Bk - soft_Bk.detach())

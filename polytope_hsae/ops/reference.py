@@ -1,0 +1,117 @@
+"""Routed products in plain PyTorch: each row meets only the weights of the parents it was routed to.
+
+The (row, parent) pairs of a batch are sorted by parent and cut into tiles of T pairs that share one parent, so every
+product is one batched matrix product whose cost grows with the number of pairs, not with the number of parents.
+
+Shapes: B rows, k slots per row, N = B k pairs, P parents, n tiles, T pairs per tile, d residual width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+class TilePlan(NamedTuple):
+    """Where each pair of a batch lies among the tiles.
+
+    parent_of_tile [n]; pair_of_slot [n*T] (padding slots repeat pair 0); slot_of_pair [N]; tile: T.
+    """
+
+    parent_of_tile: Tensor
+    pair_of_slot: Tensor
+    slot_of_pair: Tensor
+    tile: int
+
+
+def plan_tiles(parent_N: Tensor, n_parents: int) -> TilePlan:
+    """Group pairs by parent (int64 [N], N >= 1) into tiles.
+
+    T is about a quarter of the mean number of pairs per parent, a power of two from 4 to 64: padding stays small under
+    balanced routing and the tiles stay large enough for a matrix product.
+    """
+    mean = parent_N.numel() // n_parents
+    tile = min(64, max(4, 1 << max(0, (mean // 4).bit_length() - 1)))
+    order_N = torch.argsort(parent_N, stable=True)
+    count_P = torch.bincount(parent_N, minlength=n_parents)
+    tiles_P = (count_P + tile - 1) // tile
+    parents_P = torch.arange(n_parents, device=parent_N.device)
+    parent_of_tile = torch.repeat_interleave(parents_P, tiles_P)
+    first_slot_P = (torch.cumsum(tiles_P, 0) - tiles_P) * tile
+    first_pair_P = torch.cumsum(count_P, 0) - count_P
+    sorted_parent_N = parent_N[order_N]
+    rank_N = torch.arange(parent_N.numel(), device=parent_N.device) - first_pair_P[sorted_parent_N]
+    slot_sorted_N = first_slot_P[sorted_parent_N] + rank_N
+    slot_of_pair = torch.empty_like(order_N)
+    slot_of_pair[order_N] = slot_sorted_N
+    pair_of_slot = torch.zeros(parent_of_tile.numel() * tile, dtype=torch.int64, device=parent_N.device)
+    pair_of_slot[slot_sorted_N] = order_N
+    return TilePlan(parent_of_tile, pair_of_slot, slot_of_pair, tile)
+
+
+class _PairsToSlots(torch.autograd.Function):
+    """rows [B, i], each repeated for its k pairs -> slots [n*T, i]; its gradient is a gather too, so no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_Bi: Tensor, plan: TilePlan, k: int) -> Tensor:
+        ctx.plan, ctx.k = plan, k
+        return rows_Bi.index_select(0, plan.pair_of_slot // k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        grad_pairs = grad_slots.index_select(0, ctx.plan.slot_of_pair)
+        return grad_pairs.view(-1, ctx.k, grad_pairs.shape[-1]).sum(1), None, None
+
+
+class _SlotsToPairs(torch.autograd.Function):
+    """slots [n*T, o] -> pairs [N, o]; padding slots are dropped and get gradient 0."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, plan: TilePlan) -> Tensor:
+        ctx.plan = plan
+        return slots.index_select(0, plan.slot_of_pair)
+
+    @staticmethod
+    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad_slots = grad_pairs.new_zeros(len(ctx.plan.pair_of_slot), grad_pairs.shape[-1])
+        return grad_slots.index_copy_(0, ctx.plan.slot_of_pair, grad_pairs), None
+
+
+def routed_linear(plan: TilePlan, slots: Tensor, weight_Poi: Tensor, bias_Po: Tensor | None = None) -> Tensor:
+    """y = W_p x (+ b_p) for every slot: slots [n*T, i], weight [P, o, i] -> [n*T, o]."""
+    tiles = slots.view(-1, plan.tile, slots.shape[-1])
+    weight_noi = weight_Poi.index_select(0, plan.parent_of_tile)
+    if bias_Po is None:
+        return torch.bmm(tiles, weight_noi.mT).flatten(0, 1)
+    bias_no = bias_Po.index_select(0, plan.parent_of_tile)
+    return torch.baddbmm(bias_no.unsqueeze(1), tiles, weight_noi.mT).flatten(0, 1)
+
+
+def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
+    """Sum over k of value * weight[index]: [B, d], without a [B, k, d] tensor."""
+    return embedding_bag(index_Bk, weight_Pd, mode="sum", per_sample_weights=value_Bk)
+
+
+def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor, F: Tensor, b_F: Tensor) -> Tensor:
+    """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]."""
+    B, k = parent_Bk.shape
+    if B == 0:
+        return x_Bd.new_zeros(0, k, F.shape[1])
+    plan = plan_tiles(parent_Bk.flatten(), Down.shape[0])
+    slots = _PairsToSlots.apply(x_Bd, plan, k)
+    pre = routed_linear(plan, routed_linear(plan, slots, Down), F, b_F)
+    return _SlotsToPairs.apply(pre, plan).view(B, k, -1)
+
+
+def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor, G: Tensor) -> Tensor:
+    """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]."""
+    B, K = index_BK.shape
+    d = Up.shape[-1]
+    if B * K == 0:
+        return value_BK.new_zeros(B, d)
+    C = G.shape[1]
+    plan = plan_tiles(index_BK.flatten() // C, Up.shape[0])
+    codes_Ns = G.flatten(0, 1).index_select(0, index_BK.flatten()) * value_BK.reshape(-1, 1)
+    atoms = routed_linear(plan, _PairsToSlots.apply(codes_Ns, plan, 1), Up.mT)
+    return _SlotsToPairs.apply(atoms, plan).view(B, K, d).sum(1)

@@ -1,0 +1,189 @@
+"""Training one arm: phases 2 and 3 differ only in how a model starts and in its stages."""
+
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ArmConfig, ConfigError, HSAEConfig, TeacherConfig
+from ..data.concepts import permuted_words
+from ..data.stream import RowStream
+from ..fileio import read_json, sha256_file, sha256_json, write_json
+from ..models.base import SparseAutoencoder
+from ..models.flat import TopKConfig, TopKSAE
+from ..models.hsae import ChildInit, HierarchicalSAE
+from ..teacher import Teacher
+from ..tracking import open_trackers
+from ..training.checkpoint import latest_checkpoint
+from ..training.trainer import HSAETrainer, discard_checkpoints
+from .phase1_teacher import load_geometry, make_teacher, token_geometry
+from .run import Run, remove_leftovers
+
+BIAS_SAMPLE = 4096
+
+
+def train_phase(run: Run, phase: int) -> None:
+    """Train every arm of a phase that is not trained yet."""
+    for arm in run.config.arms:
+        if arm.phase == phase:
+            train_arm(run, arm)
+
+
+def train_arm(run: Run, arm: ArmConfig) -> None:
+    """Train an arm to phase{2,3}/ARM/{model, checkpoints, train.json}; resumes, and skips what is done."""
+    folder = run.arm_folder(arm.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    identity = arm_identity(run, arm)
+    if (folder / "train.json").exists() and read_json(folder / "train.json")["identity"] == identity:
+        run.say(f"phase {arm.phase}: {arm.name} done before")
+        return
+    mark = folder / "checkpoints" / "identity.json"
+    if not mark.exists() or read_json(mark) != identity:
+        discard_checkpoints(folder)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        write_json(mark, identity)
+
+    model = initial_model(run, arm)
+    n_teacher = initialize_teacher(run, arm, model) if arm.init != "random" else 0
+    trainer = HSAETrainer(
+        model,
+        RowStream(run.store, "train", run.config.training.batch_size, seed=run.config.run.seed),
+        run.config.arm_stages(arm),
+        run.config.training,
+        folder=folder,
+        evaluate=lambda sae: validation_metrics(run, sae),
+        teacher=run.config.arm_teacher(arm),
+        n_teacher=n_teacher,
+        seed=run.config.run.seed,
+    )
+    if trainer.resume():
+        run.say(f"phase {arm.phase}: {arm.name} resumes at step {trainer.step}")
+    trackers = open_trackers(run.config, run.folder, arm.phase, arm.name, trainer.step)
+    try:
+        with run.progress(f"phase {arm.phase} {arm.name}", "steps") as ticker:
+            trainer.fit(trackers, ticker)
+    finally:
+        trackers.close()
+    model.save_pretrained(folder / "model")
+    final = validation_metrics(run, model)
+    write_json(folder / "train.json", {
+        "arm": arm.name,
+        "identity": identity,
+        "steps": trainer.total,
+        "tokens": trainer.total * trainer.rows_per_step,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "teacher_parents": n_teacher,
+        "config": model.config.model_dump(mode="json"),
+        "validation": final,
+    })
+    run.say(f"phase {arm.phase}: {arm.name}: validation EV {final['val_ev']:.3f}, L0 {final['val_l0']:.1f}")
+
+
+def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
+    """Hashes of all that an arm's training depends on."""
+    config = run.config
+    settings: dict[str, Any] = {
+        "seed": config.run.seed,
+        "normalize": config.data.normalize,
+        "hsae": config.arm_hsae(arm).model_dump(mode="json"),
+        "training": config.training.model_dump(mode="json", exclude={"checkpoint_every", "baseline", "teacher"}),
+        "stages": [stage.model_dump(mode="json") for stage in config.arm_stages(arm)],
+        "arm": arm.model_dump(mode="json"),
+    }
+    inputs = {"activations": sha256_file(run.activations / "manifest.json")}
+    if arm.init != "random":
+        settings["teacher"] = config.arm_teacher(arm).model_dump(mode="json")
+        inputs["teacher"] = sha256_file(run.phase(1) / "teacher.safetensors")
+    if arm.match_l0 is not None:
+        inputs[arm.match_l0] = sha256_file(run.arm_folder(arm.match_l0) / "train.json")
+    return {"settings": sha256_json(settings), **inputs}
+
+
+def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
+    """The arm's model on the run's device, with the data's normalisation and its bias at the median of a sample."""
+    config, store = run.config, run.store
+    hsae, seed = config.arm_hsae(arm), config.run.seed
+    model: SparseAutoencoder
+    if arm.kind == "topk":
+        model = TopKSAE(flat_config(run, arm, hsae), store.width, config.data.normalize, seed=seed)
+    else:
+        model = HierarchicalSAE(hsae, store.width, config.data.normalize, seed=seed)
+        model.set_metric(load_geometry(run).sigma.float())
+    mean, spread = run.train_moments
+    model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
+    rows = torch.randperm(store.n_rows("train"), generator=torch.Generator().manual_seed(seed))[:BIAS_SAMPLE]
+    model.initialize_bias(store.acts("train", rows))
+    return model.to(run.device)
+
+
+def flat_config(run: Run, arm: ArmConfig, hsae: HSAEConfig) -> TopKConfig:
+    """A flat model of as many atoms as the H-SAE has, and of its k + K_c codes or the measured L0 of another arm."""
+    k: float = hsae.topk_parent + hsae.active_children
+    if arm.match_l0 is not None:
+        k = read_json(run.arm_folder(arm.match_l0) / "train.json")["validation"]["val_l0"]
+    atoms = hsae.n_parents * (1 + hsae.n_children_per_parent)
+    return TopKConfig(
+        n_latents=atoms,
+        k=max(1, round(k)),
+        recon_reduction=hsae.recon_reduction,
+        project_gradient=hsae.project_gradient,
+    )
+
+
+def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig) -> Teacher:
+    """The teacher that an arm starts from: the real one, or a control of it."""
+    seed = run.config.run.seed
+    if arm.init == "permuted_teacher":
+        concepts = permuted_words(run.concepts, seed)
+        teacher = make_teacher(run, concepts, run.store, token_geometry(run))
+    else:
+        teacher = Teacher.load(run.phase(1) / "teacher.safetensors")
+    if arm.init == "random_teacher":
+        teacher = teacher.random_like(seed)
+    if options.noise_deg > 0:
+        teacher = teacher.rotated(options.noise_deg, seed)
+    return teacher.in_form(options.init)
+
+
+def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> int:
+    """Put the arm's teacher into an H-SAE; returns how many parents it fills."""
+    assert isinstance(model, HierarchicalSAE)
+    options = run.config.arm_teacher(arm)
+    teacher = arm_teacher(run, arm, options)
+    if teacher.n_parents > model.n_parents:
+        raise ConfigError(f"hsae.n_parents: found {model.n_parents}, allowed: at least the teacher's {teacher.n_parents} parents")
+    parts = teacher.projectors(model.config.subspace_dim, model.n_children, options.energy, run.config.run.seed)
+    children = {
+        name: ChildInit(parts.down[row], parts.up[row], parts.child_encoder[row], parts.child_decoder[row])
+        for row, name in enumerate(teacher.parent_names)
+    }
+    rows = teacher.parent_unified if options.init == "dual" else teacher.parent_write
+    model.initialize_from_teacher(
+        dict(zip(teacher.parent_names, rows, strict=True)),
+        children,
+        geometry=teacher if options.init == "dual" else None,
+        seed_parent=options.seed_parent,
+        seed_child=options.seed_child,
+        seed_projectors=options.seed_projectors,
+    )
+    return teacher.n_parents if options.seed_parent else 0
+
+
+@torch.no_grad()
+def validation_metrics(run: Run, sae: SparseAutoencoder) -> dict[str, float]:
+    """EV (centred on the train mean) and L0 on the first `val_rows` validation rows."""
+    was_training = sae.training
+    sae.eval()
+    mean = run.train_moments[0].to(run.device, torch.float32)
+    limit = min(run.store.n_rows("val"), run.config.training.val_rows)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+    for start in range(0, limit, 4096):
+        rows = run.store.acts("val", torch.arange(start, min(start + 4096, limit))).to(run.device)
+        codes = sae.encode(rows)
+        parts: list[Tensor] = [(rows - sae.decode(codes)).square().sum(), (rows - mean).square().sum(), codes.l0().sum()]
+        sums += torch.stack([part.double() for part in parts])
+    sae.train(was_training)
+    error, total, l0 = sums.tolist()
+    return {"val_ev": 1 - error / total, "val_l0": l0 / limit}

@@ -1,0 +1,160 @@
+"""Phase 1: concepts, activations, geometry, teacher, evidence."""
+
+import time
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
+from ..data.corpus import load_documents
+from ..data.harvest import harvest
+from ..data.store import ActivationStore
+from ..fileio import read_tensors, write_json
+from ..geometry.causal import CausalGeometry
+from ..geometry.estimators import ActivationClassStats
+from ..geometry.evidence import collect_evidence
+from ..teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
+from .run import Run, remove_leftovers
+
+
+def run_phase1(run: Run) -> None:
+    """Make phase1/ and activations/, unless they are there already."""
+    if run.provenance.is_done(1, run.config, {}, run.force):
+        run.say("phase 1: done before")
+        return
+    started = time.monotonic()
+    folder = run.phase(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+
+    concepts = make_concepts(run.config, run.lm.tokenizer)
+    write_json(folder / "concepts.json", concepts.to_json())
+    run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
+    store = make_activations(run, concepts)
+    rows = ", ".join(f"{store.n_rows(split):,} {split}" for split in ("train", "val", "test"))
+    run.say(f"phase 1: activations of {run.config.model.hook}: {rows} rows of width {store.width}")
+    geometry = token_geometry(run)
+    geometry.save(folder / "geometry.safetensors")
+    make_teacher(run, concepts, store, geometry).save(folder / "teacher.safetensors")
+    evidence = make_evidence(run, concepts, geometry)
+    write_json(folder / "evidence.json", evidence)
+    run.say(f"phase 1: {summary(evidence)}")
+    run.provenance.record(1, run.config, {}, run.device, time.monotonic() - started)
+
+
+def make_concepts(config: Config, tokenizer: Any) -> Concepts:
+    """Parents and children for a tokenizer."""
+    options = config.concepts
+    return build_concepts(
+        tokenizer,
+        options.ontology,
+        max_parents=options.max_parents,
+        max_children_per_parent=options.max_children_per_parent,
+        min_children=options.min_children,
+        min_words_per_child=options.min_words_per_child,
+        split=options.split,
+        seed=config.run.seed,
+    )
+
+
+def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
+    """Run the language model over the corpus; continues a harvest that was interrupted."""
+    config = run.config
+    if run.force and (run.activations / "manifest.json").exists():
+        for path in run.activations.iterdir():
+            path.unlink()
+    if run.activations.is_dir():
+        remove_leftovers(run.activations)
+    documents = load_documents(
+        config.corpus.source,
+        config.corpus.path,
+        run.lm.tokenizer,
+        max_tokens=config.corpus.max_tokens,
+        context_length=config.corpus.context_length,
+        tokenizer_sha256=run.lm.tokenizer_sha256,
+    )
+    with run.progress("harvest", "rows") as ticker:
+        return harvest(
+            run.lm,
+            documents,
+            concepts,
+            run.activations,
+            hook=config.model.hook,
+            context_length=config.corpus.context_length,
+            batch_tokens=config.data.batch_tokens,
+            shard_rows=config.data.shard_rows,
+            dtype=config.data.dtype,
+            belief=config.concepts.label == "belief",
+            belief_threshold=config.concepts.belief_threshold,
+            seed=config.run.seed,
+            split=config.corpus.split,
+            progress=ticker,
+        )
+
+
+def token_geometry(run: Run) -> CausalGeometry:
+    """The geometry of the unembedding's rows."""
+    options = run.config.geometry
+    return CausalGeometry(run.lm.unembedding, options.shrinkage, options.metric, seed=run.config.run.seed)
+
+
+def make_teacher(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> Teacher:
+    """The teacher from train words: from tokens at the final residual, from activations at an inner hook."""
+    lm, options = run.lm, run.config.geometry
+    metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.config.model.hook}
+    if run.at_final_residual:
+        return extract_teacher(lm.unembedding, geometry, concepts, estimator=options.estimator, metadata=metadata)
+    stats = class_statistics(concepts, store, lm.vocab_size)
+    return extract_activation_teacher(stats, concepts, shrinkage=options.shrinkage, metadata=metadata)
+
+
+def class_statistics(concepts: Concepts, store: ActivationStore, vocab_size: int) -> ActivationClassStats:
+    """Class means and covariance of train rows, labelled by the current token where it belongs to a train word."""
+    child_of_token = concepts.token_to_child(vocab_size=vocab_size, folds=("train",))
+    stats = ActivationClassStats(concepts.n_children, store.width)
+    token = store.column("train", "token").long()
+    for acts, start in store.batches("train", 8192):
+        stats.update(acts, child_of_token[token[start : start + len(acts)]])
+    return stats
+
+
+def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dict[str, object]:
+    """The statistics of the hierarchy with their controls, from all words."""
+    words, child_parent = concept_words(concepts)
+    nouns = word_tokens(run.lm.tokenizer, noun_words())
+    evidence = collect_evidence(
+        run.lm.unembedding,
+        geometry,
+        words,
+        child_parent,
+        [nouns[word] for word in sorted(nouns)],
+        parent_names=[parent.name for parent in concepts.parents],
+        child_names=[child.name for parent in concepts.parents for child in parent.children],
+        estimator=run.config.geometry.estimator,
+        permutations=run.config.geometry.permutations,
+        seed=run.config.run.seed,
+    )
+    embedding = "unembedding" if run.lm.has_head else "input embeddings (the model has no output head)"
+    return {"model": run.lm.name, "rows_of": embedding, **evidence}
+
+
+def summary(evidence: dict) -> str:  # type: ignore[type-arg]
+    """One line on what the evidence says."""
+    main, shuffled = evidence["main"], evidence["shuffled_rows"]
+    strong, chance = main["fraction_z_above_3"], shuffled["fraction_z_above_3"]
+    angle = main["angles"]["median_angle_deg"]
+    line = f"shared-parent z > 3 for {strong:.0%} of parents ({chance:.0%} with shuffled rows)"
+    if main["median_beta"] is not None:
+        low, high = main["beta_ci95"]
+        line += f", median beta {main['median_beta']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{line}, median angle {angle:.1f} degrees"
+
+
+def load_geometry(run: Run) -> CausalGeometry:
+    """The metric of the teacher: of the unembedding at the final residual, of the activations at an inner hook."""
+    if run.at_final_residual:
+        return CausalGeometry.load(run.phase(1) / "geometry.safetensors")
+    tensors, _ = read_tensors(run.phase(1) / "teacher.safetensors")
+    sqrt: torch.Tensor = tensors["geometry.sigma_sqrt"]
+    return CausalGeometry.from_covariance(sqrt @ sqrt, shrinkage=0.0)

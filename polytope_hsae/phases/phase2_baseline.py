@@ -1,0 +1,17 @@
+"""Phase 2: train the arms that start at random, the baseline and the flat models."""
+
+import time
+
+from .arms import train_phase
+from .run import Run
+
+
+def run_phase2(run: Run) -> None:
+    """Make phase2/ARM for every arm with random initialisation, unless all are there already."""
+    inputs = run.hashes(run.activations / "manifest.json")
+    if run.provenance.is_done(2, run.config, inputs, run.force):
+        run.say("phase 2: done before")
+        return
+    started = time.monotonic()
+    train_phase(run, 2)
+    run.provenance.record(2, run.config, inputs, run.device, time.monotonic() - started)

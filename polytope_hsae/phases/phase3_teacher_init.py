@@ -1,0 +1,19 @@
+"""Phase 3: train the arms that start from the teacher, and its controls."""
+
+import time
+
+from .arms import train_phase
+from .run import Run
+
+
+def run_phase3(run: Run) -> None:
+    """Make phase3/ARM for every arm that a teacher initialises, unless all are there already."""
+    inputs = run.hashes(
+        run.activations / "manifest.json", run.phase(1) / "concepts.json", run.phase(1) / "teacher.safetensors"
+    )
+    if run.provenance.is_done(3, run.config, inputs, run.force):
+        run.say("phase 3: done before")
+        return
+    started = time.monotonic()
+    train_phase(run, 3)
+    run.provenance.record(3, run.config, inputs, run.device, time.monotonic() - started)

@@ -1,0 +1,155 @@
+"""A run folder: its files, its config, and what is loaded from it once and shared by the phases."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..config import Config, ConfigError, dump_yaml, load_config
+from ..data.concepts import Concepts
+from ..data.store import ActivationStore
+from ..fileio import read_json, sha256_file, write_text
+from ..lm import FINAL_HOOK, LanguageModel
+from ..provenance import Provenance, dependencies
+
+PHASES = (1, 2, 3, 4)
+
+
+class Run:
+    """The folder runs/NAME (or --out) and everything that phases read from it.
+
+    Raises ConfigError naming the first field that differs when the folder belongs to another config and `force` is off.
+    """
+
+    def __init__(self, config: Config, out: Path | None = None, *, force: bool = False, quiet: bool = False):
+        self.config = config
+        self.folder = out if out is not None else Path("runs") / config.run.name
+        self.force = force
+        self.console = Console(quiet=quiet)
+        self.device = _device(config.run.device)
+        torch.set_num_threads(config.run.threads)
+        torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+        random.seed(config.run.seed)
+        self._claim_folder()
+        self.provenance = Provenance(self.folder)
+
+    def _claim_folder(self) -> None:
+        """Write config.yaml, or check that the one there asks for the same results."""
+        path = self.folder / "config.yaml"
+        text = dump_yaml(self.config)
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        if path.exists() and not self.force:
+            recorded = load_config(str(path))
+            for phase in PHASES:
+                before, now = dependencies(recorded, phase), dependencies(self.config, phase)
+                for key in sorted(set(before) | set(now)):
+                    if before.get(key) != now.get(key):
+                        raise ConfigError(
+                            f"{key}: found {now.get(key)!r}, but {self.folder} was made with {before.get(key)!r}; "
+                            "use --force to make what depends on it again, or --out for another folder"
+                        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @property
+    def activations(self) -> Path:
+        return self.folder / "activations"
+
+    def phase(self, number: int) -> Path:
+        return self.folder / f"phase{number}"
+
+    def arm_folder(self, name: str) -> Path:
+        """phase2/ARM or phase3/ARM."""
+        return self.phase(self.config.arm(name).phase) / name
+
+    def hashes(self, *paths: Path) -> dict[str, str]:
+        """sha256 of files by their path in the run folder. Raises ConfigError when an earlier phase has not made one."""
+        for path in paths:
+            if not path.is_file():
+                raise ConfigError(f"{path}: missing; run the earlier phases first (hsae run does them in order)")
+        return {path.relative_to(self.folder).as_posix(): sha256_file(path) for path in paths}
+
+    # -- contents, loaded once ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        model = self.config.model
+        return LanguageModel.load(model.name, revision=model.revision, dtype=model.dtype, device=self.device)
+
+    @cached_property
+    def concepts(self) -> Concepts:
+        return Concepts.from_json(read_json(self.phase(1) / "concepts.json"))
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        return ActivationStore.open(self.activations)
+
+    @cached_property
+    def train_moments(self) -> tuple[Tensor, float]:
+        """Mean [d] (float64) of the train rows and their mean squared distance from it."""
+        return self.store.moments("train")
+
+    @property
+    def at_final_residual(self) -> bool:
+        return self.config.model.hook == FINAL_HOOK
+
+    # -- talking to the user --------------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        """One line for the user."""
+        self.console.print(message, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, what: str, unit: str) -> Iterator["Ticker"]:
+        """A progress bar on a terminal, a line every tenth of the way elsewhere."""
+        ticker = Ticker(self.console, what, unit)
+        with ticker.bar:
+            yield ticker
+
+
+class Ticker:
+    """Call it with (done, total)."""
+
+    def __init__(self, console: Console, what: str, unit: str):
+        self.console, self.what, self.unit = console, what, unit
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                   TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal or console.quiet, transient=True)
+        self.task = self.bar.add_task(what, total=None, rate="")
+        self.tenth = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        speed = self.bar.tasks[0].speed
+        self.bar.update(self.task, completed=done, total=total, rate=f"{speed:,.0f}/s" if speed else "")
+        tenth = 10 * done // max(total, 1)
+        if not self.console.is_terminal and tenth != self.tenth:
+            self.tenth = tenth
+            self.console.print(f"  {self.what}: {done:,} of {total:,} {self.unit}", highlight=False)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files and folders that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"run.device: found {name!r}, allowed: auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"run.device: found {name!r}, allowed: one of {torch.cuda.device_count()} CUDA devices, or cpu")
+    return name

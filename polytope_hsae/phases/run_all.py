@@ -1,0 +1,15 @@
+"""All four phases in order."""
+
+from .phase1_teacher import run_phase1
+from .phase2_baseline import run_phase2
+from .phase3_teacher_init import run_phase3
+from .phase4_evaluate import run_phase4
+from .run import Run
+
+PHASES = {1: run_phase1, 2: run_phase2, 3: run_phase3, 4: run_phase4}
+
+
+def run_all(run: Run) -> None:
+    """Every phase that is not done yet, then the table of targets."""
+    for run_phase in PHASES.values():
+        run_phase(run)

@@ -1,0 +1,108 @@
+"""What a run was made from, and the decision whether a phase has to run again.
+
+`provenance.json` in a run folder holds the environment (versions, device, commit), and for every finished phase the part of
+the config and the input files it depends on. A phase whose recorded dependencies equal the present ones is skipped; one
+whose dependencies differ is refused unless it is forced.
+"""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, ConfigError
+from .fileio import read_json, write_json
+
+PACKAGES = ("polytope-hsae", "torch", "transformers", "safetensors", "numpy", "scipy", "scikit-learn", "pydantic")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, platform, git commit and device of this process."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "commit": _git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this package lies in; None outside one."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    return answer.stdout.strip() or None
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as {"a.b.0": value}."""
+    if isinstance(tree, dict | list) and tree:
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {key: value for name, branch in items for key, value in flatten(branch, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): tree}
+
+
+def dependencies(config: Config, phase: int) -> dict[str, Any]:
+    """The flattened part of the config that a phase's outputs depend on (device, threads and trackers do not count)."""
+    tree = config.model_dump(mode="json")
+    arms = [arm for arm in tree["arms"] if phase == 4 or config.arm(arm["name"]).phase == phase]
+    training = {key: value for key, value in tree["training"].items() if key not in ("checkpoint_every",)}
+    parts: dict[int, dict[str, Any]] = {
+        1: {key: tree[key] for key in ("model", "corpus", "concepts", "data", "geometry")},
+        2: {"data": tree["data"], "hsae": tree["hsae"], "training": training, "arms": arms},
+        3: {"data": tree["data"], "hsae": tree["hsae"], "training": training, "teacher": tree["teacher"], "arms": arms},
+        4: {"concepts": tree["concepts"], "eval": tree["eval"], "arms": arms},
+    }
+    return {"run.seed": config.run.seed, **flatten(parts[phase])}
+
+
+class Provenance:
+    """The run folder's record; `is_done` decides, `record` writes."""
+
+    def __init__(self, run: Path):
+        self.path = run / "provenance.json"
+        self.state: dict[str, Any] = read_json(self.path) if self.path.exists() else {"phases": {}}
+
+    def is_done(self, phase: int, config: Config, inputs: dict[str, str], force: bool) -> bool:
+        """True when the recorded dependencies equal the present ones.
+
+        Raises ConfigError naming the first difference when they differ and `force` is off.
+        """
+        recorded = self.state["phases"].get(f"phase{phase}")
+        if recorded is None or force:
+            return False
+        for kind, now in (("config", dependencies(config, phase)), ("inputs", inputs)):
+            before = recorded[kind]
+            for key in sorted(set(before) | set(now)):
+                if before.get(key) != now.get(key):
+                    found, made = now.get(key), before.get(key)
+                    raise ConfigError(
+                        f"{key}: found {found!r}, but phase {phase} of this run folder was made with {made!r}; "
+                        "use --force to make it again or --out for another folder"
+                    )
+        return True
+
+    def record(self, phase: int, config: Config, inputs: dict[str, str], device: str, seconds: float) -> None:
+        """Note a finished phase."""
+        self.state["phases"][f"phase{phase}"] = {
+            "config": dependencies(config, phase),
+            "inputs": inputs,
+            "environment": environment(device),
+            "seconds": round(seconds, 1),
+        }
+        write_json(self.path, self.state)

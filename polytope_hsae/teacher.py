@@ -1,0 +1,365 @@
+"""The teacher: concepts as read and write directions, and the tensors that initialise a model (docs/method.md
+§4).
+
+A concept l in the unified coordinate is written by D = Sigma^(-1/2) l / n with n = |Sigma^(-1/2) l|, and read
+by E = Sigma^(1/2) l n / |l|^2, so that E . D = 1 and E D^T holds the causal inner products of the concepts.
+
+Shape suffixes: Q parents, R children (rows over all parents, each parent's in order), d residual width, C
+children per parent in the model, s subspace width.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from polytope_hsae.data.concepts import Concepts
+from polytope_hsae.fileio import read_tensors, write_tensors
+from polytope_hsae.geometry.bases import Projectors, concept_projectors, rotated_rows, seeded_generator
+from polytope_hsae.geometry.causal import CausalGeometry
+from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
+
+FORMS = ("dual", "literal")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Concept directions of Q parents and R children, float64. Make one with `build`, `extract_*` or `load`.
+
+    parent_unified [Q, d] l_p; parent_read E_p; parent_write D_p; child_unified [R, d] l_c;
+    child_delta_unified l_c - l_p; child_delta_write its unit write direction (0 where the difference is 0);
+    child_parent [R] int64; sigma_sqrt and sigma_inv_sqrt [d, d]; form `dual` or `literal`; metadata: strings
+    (estimator, metric, shrinkage, ...).
+    """
+
+    parent_names: tuple[str, ...]
+    child_names: tuple[str, ...]
+    parent_unified: Tensor
+    parent_read: Tensor
+    parent_write: Tensor
+    child_unified: Tensor
+    child_delta_unified: Tensor
+    child_delta_write: Tensor
+    child_parent: Tensor
+    sigma_sqrt: Tensor
+    sigma_inv_sqrt: Tensor
+    form: str
+    metadata: Mapping[str, str]
+
+    @property
+    def n_parents(self) -> int:
+        """Q."""
+        return len(self.parent_names)
+
+    @property
+    def n_children(self) -> int:
+        """R, over all parents."""
+        return len(self.child_names)
+
+    @classmethod
+    def build(
+        cls,
+        parent_names: Sequence[str],
+        child_names: Sequence[str],
+        child_parent: Sequence[int],
+        parent_unified: Tensor,
+        child_delta_unified: Tensor,
+        geometry: tuple[Tensor, Tensor],
+        *,
+        form: str = "dual",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The teacher of unified l_p [Q, d] and differences [R, d]; `geometry`: (Sigma^(1/2), Sigma^(-1/2)).
+
+        `literal` is the first description's form: read and write are both the unit vector along Sigma^(1/2)
+        l, because there vectors are whitened like covectors. Raises ValueError for a parent of length 0 or
+        names that repeat.
+        """
+        if form not in FORMS:
+            raise ValueError(f"teacher.init: found {form!r}, allowed: {', '.join(FORMS)}")
+        owners = torch.tensor(list(child_parent), dtype=torch.int64)
+        _check_names(parent_names, child_names, owners.tolist())
+        lengths_Q = parent_unified.norm(dim=-1)
+        if (lengths_Q == 0).any():
+            name = parent_names[int(lengths_Q.argmin())]
+            raise ValueError(f"teacher: found parent {name!r} of length 0, allowed: vectors that are not 0")
+        sqrt_dd, inv_sqrt_dd = geometry
+        writer_dd = inv_sqrt_dd if form == "dual" else sqrt_dd
+        write_Qd = parent_unified @ writer_dd
+        norms_Q1 = write_Qd.norm(dim=-1, keepdim=True)
+        write_Qd = write_Qd / norms_Q1
+        read_Qd = write_Qd.clone()
+        if form == "dual":
+            read_Qd = parent_unified @ sqrt_dd * norms_Q1 / lengths_Q.square().unsqueeze(1)
+        delta_write_Rd = child_delta_unified @ writer_dd
+        smallest = torch.finfo(torch.float64).tiny
+        return cls(
+            parent_names=tuple(parent_names),
+            child_names=tuple(child_names),
+            parent_unified=parent_unified,
+            parent_read=read_Qd,
+            parent_write=write_Qd,
+            child_unified=parent_unified[owners] + child_delta_unified,
+            child_delta_unified=child_delta_unified,
+            child_delta_write=delta_write_Rd / delta_write_Rd.norm(dim=-1, keepdim=True).clamp_min(smallest),
+            child_parent=owners,
+            sigma_sqrt=sqrt_dd,
+            sigma_inv_sqrt=inv_sqrt_dd,
+            form=form,
+            metadata=dict(metadata or {}),
+        )
+
+    def _rebuilt(self, parent_unified: Tensor, child_delta_unified: Tensor, **changes: str) -> "Teacher":
+        form = changes.get("form", self.form)
+        return Teacher.build(
+            self.parent_names,
+            self.child_names,
+            self.child_parent.tolist(),
+            parent_unified,
+            child_delta_unified,
+            (self.sigma_sqrt, self.sigma_inv_sqrt),
+            form=form,
+            metadata={**self.metadata, **changes},
+        )
+
+    def in_form(self, form: str) -> "Teacher":
+        """The same concepts as a `dual` or `literal` teacher."""
+        return self._rebuilt(self.parent_unified, self.child_delta_unified, form=form)
+
+    def matched(self, parent_names: Sequence[str], child_names: Sequence[Sequence[str]]) -> "Teacher":
+        """The rows of the named parents and, for each, of its named children, in that order.
+
+        Raises ValueError for a name that the teacher does not hold. Names decide, never the order of a file.
+        """
+        parent_row = {name: row for row, name in enumerate(self.parent_names)}
+        child_row = {
+            (self.parent_names[parent], name): row
+            for row, (parent, name) in enumerate(
+                zip(self.child_parent.tolist(), self.child_names, strict=True)
+            )
+        }
+        pairs = [(p, c) for p, names in zip(parent_names, child_names, strict=True) for c in names]
+        unknown = [p for p in parent_names if p not in parent_row] + [
+            f"{parent}/{child}" for parent, child in pairs if (parent, child) not in child_row
+        ]
+        if unknown:
+            raise ValueError(
+                f"teacher: found no concept named {', '.join(unknown)}, allowed: the names in its file"
+            )
+        owner = {name: row for row, name in enumerate(parent_names)}
+        return Teacher.build(
+            parent_names,
+            [child for _, child in pairs],
+            [owner[parent] for parent, _ in pairs],
+            self.parent_unified[[parent_row[name] for name in parent_names]],
+            self.child_delta_unified[[child_row[pair] for pair in pairs]],
+            (self.sigma_sqrt, self.sigma_inv_sqrt),
+            form=self.form,
+            metadata=self.metadata,
+        )
+
+    def rotated(self, degrees: float, seed: int = 0) -> "Teacher":
+        """Every l_p and difference turned by that angle toward a random orthogonal direction of its own."""
+        generator = seeded_generator("rotated", seed)
+        parents = rotated_rows(self.parent_unified, degrees, generator)
+        return self._rebuilt(
+            parents,
+            rotated_rows(self.child_delta_unified, degrees, generator),
+            noise_deg=repr(float(degrees)),
+        )
+
+    def random_like(self, seed: int = 0) -> "Teacher":
+        """Random directions of the same lengths: the control that knows nothing about the concepts."""
+        generator = seeded_generator("random_like", seed)
+        parents_Qd, deltas_Rd = (
+            torch.nn.functional.normalize(
+                torch.randn(rows.shape, generator=generator, dtype=torch.float64), dim=-1
+            )
+            * rows.norm(dim=-1, keepdim=True)
+            for rows in (self.parent_unified, self.child_delta_unified)
+        )
+        return self._rebuilt(parents_Qd, deltas_Rd, estimator="random")
+
+    def projectors(
+        self, subspace_dim: int, n_children: int, energy: float = 0.85, seed: int = 0
+    ) -> Projectors:
+        """Projectors and child rows for a model with C = `n_children` children per parent (docs/method.md
+        §4).
+
+        Slot j belongs to the parent's child j: it gets the unit coordinates of the child's difference in the
+        parent's basis. Slots without a child, or with a difference of 0, get random unit coordinates,
+        orthogonal to these while the subspace has room. The `literal` form uses one basis of the span of
+        Sigma^(1/2) delta for both projectors. Raises ValueError when `subspace_dim` or `energy` is out of
+        range.
+        """
+        return concept_projectors(
+            self.parent_unified,
+            self.child_delta_unified,
+            self.child_parent,
+            (self.sigma_sqrt, self.sigma_inv_sqrt),
+            subspace_dim,
+            n_children,
+            energy=energy,
+            seed=seed,
+            literal=self.form == "literal",
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write `teacher.safetensors` (float64; docs/design.md, artifacts); names are JSON lists in its
+        metadata."""
+        tensors = {name: getattr(self, field) for name, field in _TENSORS.items()}
+        names = {"parent_names": json.dumps(self.parent_names), "child_names": json.dumps(self.child_names)}
+        write_tensors(path, tensors, {**self.metadata, **names, "form": self.form})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote. Raises ValueError when the file holds something else."""
+        tensors, metadata = read_tensors(path)
+        missing = [name for name in _TENSORS if name not in tensors]
+        missing += [name for name in ("parent_names", "child_names", "form") if name not in metadata]
+        if missing:
+            raise ValueError(f"{path}: not a teacher file, missing {', '.join(missing)}")
+        parents, children = (tuple(json.loads(metadata.pop(f"{kind}_names"))) for kind in ("parent", "child"))
+        form = metadata.pop("form")
+        fields = {field: tensors[name] for name, field in _TENSORS.items()}
+        return cls(parent_names=parents, child_names=children, form=form, metadata=metadata, **fields)
+
+
+_TENSORS = {
+    "parent.unified": "parent_unified",
+    "parent.read": "parent_read",
+    "parent.write": "parent_write",
+    "child.unified": "child_unified",
+    "child.delta_unified": "child_delta_unified",
+    "child.delta_write": "child_delta_write",
+    "child.parent": "child_parent",
+    "geometry.sigma_sqrt": "sigma_sqrt",
+    "geometry.sigma_inv_sqrt": "sigma_inv_sqrt",
+}
+
+
+def _check_names(
+    parent_names: Sequence[str], child_names: Sequence[str], child_parent: Sequence[int]
+) -> None:
+    assert len(child_names) == len(child_parent)
+    pairs = [f"{parent_names[p]}/{c}" for p, c in zip(child_parent, child_names, strict=True)]
+    for names in (list(parent_names), pairs):
+        repeated = [name for row, name in enumerate(names) if name in names[:row]]
+        if repeated:
+            raise ValueError(f"teacher: found the name {repeated[0]!r} twice, allowed: names that differ")
+
+
+def concept_words(
+    concepts: Concepts, folds: Sequence[str] = ("train", "val", "test")
+) -> tuple[list[list[list[int]]], list[int]]:
+    """(per child row its words as token lists, parent row of every child row): what `collect_evidence`
+    takes."""
+    words = [
+        [list(child.tokens[word]) for fold in folds for word in child.words[fold]]
+        for parent in concepts.parents
+        for child in parent.children
+    ]
+    return words, list(concepts.child_parent_R)
+
+
+def extract_teacher(
+    unembedding: Tensor,
+    geometry: CausalGeometry,
+    concepts: Concepts,
+    *,
+    estimator: str = "mean",
+    folds: Sequence[str] = ("train",),
+    form: str = "dual",
+    metadata: Mapping[str, str] | None = None,
+) -> Teacher:
+    """The teacher from tokens: l of every parent (union of its children's tokens) and child, words of `folds`
+    only.
+
+    Args: unembedding [V, d]; geometry its metric; metadata: further strings to keep (model, model_revision,
+    hook).
+    """
+    child_parent = list(concepts.child_parent_R)
+    child_tokens = concepts.child_tokens(folds=tuple(folds))
+    for name, tokens in zip(_child_names(concepts), child_tokens, strict=True):
+        if not tokens:
+            raise ValueError(
+                f"concepts: found no tokens of {name} in folds {', '.join(folds)}, allowed: some"
+            )
+    parent_tokens: list[list[int]] = [[] for _ in concepts.parents]
+    for tokens, parent in zip(child_tokens, child_parent, strict=True):
+        parent_tokens[parent] += tokens
+    estimate = ConceptEstimator(unembedding, geometry, estimator)
+    parents_Qd = estimate.concept_vectors(parent_tokens)
+    deltas_Rd = estimate.concept_vectors(child_tokens) - parents_Qd[child_parent]
+    described = {**(metadata or {}), "source": "tokens", "estimator": estimator, "folds": ",".join(folds)}
+    return _assembled(concepts, parents_Qd, deltas_Rd, geometry, form, described)
+
+
+def extract_activation_teacher(
+    stats: ActivationClassStats,
+    concepts: Concepts,
+    *,
+    shrinkage: float = 0.05,
+    min_rows: int = 1,
+    form: str = "dual",
+    metadata: Mapping[str, str] | None = None,
+) -> Teacher:
+    """The teacher at an inner hook: l = S^(-1/2) m in the residual_covariance geometry of the within-class
+    covariance S.
+
+    So D_p = m_p/|m_p| and E_p is proportional to S^-1 m_p. Children with fewer than `min_rows` rows keep a
+    difference of 0 (they seed nothing), with a warning and in the metadata (`unseen_children`); a parent
+    without rows is a ValueError.
+    """
+    child_parent = list(concepts.child_parent_R)
+    geometry = stats.geometry(shrinkage)
+    parents_Qd = stats.parent_differences(child_parent, concepts.n_parents) @ geometry.sigma_sqrt
+    for parent, vector_d in zip(concepts.parents, parents_Qd, strict=True):
+        if not vector_d.any():
+            raise ValueError(
+                f"activations: found rows of parent {parent.name!r} only, or none, allowed: some with and some without"
+            )
+    deltas_Rd = stats.class_differences() @ geometry.sigma_sqrt - parents_Qd[child_parent]
+    unseen_R = stats.counts < max(min_rows, 1)
+    unseen = [name for name, few in zip(_child_names(concepts), unseen_R.tolist(), strict=True) if few]
+    if unseen:
+        few_rows = f"fewer than {max(min_rows, 1)} rows"
+        warnings.warn(f"{len(unseen)} children have {few_rows} and seed nothing", stacklevel=2)
+    deltas_Rd = deltas_Rd.masked_fill(unseen_R.unsqueeze(1), 0.0)
+    described = {
+        **(metadata or {}),
+        "source": "activations",
+        "estimator": "class_mean",
+        "rows": str(stats.total),
+        "unseen_children": json.dumps(unseen),
+    }
+    return _assembled(concepts, parents_Qd, deltas_Rd, geometry, form, described)
+
+
+def _child_names(concepts: Concepts) -> list[str]:
+    return [f"{parent.name}/{child.name}" for parent in concepts.parents for child in parent.children]
+
+
+def _assembled(
+    concepts: Concepts,
+    parents_Qd: Tensor,
+    deltas_Rd: Tensor,
+    geometry: CausalGeometry,
+    form: str,
+    metadata: Mapping[str, str],
+) -> Teacher:
+    return Teacher.build(
+        [parent.name for parent in concepts.parents],
+        [child.name for parent in concepts.parents for child in parent.children],
+        list(concepts.child_parent_R),
+        parents_Qd.cpu(),
+        deltas_Rd.cpu(),
+        (geometry.sigma_sqrt.cpu(), geometry.sigma_inv_sqrt.cpu()),
+        form=form,
+        metadata={**metadata, "metric": geometry.metric, "shrinkage": repr(geometry.shrinkage)},
+    )

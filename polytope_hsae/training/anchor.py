@@ -1,0 +1,52 @@
+"""What holds a teacher's rows of E and D while everything else trains (docs/method.md section 4). It acts in every stage."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..config import TeacherConfig
+from ..models.base import SparseAutoencoder
+
+
+class Anchor:
+    """Holds the first `n_rows` rows of E and D; with n_rows = 0 or kind `none` every method does nothing.
+
+    frozen: the rows do not change by one bit. slow: they take `anchor_lr_mult` of each update.
+    pull: a penalty, anchor_weight * mean over rows of (1 - cos to the teacher's row), for E and D each.
+    """
+
+    def __init__(self, model: SparseAutoencoder, n_rows: int, config: TeacherConfig):
+        self.model, self.n_rows = model, n_rows
+        self.kind = config.anchor if n_rows else "none"
+        self.weight = config.anchor_weight
+        self.share = 0.0 if config.anchor == "frozen" else config.anchor_lr_mult
+        self.tensors = list({id(t): t for name, t in model.tensors().items() if name in ("E", "D")}.values())
+        self.teacher = self._rows()
+        self.before: list[Tensor] = []
+
+    def _rows(self) -> list[Tensor]:
+        return [tensor.detach()[: self.n_rows].clone() for tensor in self.tensors]
+
+    def penalty(self) -> Tensor:
+        """The pull penalty; 0 for the other kinds."""
+        total = self.model.data_scale.new_zeros(())
+        if self.kind == "pull":
+            for tensor, teacher in zip(self.tensors, self.teacher, strict=True):
+                total = total + self.weight * (1 - cosine_similarity(tensor[: self.n_rows], teacher, dim=1)).mean()
+        return total
+
+    def before_step(self) -> None:
+        """Remember the rows before the optimiser moves them."""
+        if self.kind in ("frozen", "slow"):
+            self.before = self._rows()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put the rows where the anchor wants them, after the optimiser and the constraints."""
+        if self.kind not in ("frozen", "slow"):
+            return
+        for tensor, old in zip(self.tensors, self.before, strict=True):
+            rows = tensor[: self.n_rows]
+            rows.copy_(old if self.share == 0 else old + self.share * (rows - old))
+        if self.share > 0:
+            self.model.normalize_decoder_weights()

@@ -1,0 +1,212 @@
+"""The one training loop: phases 2 and 3, hierarchical and flat models (docs/method.md sections 2 and 4)."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import StageConfig, TeacherConfig, TrainingConfig
+from ..data.stream import RowStream
+from ..models.base import SparseAutoencoder
+from ..models.codes import ModelOutput
+from ..models.losses import PENALTIES
+from ..tracking import Tracker
+from .anchor import Anchor
+from .checkpoint import latest_checkpoint, load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from .schedule import learning_rate, penalty_warmup, stage_at
+from .usage import Usage
+
+Evaluate = Callable[[SparseAutoencoder], dict[str, float]]
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; a checkpoint was written."""
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite; the last good checkpoint is kept."""
+
+
+class HSAETrainer:
+    """Trains any SparseAutoencoder on a stream of rows through stages.
+
+    Args:
+        model: initialised; its device is where training happens.
+        stream: yields [batch_size, d] float32 rows and can be resumed.
+        stages, config: what to do.
+        folder: checkpoints/ lies here; None = no checkpoints.
+        tracker: receives metrics; evaluate: validation metrics of the model, called every `val_every` steps.
+        teacher, n_teacher: the anchor and how many rows it holds.
+        seed: of the routing noise.
+    """
+
+    def __init__(
+        self,
+        model: SparseAutoencoder,
+        stream: RowStream,
+        stages: list[StageConfig],
+        config: TrainingConfig,
+        *,
+        folder: Path | None = None,
+        evaluate: Evaluate | None = None,
+        teacher: TeacherConfig | None = None,
+        n_teacher: int = 0,
+        seed: int = 0,
+    ):
+        self.model, self.stream, self.stages, self.config = model, stream, stages, config
+        self.folder, self.evaluate = folder, evaluate
+        self.device = model.data_mean.device
+        self.total = sum(stage.steps for stage in stages)
+        self.step = 0
+        self.parameters = dict(model.named_parameters())
+        groups = [{"params": [parameter], "name": name} for name, parameter in self.parameters.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.usage = Usage(model.n_parents, model.n_children, self.device)
+        self.anchor = Anchor(model, n_teacher, teacher or TeacherConfig())
+        self.stop_signal: int | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows (tokens) of one optimiser step."""
+        return self.config.batch_size * self.config.accumulate
+
+    def fit(self, tracker: Tracker, on_step: Callable[[int, int], None] = lambda step, total: None) -> dict[str, float]:
+        """Train from the present step to the last; returns the final validation metrics.
+
+        Raises Interrupted after a checkpoint on SIGINT or SIGTERM, Diverged when the loss is not finite.
+        """
+        values: dict[str, float] = {}
+        with self._catch_signals():
+            while self.step < self.total:
+                stage = stage_at(self.stages, self.step)
+                if self.step == stage.start:
+                    self.model.freeze(stage.config.freeze)
+                log = self.train_step(stage.config)
+                last = self.step == self.total
+                if last or self.step % self.config.log_every == 0:
+                    tracker.log({name: float(value) for name, value in log().items()}, self.step, self.step * self.rows_per_step)
+                if self.evaluate and (last or self.step % self.config.val_every == 0):
+                    values = self.evaluate(self.model)
+                    tracker.log(values, self.step, self.step * self.rows_per_step)
+                if last or self.stop_signal or self.step % self.config.checkpoint_every == 0:
+                    self.save()
+                on_step(self.step, self.total)
+                if self.stop_signal and not last:
+                    raise Interrupted(f"{signal.Signals(self.stop_signal).name} at step {self.step} of {self.total}; checkpoint written")
+        return values
+
+    def train_step(self, stage: StageConfig) -> Callable[[], dict[str, Any]]:
+        """One optimiser step; returns a function that computes its log values."""
+        config, model = self.config, self.model
+        model.train()
+        model.update_router_temperature(self.step, self.total)
+        warmup = penalty_warmup(config, self.step)
+        for _ in range(config.accumulate):
+            output = model(self.stream.next().to(self.device), self.generator)
+            terms = model.loss_terms(output, stage.loss)
+            loss = sum((w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()), self.anchor.penalty())
+            if not torch.isfinite(loss):
+                kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
+                raise Diverged(f"training: the loss is {loss.item()} at step {self.step} ({_parts(terms)}); last good checkpoint: {kept}")
+            (loss / config.accumulate).backward()
+            self.usage.update(output.codes)
+        if model.config.project_gradient:
+            model.project_gradients()
+        limit = config.grad_clip if config.grad_clip is not None else float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        rate = learning_rate(config, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * stage.lr_mult.get(group["name"], 1.0)
+        self.anchor.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        model.normalize_decoder_weights()
+        self.anchor.after_step()
+        self.step += 1
+        return lambda: {
+            "loss": loss.detach(), **{name: value.detach() for name, (_, value) in terms.items()},
+            "lr": rate, "penalty_warmup": warmup, "grad_norm": grad_norm, **self._usage_log(output),
+        }
+
+    def _usage_log(self, output: ModelOutput) -> dict[str, Any]:
+        codes, config = output.codes, self.config
+        load_P = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=self.model.n_parents).double()
+        share_P = load_P / load_P.sum().clamp_min(1)
+        values: dict[str, Any] = {
+            "active_parents_per_sample": (codes.parent_value > 0).sum(1).double().mean(),
+            "active_children_per_sample": (codes.child_value > 0).sum(1).double().mean(),
+            "router_temperature": self.model.router_temperature,
+            "router_entropy": -(share_P * share_P.clamp_min(1e-30).log()).sum(),
+            "router_max_load": load_P.max() / len(codes.parent_index),
+            "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
+            "encoder_norm": self.parameters["E" if "E" in self.parameters else "D"].norm(dim=1).mean(),
+        }
+        if self.model.n_children:
+            values["dead_children"] = self.usage.dead_children(config.dead_after_routed).double().mean()
+            values["projector_norm"] = self.parameters["Up"].norm(dim=-1).mean()
+        return values
+
+    # -- resuming -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that resuming needs."""
+        if self.folder is None:
+            return
+        parts: dict[str, dict[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+            "usage": self.usage.state_dict(),
+            "noise": {"state": self.generator.get_state()},
+        }
+        metadata = {"stream": json.dumps(self.stream.state_dict())}
+        save_checkpoint(self.folder / "checkpoints", self.step, parts, metadata)
+
+    def resume(self) -> bool:
+        """Load the latest checkpoint, if there is one; True if there was."""
+        path = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
+        if path is None:
+            return False
+        self.step, parts, metadata = load_checkpoint(path)
+        state = parts["model"]
+        if self.step < self.total:
+            stage = stage_at(self.stages, self.step)
+            inside = self.step > stage.start
+            self.model.freeze(stage.config.freeze if inside else ())
+            if not inside:
+                state = {name: tensor for name, tensor in state.items() if name not in self.model.transient_names}
+            self.model.load_state_dict(state)
+        else:
+            self.model.load_state_dict({n: t for n, t in state.items() if n not in self.model.transient_names})
+        load_optimizer_tensors(self.optimizer, self.parameters, parts["optimizer"])
+        self.usage.load_state_dict(parts["usage"])
+        self.generator.set_state(parts["noise"]["state"])
+        self.stream.load_state_dict(json.loads(metadata["stream"]))
+        return True
+
+    @contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        def note(number: int, frame: object) -> None:
+            self.stop_signal = number
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Delete an arm's checkpoints, so that it starts anew."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _parts(terms: dict[str, tuple[float, Tensor]]) -> str:
+    return ", ".join(f"{name} {value.item():.4g}" for name, (_, value) in terms.items())

@@ -1,0 +1,44 @@
+"""Which parents and children are in use: two counters, never one (docs/method.md section 2)."""
+
+import torch
+from torch import Tensor
+
+from ..models.codes import Codes
+
+
+class Usage:
+    """Counts, for every parent, tokens since it was last active; for every child, routed tokens of its parent since then.
+
+    idle_parent [P] and idle_child [P*C], int64.
+    """
+
+    def __init__(self, n_parents: int, n_children: int, device: torch.device):
+        self.n_children = n_children
+        self.idle_parent = torch.zeros(n_parents, dtype=torch.int64, device=device)
+        self.idle_child = torch.zeros(n_parents * n_children, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, codes: Codes) -> None:
+        """Count one batch."""
+        used = codes.parent_value > 0
+        routed_P = torch.bincount(codes.parent_index[used], minlength=len(self.idle_parent))
+        self.idle_parent += len(codes.parent_index)
+        self.idle_parent[routed_P > 0] = 0
+        if self.n_children:
+            self.idle_child += routed_P.repeat_interleave(self.n_children)
+            self.idle_child[codes.child_index[codes.child_value > 0]] = 0
+
+    def dead_parents(self, after: int) -> Tensor:
+        """Mask [P] of parents not active for more than `after` tokens."""
+        return self.idle_parent > after
+
+    def dead_children(self, after_routed: int) -> Tensor:
+        """Mask [P*C] of children whose parent was active for more than `after_routed` tokens without them."""
+        return self.idle_child > after_routed
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"idle_parent": self.idle_parent, "idle_child": self.idle_child}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.idle_parent.copy_(state["idle_parent"])
+        self.idle_child.copy_(state["idle_child"])

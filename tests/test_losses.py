@@ -1,0 +1,311 @@
+"""Loss terms and constraints against their naive forms."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from polytope_hsae.config import HSAEConfig, LossOverrides
+from polytope_hsae.models.codes import Codes, ModelOutput
+from polytope_hsae.models.constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
+from polytope_hsae.models.flat import TopKConfig, TopKSAE
+from polytope_hsae.models.hsae import HierarchicalSAE, freeze_decoder_weights, unfreeze_decoder_weights
+from polytope_hsae.models.losses import (
+    PENALTIES,
+    biorth_identity,
+    biorth_offdiag,
+    causal_orthogonality,
+    loss_terms,
+    reconstruction_error,
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spd(d, seed=9):
+    root = normal(d, d, seed=seed)
+    return root @ root.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+def naive_identity(E, D):
+    total = 0.0
+    for e, g in zip(E.reshape(-1, *E.shape[-2:]), D.reshape(-1, *D.shape[-2:]), strict=True):
+        for i, j in itertools.product(range(len(e)), repeat=2):
+            total = total + (e[i] @ g[j] - float(i == j)) ** 2
+    return total
+
+
+def naive_offdiag(E, D):
+    squares = []
+    for e, g in zip(E.reshape(-1, *E.shape[-2:]), D.reshape(-1, *D.shape[-2:]), strict=True):
+        for i, j in itertools.product(range(len(e)), repeat=2):
+            if i != j:
+                squares.append((e[i] @ g[j] / (e[i].norm() * g[j].norm())) ** 2)
+    return torch.stack(squares).mean()
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (9, 4), (2, 1), (4, 3, 7), (4, 5, 5), (3, 9, 4), (2, 3, 6, 2)])
+@pytest.mark.parametrize("form, naive", [(biorth_identity, naive_identity), (biorth_offdiag, naive_offdiag)])
+def test_biorthogonality_equals_the_naive_form(shape, form, naive):
+    E, D = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
+    value, expected = form(E, D), naive(E, D)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-10)
+    for mine, theirs in zip(
+        torch.autograd.grad(value, (E, D)), torch.autograd.grad(expected, (E, D)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_biorthogonality_of_a_single_row():
+    E, D = normal(1, 4), normal(1, 4, seed=1)
+    assert biorth_offdiag(E, D).item() == 0
+    assert biorth_identity(E, D).item() == pytest.approx((E[0] @ D[0] - 1).item() ** 2)
+
+
+def test_biorthogonality_never_builds_the_square_matrix():
+    # 60,000 rows of width 2: the naive product would need 29 GB.
+    E = torch.ones(60_000, 2)
+    assert biorth_offdiag(E, E).item() == pytest.approx(1.0, rel=1e-4)
+    assert biorth_identity(E, E).item() == pytest.approx(60_000**2 * 4 - 2 * 2 * 60_000 + 60_000, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["atom", "literal"])
+@pytest.mark.parametrize("metric", [None, spd(7)])
+def test_causal_orthogonality_equals_the_double_loop(form, metric):
+    P, C, s, d = 3, 4, 2, 7
+    D, Up, G = normal(P, d), normal(P, s, d, seed=1), normal(P, C, s, seed=2)
+    M = torch.eye(d, dtype=torch.float64) if metric is None else metric
+    total = 0.0
+    for p, c in itertools.product(range(P), range(C)):
+        atom = Up[p].T @ G[p, c]
+        difference = atom if form == "atom" else atom - D[p]
+        total += (D[p] @ M @ difference).item() ** 2
+    assert causal_orthogonality(D, Up, G, metric, form).item() == pytest.approx(total / (P * C), rel=1e-12)
+
+
+def test_a_literal_penalty_uses_the_inverse_metric_in_training_too():
+    class Geometry:
+        sigma = spd(6)
+        sigma_inv = torch.linalg.inv(spd(6))
+
+    h = normal(5, 6)
+    for form in ("atom", "literal"):
+        config = HSAEConfig(
+            n_parents=4, topk_parent=2, n_children_per_parent=3, subspace_dim=2,
+            causal_ortho_lambda=1.0, causal_orth_form=form,
+        )
+        model = HierarchicalSAE(config, 6).double()
+        model.set_metric(Geometry.sigma)
+        value = model.loss_terms(model(h), LossOverrides())["causal_orth"][1]
+        assert value.item() == pytest.approx(model.compute_causal_orthogonality_penalty(Geometry()).item(), rel=1e-9)
+
+
+def test_reconstruction_reductions():
+    x = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]])
+    x_hat = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 4.0]])
+    assert reconstruction_error(x, x_hat, "sum").item() == pytest.approx((5 + 0 + 25) / 3)
+    assert reconstruction_error(x, x_hat, "mean").item() == pytest.approx(torch.nn.functional.mse_loss(x_hat, x).item())
+
+
+def output_of_known_codes():
+    codes = Codes(
+        torch.tensor([[0, 1], [2, 0]]),
+        torch.tensor([[1.0, 2.0], [0.5, 0.0]]),
+        torch.tensor([[0, 3], [4, 1]]),
+        torch.tensor([[3.0, 0.0], [0.25, 0.0]]),
+    )
+    logits = torch.tensor([[1.0, 2.0, 0.5], [-4.0, 0.25, 0.5]])
+    child_pre = torch.tensor([[[3.0, -1.0], [0.5, -2.0]], [[0.25, 0.125], [7.0, -1.0]]])
+    zero = torch.zeros(2, 3)
+    return ModelOutput(zero, zero + 1, zero + 2, codes, logits, child_pre)
+
+
+@pytest.mark.parametrize(
+    "scope, parents, children",
+    [("selected", 3.5 / 2, 3.25 / 2), ("all", (3.5 + 0.75) / 2, (3.5 + 7.375) / 2)],
+)
+def test_l1_is_the_sum_per_row_over_its_scope(scope, parents, children):
+    config = HSAEConfig(l1_parent=0.1, l1_child=0.2, l1_scope=scope, top_level_beta=0.5)
+    terms = loss_terms(output_of_known_codes(), config, {}, None)
+    assert {name: (weight, value.item()) for name, (weight, value) in terms.items()} == {
+        "recon": (1.0, 3.0),
+        "recon_top": (0.5, 12.0),
+        "l1_parent": (0.1, pytest.approx(parents)),
+        "l1_child": (0.2, pytest.approx(children)),
+    }
+
+
+def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
+    config = HSAEConfig(
+        n_parents=3, topk_parent=1, n_children_per_parent=2, subspace_dim=2, top_level_beta=0.1, causal_ortho_lambda=0.3
+    )
+    model = HierarchicalSAE(config, 4)
+    output = model(torch.ones(2, 4))
+    assert set(model.loss_terms(output, LossOverrides())) == {"recon", "recon_top", "causal_orth"}
+    stage = LossOverrides(causal_ortho_lambda=0.0, biorth_lambda=0.7, top_level_beta=0.0, l1_child=0.2)
+    terms = model.loss_terms(output, stage)
+    assert {name: weight for name, (weight, _) in terms.items()} == {
+        "recon": 1.0, "l1_child": 0.2, "biorth_router": 0.7, "biorth_child": 0.7,
+    }
+    assert set(terms) - {"recon"} <= set(PENALTIES)
+
+
+# -- constraints ---------------------------------------------------------------------------------------------------------
+
+
+def test_norms_in_a_metric():
+    M = spd(5)
+    rows, Up, G = normal(4, 5), normal(3, 2, 5, seed=1), normal(3, 4, 2, seed=2)
+    expected = torch.stack([(row @ M @ row).sqrt() for row in rows])
+    torch.testing.assert_close(row_norms(rows, M)[:, 0], expected)
+    torch.testing.assert_close(row_norms(rows, None)[:, 0], rows.norm(dim=1))
+    for metric in (None, M):
+        torch.testing.assert_close(atom_norms(Up, G, metric), row_norms(G @ Up, metric))
+
+
+def test_projection_removes_the_component_along_the_row_and_nothing_else():
+    gradient, rows = normal(4, 3, 5), 3 * normal(4, 3, 5, seed=1)
+    projected = project_out(gradient, rows)
+    torch.testing.assert_close((projected * rows).sum(-1), torch.zeros(4, 3, dtype=torch.float64), rtol=0, atol=1e-12)
+    removed = gradient - projected
+    cosine = torch.nn.functional.cosine_similarity(removed, rows, dim=-1).abs()
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    torch.testing.assert_close(project_out(projected, rows), projected)
+
+
+@pytest.mark.parametrize("metric", [None, spd(6)])
+def test_restoring_a_gram_matrix_keeps_the_row_space(metric):
+    Up, reference = normal(3, 2, 6), gram(normal(3, 2, 6, seed=1), metric)
+    restored = restore_gram(Up, reference, metric)
+    torch.testing.assert_close(gram(restored, metric), reference)
+    both = torch.cat([Up, restored], dim=1)
+    assert torch.linalg.matrix_rank(both, rtol=1e-9).tolist() == [2, 2, 2]
+    torch.testing.assert_close(restore_gram(Up, gram(Up, metric), metric), Up)
+
+
+def test_geometric_median_against_a_minimiser():
+    x = normal(31, 3)
+    x[:4] += 40  # outliers that would drag the mean by five units
+
+    def summed_distance(point):
+        return float(np.linalg.norm(x.numpy() - point, axis=1).sum())
+
+    best = minimize(summed_distance, x.mean(0).numpy(), tol=1e-10)
+    median = geometric_median(x, iterations=1000, tolerance=1e-10)
+    np.testing.assert_allclose(median.numpy(), best.x, atol=1e-4)
+    assert summed_distance(geometric_median(x).numpy()) <= best.fun * (1 + 1e-6)
+
+
+def test_geometric_median_known_answers():
+    square = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) + 5
+    torch.testing.assert_close(geometric_median(square), torch.tensor([5.0, 5.0]))
+    torch.testing.assert_close(geometric_median(torch.ones(3, 2)), torch.ones(2))
+    line = torch.tensor([[-3.0], [0.0], [1.0], [1.0], [1.0]])  # its mean, 0, is one of the points and not the median
+    torch.testing.assert_close(geometric_median(line), torch.tensor([1.0]), rtol=0, atol=1e-3)
+
+
+def small_model(width=6, metric=None, **options):
+    shape = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 4, "subspace_dim": 3}
+    model = HierarchicalSAE(HSAEConfig(**{**shape, **options}), width, seed=3)
+    if metric is not None:
+        model.set_metric(metric.float())
+    return model
+
+
+def assert_unit(model, metric=None):
+    metric = metric if model.config.norm_metric == "causal" else None
+    D, Up, G = model.D.double(), model.Up.double(), model.G.double()
+    torch.testing.assert_close(row_norms(D, metric), torch.ones(5, 1, dtype=torch.float64), rtol=0, atol=1e-6)
+    norms = row_norms(G @ Up, metric) if model.config.normalize_child == "atom" else row_norms(G, None)
+    torch.testing.assert_close(norms, torch.ones(5, 4, 1, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm_metric", ["euclidean", "causal"])
+@pytest.mark.parametrize("normalize_child", ["atom", "decoder"])
+@pytest.mark.parametrize("tie_projectors", [True, "init"])
+def test_norms_hold_after_every_step_of_every_stage(norm_metric, normalize_child, tie_projectors):
+    metric = spd(6)
+    model = small_model(
+        metric=metric, norm_metric=norm_metric, normalize_child=normalize_child, tie_projectors=tie_projectors,
+        causal_ortho_lambda=0.3, biorth_lambda=0.1, l1_child=0.3,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
+    h = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    for frozen in ({"D", "G"}, {"G"}, {"D"}, {"Up"}, {"D", "G", "Up"}, {"D", "G"}, ()):
+        model.freeze(frozen)
+        before = {name: tensor.detach().clone() for name, tensor in model.tensors().items()}
+        for _ in range(3):
+            sum(weight * value for weight, value in model.loss_terms(model(h), LossOverrides()).values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.normalize_decoder_weights()
+            assert_unit(model, metric)
+        tied = {"Down"} if tie_projectors is True and "Up" in frozen else set()
+        for name, tensor in model.tensors().items():
+            assert torch.equal(tensor, before[name]) == (name in {*frozen, *tied}), (frozen, name)
+
+
+def test_a_geometry_given_by_hand_sets_the_norm():
+    class Geometry:
+        sigma = spd(6)
+
+    model = small_model()
+    model.normalize_decoder_weights(Geometry())
+    assert row_norms(model.D.double(), Geometry.sigma)[:, 0].tolist() == pytest.approx([1] * 5, abs=1e-6)
+
+
+def test_norms_are_left_alone_when_the_constraint_is_off():
+    model = small_model(normalize_decoder=False)
+    with torch.no_grad():
+        model.D.mul_(2.0)
+        model.G.mul_(3.0)
+    before = {name: tensor.detach().clone() for name, tensor in model.tensors().items()}
+    model.normalize_decoder_weights()
+    freeze_decoder_weights(model)
+    model.normalize_decoder_weights()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.tensors().items())
+
+
+def test_gradient_projection_of_both_kinds_of_model():
+    h = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+    flat = TopKSAE(TopKConfig(n_latents=8, k=3), 6)
+    for model, constrained in ((small_model(), ("D", "G")), (flat, ("D",))):
+        model.loss_terms(model(h), LossOverrides())["recon"][1].backward()
+        rows = [getattr(model, name) for name in constrained]
+        assert all((row.grad * row).sum(-1).abs().max() > 1e-3 for row in rows)
+        E_grad = model.E.grad.clone()
+        model.project_gradients()
+        assert all((row.grad * row).sum(-1).abs().max() < 1e-5 for row in rows)
+        assert torch.equal(model.E.grad, E_grad)
+
+
+@pytest.mark.parametrize("tie", [False, True, "init"])
+def test_tying(tie):
+    model = small_model(use_tied_decoders_parent=tie, use_tied_decoders_child=tie, tie_projectors=tie)
+    for encoder, decoder in ((model.E, model.D), (model.F, model.G), (model.Down, model.Up)):
+        assert (encoder is decoder) == (tie is True)
+        assert torch.equal(encoder, decoder) == (tie is not False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    h = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    model.loss_terms(model(h), LossOverrides())["recon"][1].backward()
+    optimizer.step()
+    model.normalize_decoder_weights()
+    for encoder, decoder in ((model.E, model.D), (model.F, model.G), (model.Down, model.Up)):
+        assert (encoder is decoder) == torch.equal(encoder, decoder) == (tie is True)
+    n_tensors = len(model.tensors()) - (3 if tie is True else 0)
+    assert len(list(model.parameters())) == n_tensors
+
+
+def test_freezing_names_exactly_what_is_frozen():
+    model = small_model(use_tied_decoders_parent=True)
+    freeze_decoder_weights(model)
+    frozen = {name for name, tensor in model.tensors().items() if not tensor.requires_grad}
+    assert frozen == {"D", "G", "E"}  # E is D
+    model.freeze(["b_E"])
+    assert {name for name, tensor in model.tensors().items() if not tensor.requires_grad} == {"b_E"}
+    unfreeze_decoder_weights(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
