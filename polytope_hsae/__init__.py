@@ -1,38 +1,66 @@
-"""Hierarchical sparse autoencoders with teachers from the geometry of language models."""
+"""Hierarchical sparse autoencoders with teachers from the geometry of language models.
 
-from .config import Config, HSAEConfig, load_config
-from .geometry.causal import CausalGeometry, Space
-from .geometry.estimators import ConceptEstimator
-from .geometry.evidence import collect_evidence, test_hierarchical_orthogonality
-from .lm import LanguageModel
-from .models.base import SparseAutoencoder
-from .models.codes import Codes
-from .models.flat import TopKConfig, TopKSAE
-from .models.hsae import ChildInit, HierarchicalSAE, freeze_decoder_weights, unfreeze_decoder_weights
-from .teacher import Teacher, extract_teacher
-from .training.trainer import HSAETrainer
+The public names are loaded when they are first used, so that `hsae -h` does not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config as Config
+    from .config import HSAEConfig as HSAEConfig
+    from .config import load_config as load_config
+    from .geometry.causal import CausalGeometry as CausalGeometry
+    from .geometry.causal import Space as Space
+    from .geometry.estimators import ConceptEstimator as ConceptEstimator
+    from .geometry.evidence import collect_evidence as collect_evidence
+    from .geometry.evidence import test_hierarchical_orthogonality as test_hierarchical_orthogonality
+    from .lm import LanguageModel as LanguageModel
+    from .models.base import SparseAutoencoder as SparseAutoencoder
+    from .models.codes import Codes as Codes
+    from .models.flat import TopKConfig as TopKConfig
+    from .models.flat import TopKSAE as TopKSAE
+    from .models.hsae import ChildInit as ChildInit
+    from .models.hsae import HierarchicalSAE as HierarchicalSAE
+    from .models.hsae import freeze_decoder_weights as freeze_decoder_weights
+    from .models.hsae import unfreeze_decoder_weights as unfreeze_decoder_weights
+    from .teacher import Teacher as Teacher
+    from .teacher import extract_teacher as extract_teacher
+    from .training.trainer import HSAETrainer as HSAETrainer
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CausalGeometry",
-    "ChildInit",
-    "Codes",
-    "ConceptEstimator",
-    "Config",
-    "HSAEConfig",
-    "HSAETrainer",
-    "HierarchicalSAE",
-    "LanguageModel",
-    "SparseAutoencoder",
-    "Space",
-    "Teacher",
-    "TopKConfig",
-    "TopKSAE",
-    "collect_evidence",
-    "extract_teacher",
-    "freeze_decoder_weights",
-    "load_config",
-    "test_hierarchical_orthogonality",
-    "unfreeze_decoder_weights",
-]
+_HOME = {
+    "Config": "config",
+    "HSAEConfig": "config",
+    "load_config": "config",
+    "CausalGeometry": "geometry.causal",
+    "Space": "geometry.causal",
+    "ConceptEstimator": "geometry.estimators",
+    "collect_evidence": "geometry.evidence",
+    "test_hierarchical_orthogonality": "geometry.evidence",
+    "LanguageModel": "lm",
+    "SparseAutoencoder": "models.base",
+    "Codes": "models.codes",
+    "TopKConfig": "models.flat",
+    "TopKSAE": "models.flat",
+    "ChildInit": "models.hsae",
+    "HierarchicalSAE": "models.hsae",
+    "freeze_decoder_weights": "models.hsae",
+    "unfreeze_decoder_weights": "models.hsae",
+    "Teacher": "teacher",
+    "extract_teacher": "teacher",
+    "HSAETrainer": "training.trainer",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,22 +1,18 @@
-"""The command line: `hsae run quickstart` and its parts. It parses, calls a phase and prints."""
+"""The command line: `hsae run quickstart` and its parts. It parses, calls a phase and prints.
+
+Imports inside the commands keep `hsae -h` and config errors fast: PyTorch takes seconds to load.
+"""
 
 import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from .config import Config, load_config
-from .data.concepts import Concepts, format_tree
-from .fileio import read_json
-from .lm import load_tokenizer
-from .phases.phase1_teacher import make_concepts
-from .phases.run import Run
-from .phases.run_all import PHASES, run_all
-from .training.trainer import Diverged, Interrupted
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Hierarchical sparse autoencoders with teachers from the geometry of language models.",
@@ -43,6 +39,9 @@ def run_command(
     device: DeviceOption = None, seed: SeedOption = None, quiet: QuietOption = False,
 ) -> None:
     """All four phases; resumes what was interrupted and skips what is done."""
+    from .phases.run import Run
+    from .phases.run_all import run_all
+
     run_all(Run(_config(config, overrides, device, seed), out, force=force, quiet=quiet))
 
 
@@ -52,6 +51,9 @@ def _add_phase(number: int, help_text: str) -> None:
         config: ConfigArgument, overrides: SetOption = None, out: OutOption = None, force: ForceOption = False,
         device: DeviceOption = None, seed: SeedOption = None, quiet: QuietOption = False,
     ) -> None:
+        from .phases.run import Run
+        from .phases.run_all import PHASES
+
         PHASES[number](Run(_config(config, overrides, device, seed), out, force=force, quiet=quiet))
 
 
@@ -66,6 +68,11 @@ def concepts_command(
     config: ConfigArgument, overrides: SetOption = None, out: OutOption = None,
 ) -> None:
     """The tree of parents and children with their words, for the config's tokenizer or a finished run."""
+    from .data.concepts import Concepts, format_tree
+    from .fileio import read_json
+    from .lm import load_tokenizer
+    from .phases.phase1_teacher import make_concepts
+
     made = out / "phase1" / "concepts.json" if out is not None else None
     if made is not None and made.is_file():
         concepts = Concepts.from_json(read_json(made))
@@ -91,13 +98,17 @@ def main() -> None:
     """Entry point: 0 done, 1 failed, 2 bad input (one line), 130 interrupted after a checkpoint."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        app(standalone_mode=True)
-    except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error}", file=sys.stderr)
-        sys.exit(130)
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        app()
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except InterruptedError as error:
+        _exit(f"interrupted: {error}", 130)
+    except ArithmeticError as error:
+        _exit(f"error: {error}", 1)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _exit(f"error: {' '.join(str(error).split())}", 2)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,7 +1,8 @@
 """Language models: load, unembedding, capture at a hook, splice an edit in.
 
-Hugging Face causal LMs from a hub id, a folder or the name of a packaged model; safetensors only, no remote code.
-The residual *after the final norm* is read where it is used: at the input of the output embedding module.
+Hugging Face causal LMs from a hub id, a folder or the name of a packaged model; safetensors only, no remote
+code. The residual *after the final norm* is read where it is used: at the input of the output embedding
+module.
 Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from polytope_hsae.fileio import sha256_file, sha256_json
@@ -38,14 +39,14 @@ class Captured(NamedTuple):
 class LanguageModel:
     """A causal LM with its unembedding U (and bias, soft-cap) such that logits = softcap(U h + b).
 
-    h is the residual after the final norm. A constant that the model multiplies its logits by is folded into U
-    and b. A model without an output head uses its input embeddings as U and says so: `has_head` is False, and
-    whatever needs logits raises ValueError.
+    h is the residual after the final norm. A constant that the model multiplies its logits by is folded
+    into U and b. A model without an output head uses its input embeddings as U and says so: `has_head` is
+    False, and whatever needs logits raises ValueError.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: Any,
         *,
         name: str,
@@ -72,7 +73,7 @@ class LanguageModel:
                 stacklevel=2,
             )
         scale = _logit_scale(text_config) if has_head else 1.0
-        source = self.head if self.head is not None else model.get_input_embeddings()
+        source: Any = self.head if self.head is not None else model.get_input_embeddings()
         bias = getattr(source, "bias", None)
         self.unembedding: Tensor = _scaled(source.weight, scale)
         self.unembedding_bias: Tensor | None = None if bias is None else _scaled(bias, scale)
@@ -94,7 +95,7 @@ class LanguageModel:
         try:
             config = AutoConfig.from_pretrained(location, **options)
             has_head = any("ForCausalLM" in a or "LMHead" in a for a in config.architectures or [])
-            auto_class = AutoModelForCausalLM if has_head else AutoModel
+            auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
             model, loading = auto_class.from_pretrained(
                 location, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
             )
@@ -151,13 +152,19 @@ class LanguageModel:
 
     @torch.no_grad()
     def capture(
-        self, ids_BT: Tensor, hook: str, *, mask: Tensor | None = None, logits: bool = False, final: bool = False
+        self,
+        ids_BT: Tensor,
+        hook: str,
+        *,
+        mask: Tensor | None = None,
+        logits: bool = False,
+        final: bool = False,
     ) -> Captured:
         """Activations at `hook` (float32 [B,T,d]); also logits [B,T,V] and the final residual [B,T,d] if asked.
 
-        `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple). `mask` [B,T] is 1 on
-        tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook (with close
-        matches), a module that does not run exactly once, or logits of a model without a head.
+        `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple). `mask` [B,T]
+        is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
+        (with close matches), a module that does not run exactly once, or logits of a model without a head.
         """
         if logits:
             self._require_head("logits")
@@ -183,8 +190,8 @@ class LanguageModel:
     ) -> Tensor:
         """Logits (float32 [B,T,V]) with the hook's activations replaced by `edit(acts_BTd)`.
 
-        `edit` takes and returns float32 [B,T,d]. `last_only`: logits [B,V] of every row's last token that `mask`
-        keeps. Raises ValueError as `capture` does.
+        `edit` takes and returns float32 [B,T,d]. `last_only`: logits [B,V] of every row's last token that
+        `mask` keeps. Raises ValueError as `capture` does.
         """
         self._require_head("a run with an edit")
         logits = self._forward(ids_BT, mask, [(hook, edit)], "last" if last_only else None)
@@ -226,7 +233,12 @@ class LanguageModel:
         return output.logits.float() if self.head is not None else None
 
     def _attach(
-        self, name: str, function: Callable[[Tensor], Tensor | None], fired: list[int], index: int, shape: torch.Size
+        self,
+        name: str,
+        function: Callable[[Tensor], Tensor | None],
+        fired: list[int],
+        index: int,
+        shape: torch.Size,
     ) -> Any:
         """Register `function` at hook `name`; counts its calls in `fired[index]`."""
 

@@ -322,7 +322,7 @@ def extract_activation_teacher(
     for parent, vector_d in zip(concepts.parents, parents_Qd, strict=True):
         if not vector_d.any():
             raise ValueError(
-                f"activations: found rows of parent {parent.name!r} only, or none, allowed: some with and some without"
+                f"activations: found rows of parent {parent.name!r} only, or none, allowed: it and others"
             )
     deltas_Rd = stats.class_differences() @ geometry.sigma_sqrt - parents_Qd[child_parent]
     unseen_R = stats.counts < max(min_rows, 1)

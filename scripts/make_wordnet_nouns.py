@@ -82,9 +82,7 @@ def pack(folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Pack WordNet's nouns into the graph that the package ships."
-    )
+    parser = argparse.ArgumentParser(description="Pack WordNet's nouns into the graph that the package ships.")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="has data.noun")
     parser.add_argument("--out", type=Path, default=Path("polytope_hsae/data/wordnet_nouns.json.gz"))
     args = parser.parse_args()

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def split_documents(ids_BT: np.ndarray, start_id: int, min_tokens: int) -> tuple
     """Cut at start tokens, drop documents shorter than `min_tokens`: (tokens [N], doc_start [n_docs])."""
     flat = ids_BT.reshape(-1)
     bounds = np.append(np.flatnonzero(flat == start_id), flat.size)
-    documents = [flat[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b - a >= min_tokens]
+    documents = [flat[a:b] for a, b in pairwise(bounds) if b - a >= min_tokens]
     if not documents:
         raise ValueError(f"--tokens: no document of at least {min_tokens} tokens was drawn, ask for more")
     lengths = np.array([0] + [len(document) for document in documents[:-1]], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from polytope_hsae.geometry.estimators import ConceptEstimator
 WIDTH, VOCAB = 128, 3000
 N_PARENTS, N_CHILDREN, N_WORDS = 20, 5, 8
 CHILD_PARENT = [p for p in range(N_PARENTS) for _ in range(N_CHILDREN)]
-NAMES = {
+NAMES: dict[str, Any] = {
     "parent_names": [f"p{p}" for p in range(N_PARENTS)],
     "child_names": [f"c{c}" for c in range(N_PARENTS * N_CHILDREN)],
 }
@@ -34,7 +35,8 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def world(kind: str) -> Tensor:
-    """Rows of U: parent + child + word + form, independent; `oblique` children also lean on their parent unequally."""
+    """Rows of U: parent + child + word + form, independent; `oblique` children also lean on their parent
+    unequally."""
     n_children = len(CHILD_PARENT)
     words = torch.arange(VOCAB // 2)
     rows = randn(VOCAB // 2, WIDTH, seed=1).repeat_interleave(2, 0) + 0.3 * randn(VOCAB, WIDTH, seed=2)
@@ -49,7 +51,7 @@ def world(kind: str) -> Tensor:
     return rows
 
 
-def collected(kind: str, **options) -> dict:
+def collected(kind: str, **options: Any) -> dict[str, Any]:
     rows = world(kind)
     geometry = CausalGeometry(rows, metric="identity")
     options = {"permutations": 200, "bootstrap": 100, "halvings": 10, **options}
@@ -116,7 +118,7 @@ def test_shared_parent_statistic_and_null_by_brute_force() -> None:
     shared = statistics.shared_parent(
         words, *statistics.word_sums(POOL, lambda ids: rows[ids]), permutations=400, seed=0
     )
-    vectors = [rows[sum(child, [])].mean(0) for child in CHILD_WORDS[:5]]
+    vectors = [rows[[t for word in child for t in word]].mean(0) for child in CHILD_WORDS[:5]]
     pairs = [float(vectors[i] @ vectors[j]) for i in range(5) for j in range(5) if i != j]
     assert shared.s_p[0] == pytest.approx(np.mean(pairs))
     assert np.isnan(shared.s_p[1])  # one child has no pairs
@@ -169,6 +171,25 @@ def test_concept_words_missing_from_the_pool_are_added() -> None:
         rows, geometry, CHILD_WORDS, CHILD_PARENT, pool, **NAMES, permutations=20, bootstrap=10, controls=()
     )
     assert result["pool_size"] == len(POOL)
+
+
+def test_too_few_parents_for_the_pseudo_control() -> None:
+    rows = world("hierarchy")
+    names: dict[str, Any] = {"parent_names": ["a", "b"], "child_names": [str(row) for row in range(10)]}
+    result = evidence.collect_evidence(
+        rows,
+        CausalGeometry(rows, metric="identity"),
+        CHILD_WORDS[:10],
+        CHILD_PARENT[:10],
+        POOL,
+        **names,
+        permutations=20,
+        bootstrap=10,
+        controls=("pseudo_parents",),
+    )
+    assert result["main"]["fraction_z_above_3"] == 1.0
+    assert result["pseudo_parents"]["median_z"] is None
+    assert result["pseudo_parents"]["why"] == "needs more parents than children of any one"
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -269,7 +290,7 @@ def test_noise_known_answers(noise: ConceptEstimator) -> None:
     assert abs(float(inside.mean())) < tolerance
     assert float(inside.std()) == pytest.approx(1 / math.sqrt(NOISE_WIDTH), rel=0.35)
     assert float(cosines(l_p, l_c).mean()) == pytest.approx(math.sqrt(r), abs=tolerance)
-    # Without the child's words l_rest has n_p - n_c of them: -sqrt(n_c/n_p) again, with r of the whole parent.
+    # Without its words the parent keeps n_p - n_c of them, and the answer is -sqrt(n_c/n_p) again.
     assert float(cosines(l_rest, l_c - l_rest).mean()) == pytest.approx(-math.sqrt(r), abs=tolerance)
     assert float(cosines(l_other, l_c - l_other).mean()) == pytest.approx(
         -math.sqrt(r / (1 + r)), abs=tolerance

@@ -1,6 +1,7 @@
 """Causal geometry, estimators and bases against known answers (docs/method.md §3, §4)."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_mixing_spaces_and_other_bad_inputs_are_refused(
         geometry.whiten(x, "row")
     with pytest.raises(ValueError, match=r"allowed: \[..., 24\]"):
         geometry.whiten(x[:5], Space.VECTOR)
-    with pytest.raises(ValueError, match="shrinkage: found 1.5, allowed: 0 to 1"):
+    with pytest.raises(ValueError, match=r"shrinkage: found 1\.5, allowed: 0 to 1"):
         CausalGeometry(unembedding, shrinkage=1.5)
     with pytest.raises(ValueError, match="from_activation_covariance makes that one"):
         CausalGeometry(unembedding, metric="residual_covariance")
@@ -138,7 +139,7 @@ def test_residual_covariance_measures_vectors_by_the_inverse(unembedding: Tensor
     assert (geometry.metric, geometry.shrinkage) == ("residual_covariance", 0.1)
 
 
-def test_geometry_file(tmp_path, geometry: CausalGeometry) -> None:
+def test_geometry_file(tmp_path: Path, geometry: CausalGeometry) -> None:
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
     geometry.save(paths[0])
     loaded = CausalGeometry.load(paths[0])
@@ -159,8 +160,8 @@ def test_mean_vectors(unembedding: Tensor, geometry: CausalGeometry) -> None:
     expected = torch.stack([whitened[tokens].mean(0) for tokens in sets])
     estimator = ConceptEstimator(unembedding, geometry)
     torch.testing.assert_close(estimator.concept_vectors(sets), expected)
-    torch.testing.assert_close(ConceptEstimator(unembedding.float(), geometry).concept_vectors(sets), expected,
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    single = ConceptEstimator(unembedding.float(), geometry).concept_vectors(sets)
+    torch.testing.assert_close(single, expected, rtol=1e-4, atol=1e-4)
     assert estimator.concept_vectors([]).shape == (0, WIDTH)
 
 
@@ -177,8 +178,7 @@ def test_lda_equals_the_pseudo_inverse_of_ledoit_wolf(
     torch.testing.assert_close(vector, (direction @ mean) * direction)
 
 
-def test_lda_without_shrinkage_uses_the_covariance_alone() -> None:
-    """Two rows mirrored about an offset have Ledoit-Wolf amount 0 or 1 in one dimension; the answer is the mean there."""
+def test_lda_in_one_dimension_is_the_mean() -> None:
     rows = torch.tensor([[1.0], [3.0], [-4.0]], dtype=torch.float64)
     estimator = ConceptEstimator(rows, CausalGeometry(rows, metric="identity"), "lda")
     torch.testing.assert_close(
@@ -202,7 +202,8 @@ def test_estimator_refuses_bad_sets(unembedding: Tensor, geometry: CausalGeometr
 def test_published_names_match_by_name(unembedding: Tensor, geometry: CausalGeometry) -> None:
     estimator = ConceptEstimator(unembedding, geometry)
     tokens = {"animal": {"dog": [1, 2], "cat": [3]}, "plant": {"tree": [4, 5], "herb": [6]}}
-    parents = estimator.estimate_parent_vectors({p: sum(c.values(), []) for p, c in tokens.items()})
+    union = {p: [t for ids in c.values() for t in ids] for p, c in tokens.items()}
+    parents = estimator.estimate_parent_vectors(union)
     reordered = {p: dict(reversed(c.items())) for p, c in reversed(tokens.items())}
     deltas = estimator.estimate_child_deltas(parents, reordered)
     expected = estimator.concept_vectors([[3]])[0] - estimator.concept_vectors([[1, 2, 3]])[0]
@@ -238,7 +239,7 @@ def test_bases_keep_the_energy_and_complete_orthogonally_to_the_parent() -> None
     assert not torch.allclose(bases, subspace_bases(parents, deltas, [0, 0, 0, 1], 6, 0.85, seed=1))
     with pytest.raises(ValueError, match="subspace_dim: found 24, allowed: 1 to 23"):
         subspace_bases(parents, deltas, [0, 0, 0, 1], WIDTH, 0.85, seed=0)
-    with pytest.raises(ValueError, match="energy: found 0.0"):
+    with pytest.raises(ValueError, match=r"energy: found 0\.0"):
         subspace_bases(parents, deltas, [0, 0, 0, 1], 4, 0.0, seed=0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_literal_form_reads_and_writes_one_direction(teacher: Teacher, geometry:
     torch.testing.assert_close(literal.parent_read, expected)
     assert literal.form == "literal"
     torch.testing.assert_close(literal.in_form("dual").parent_read, teacher.parent_read)
-    with pytest.raises(ValueError, match="teacher.init: found 'tied', allowed: dual, literal"):
+    with pytest.raises(ValueError, match=r"teacher\.init: found 'tied', allowed: dual, literal"):
         teacher.in_form("tied")
 
 
@@ -165,7 +166,7 @@ def test_rows_are_matched_by_name(unembedding: Tensor, geometry: CausalGeometry,
         teacher.matched(["parent0", "parent0"], [["child0"], ["child1"]])
 
 
-def test_file_keeps_everything_and_equal_bytes(tmp_path, teacher: Teacher) -> None:
+def test_file_keeps_everything_and_equal_bytes(tmp_path: Path, teacher: Teacher) -> None:
     paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
     teacher.save(paths[0])
     teacher.save(paths[1])
@@ -173,25 +174,25 @@ def test_file_keeps_everything_and_equal_bytes(tmp_path, teacher: Teacher) -> No
     loaded.save(paths[2])
     assert len({sha256_file(path) for path in paths}) == 1
     tensors, metadata = read_tensors(paths[0])
-    assert {
-        "parent.unified", "parent.read", "parent.write", "child.unified", "child.delta_unified", "child.delta_write",
-        "child.parent",
-    } <= set(tensors)  # fmt: skip
+    parent_names, child_names = (
+        ("unified", "read", "write"),
+        ("unified", "delta_unified", "delta_write", "parent"),
+    )
+    assert {f"parent.{name}" for name in parent_names} <= set(tensors)
+    assert {f"child.{name}" for name in child_names} <= set(tensors)
     assert tensors["parent.read"].dtype == torch.float64
     assert json.loads(metadata["parent_names"]) == ["parent0", "parent1", "parent2"]
     kept = {key: metadata[key] for key in ("estimator", "metric", "shrinkage", "model_revision", "folds")}
-    assert kept == {
-        "estimator": "mean", "metric": "causal", "shrinkage": "0.05", "model_revision": "abc", "folds": "train",
-    }  # fmt: skip
-    assert (loaded.parent_names, loaded.child_names, loaded.form) == (
-        teacher.parent_names, teacher.child_names, "dual",
-    )  # fmt: skip
+    expected = ("mean", "causal", "0.05", "abc", "train")
+    assert tuple(kept.values()) == expected
+    assert (loaded.parent_names, loaded.child_names) == (teacher.parent_names, teacher.child_names)
+    assert loaded.form == "dual"
     assert torch.equal(loaded.parent_read, teacher.parent_read)
     teacher.in_form("literal").save(paths[1])
     assert Teacher.load(paths[1]).form == "literal"
     del tensors["child.parent"], metadata["form"]
     write_tensors(paths[1], tensors, metadata)
-    with pytest.raises(ValueError, match="not a teacher file, missing child.parent, form"):
+    with pytest.raises(ValueError, match=r"not a teacher file, missing child\.parent, form"):
         Teacher.load(paths[1])
 
 

@@ -1,8 +1,9 @@
 """Corpora: documents of tokens from a token file, text, JSONL, Parquet or a hub dataset; splits and contexts.
 
-A document is a run of tokens that starts with the tokenizer's document-start token (bos, else eos) where it has one.
-A context is what the model sees at once: the start token and the next part of one document, so that every token of a
-document but its start is seen exactly once, and never without a start token before it.
+A document is a run of tokens that starts with the tokenizer's document-start token (bos, else eos) where it
+has one. A context is what the model sees at once: the start token and the next part of one document, so
+that every token of a document but its start is seen exactly once, and never without a start token before
+it.
 Shapes: N tokens, D documents, n contexts, B sequences, T positions.
 """
 
@@ -77,11 +78,11 @@ def load_documents(
 ) -> Documents:
     """Read a corpus until `max_tokens` tokens; the last document is cut to fit.
 
-    `source`: tokens (a file with `tokens` and `doc_start`; `path` None = the packaged sample; another tokenizer
-    than the file's gets the decoded text, encoded anew), text (paragraphs between blank lines, joined up to
-    `context_length` tokens; .xz and .gz are unpacked), jsonl and parquet (`text_field`), hub (NAME, NAME:SPLIT or
-    NAME:CONFIG:SPLIT, streamed). Raises ValueError for an unknown source, a missing or malformed file, a missing
-    extra, or an empty corpus.
+    `source`: tokens (a file with `tokens` and `doc_start`; `path` None = the packaged sample; another
+    tokenizer than the file's gets the decoded text, encoded anew), text (paragraphs between blank lines,
+    joined up to `context_length` tokens; .xz and .gz are unpacked), jsonl and parquet (`text_field`), hub
+    (NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, streamed). Raises ValueError for an unknown source, a missing or
+    malformed file, a missing extra, or an empty corpus.
     """
     if source not in SOURCES:
         raise ValueError(f"corpus.source: found {source!r}, allowed: {', '.join(SOURCES)}")
@@ -110,7 +111,8 @@ def document_start(tokenizer: Any) -> int | None:
 def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> dict[str, Tensor]:
     """Document numbers of train, val and test (int64, in a seeded random order), disjoint and complete.
 
-    Raises ValueError unless `fractions` are three positive numbers that sum to 1 and every split gets a document.
+    Raises ValueError unless `fractions` are three positive numbers that sum to 1 and every split gets a
+    document.
     """
     if len(fractions) != len(SPLITS) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"corpus.split: found {list(fractions)}, allowed: three positive fractions that sum to 1")
@@ -126,8 +128,8 @@ def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> 
 def contexts(documents: Documents, doc_ids: Tensor, context_length: int) -> Tensor:
     """Contexts of the given documents, int64 [n,3]: document, offset of its first token, number of tokens.
 
-    The start token that is put before the later parts of a document is not among those tokens; with it a context
-    has at most `context_length`. The parts follow the order of `doc_ids`.
+    The start token that is put before the later parts of a document is not among those tokens; with it a
+    context has at most `context_length`. The parts follow the order of `doc_ids`.
     """
     if context_length < 2:
         raise ValueError(f"corpus.context_length: found {context_length}, allowed: 2 or more")
@@ -151,11 +153,13 @@ def context_ids(documents: Documents, context: Tensor) -> Tensor:
     return ids if documents.start_id is None else torch.cat([torch.tensor([documents.start_id]), ids])
 
 
-def context_batches(documents: Documents, rows_n3: Tensor, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def context_batches(
+    documents: Documents, rows_n3: Tensor, batch_tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of contexts of similar length: (indices into `rows_n3` [B], ids int64 [B,T], mask int64 [B,T]).
 
-    Contexts are taken from the longest to the shortest; B·T is at most `batch_tokens` unless a single context is
-    longer. Padding is on the right.
+    Contexts are taken from the longest to the shortest; B·T is at most `batch_tokens` unless a single
+    context is longer. Padding is on the right.
     """
     order = torch.argsort(rows_n3[:, 2], descending=True, stable=True)
     prefix = 0 if documents.start_id is None else 1
@@ -214,7 +218,7 @@ def _token_documents(
     if metadata["tokenizer_sha256"] != sha256_file(PACKAGED_TOKENIZER / "tokenizer.json"):
         raise ValueError(f"corpus.path: {location!r} is for a tokenizer that is neither the model's nor packaged")
     packaged = AutoTokenizer.from_pretrained(str(PACKAGED_TOKENIZER))
-    texts = (packaged.decode(ids, skip_special_tokens=True) for ids in stored)
+    texts = (str(packaged.decode(ids, skip_special_tokens=True)) for ids in stored)
     return (_with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
 
 

@@ -1,9 +1,9 @@
 """Harvest: run the language model over a corpus and write activations with their labels, shard by shard.
 
-The plan (which context goes into which shard) follows from the inputs alone, and the manifest is rewritten after every
-shard, so a harvest that was killed goes on at the next shard and ends with the same bytes.
-Shapes: N rows of a shard, n rows of a chunk, d residual width, V vocabulary, M concept tokens, R children, P parents,
-c contexts of a shard.
+The plan (which context goes into which shard) follows from the inputs alone, and the manifest is rewritten
+after every shard, so a harvest that was killed goes on at the next shard and ends with the same bytes.
+Shapes: N rows of a shard, n rows of a chunk, d residual width, V vocabulary, M concept tokens, R children,
+P parents, c contexts of a shard.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from polytope_hsae.fileio import read_json, sha256_file, sha256_json, write_json
 from polytope_hsae.lm import DTYPES, FINAL_HOOK, LanguageModel
 
 FORMAT = 1
-CHUNK_LOGITS = 1 << 25  # logits held at once while beliefs are computed: 128 MiB
+CHUNK_LOGITS = 1 << 24  # logits held at once while beliefs are computed: 64 MiB
 
 Progress = Callable[[int, int], None]
 
@@ -59,10 +59,11 @@ def harvest(
 ) -> ActivationStore:
     """Write the activation store of `documents` at `hook` into `folder` and open it.
 
-    Documents are split by `split` (train, val, test) and `seed`. `belief` adds the belief labels (docs/method.md §3)
-    when the model has a head and `concepts` are given. `progress(rows done, rows in all)` is called after every batch.
-    A folder with a harvest of the same settings is continued. Raises ValueError when its settings differ (naming
-    them), for a split without rows, and for activations that `dtype` cannot hold.
+    Documents are split by `split` (train, val, test) and `seed`. `belief` adds the belief labels
+    (docs/method.md §3) when the model has a head and `concepts` are given. `progress(rows done, rows in
+    all)` is called after every batch. A folder with a harvest of the same settings is continued. Raises
+    ValueError when its settings differ (naming them), for a split without rows, and for activations that
+    `dtype` cannot hold.
     """
     if dtype not in DTYPES:
         raise ValueError(f"data.dtype: found {dtype!r}, allowed: {', '.join(DTYPES)}")
@@ -122,7 +123,8 @@ def _write_shards(
         done.append({**entry, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
         width = columns["acts"].shape[1]
         write_json(
-            folder / MANIFEST, {**manifest, "width": width, "complete": len(done) == len(plan), "shards": done}
+            folder / MANIFEST,
+            {**manifest, "width": width, "complete": len(done) == len(plan), "shards": done},
         )
 
 
@@ -240,17 +242,18 @@ class ConceptIndex:
     def beliefs(self, final_nd: Tensor, threshold: float) -> Beliefs:
         """What the model expects next at every final residual [n,d], among the concepts.
 
-        `prob` is the mass of the parent with the most probability, `token` its likeliest token, `child` its likeliest
-        child (by summed mass) where `prob` >= `threshold`, else -1.
+        `prob` is the mass of the parent with the most probability, `token` its likeliest token, `child` its
+        likeliest child (by summed mass) where `prob` >= `threshold`, else -1.
         """
         size = max(1, CHUNK_LOGITS // self.lm.vocab_size)
         chunks = [self._chunk(chunk_nd, threshold) for chunk_nd in final_nd.split(size)]
         return Beliefs(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
     def _chunk(self, final_nd: Tensor, threshold: float) -> Beliefs:
+        # The softmax in place: the logits are the largest thing here, and only concept tokens are kept of them.
         logits_nV = self.lm.logits_from_final(final_nd)
-        normaliser_n = logits_nV.logsumexp(1)
-        prob_Mn = (logits_nV[:, self.token_M].T - normaliser_n).exp()
+        odds_nV = logits_nV.sub_(logits_nV.amax(1, keepdim=True)).exp_()
+        prob_Mn = odds_nV[:, self.token_M].T / odds_nV.sum(1)
         mass_Rn = prob_Mn.new_zeros(len(self.parent_R), prob_Mn.shape[1]).index_add_(0, self.child_M, prob_Mn)
         mass_Pn = mass_Rn.new_zeros(self.n_parents, prob_Mn.shape[1]).index_add_(0, self.parent_R, mass_Rn)
         prob_n, parent_n = mass_Pn.max(0)

@@ -15,9 +15,7 @@ MAX_PARENT_SHARE = 0.03  # of all the words that the ontology is given
 MAX_CHILD_SHARE = 0.7  # of its parent's words
 
 
-def select_parents(
-    wordnet: WordNet, words: Iterable[str], *, min_children: int, min_words_per_child: int
-) -> Families:
+def select_parents(wordnet: WordNet, words: Iterable[str], *, min_children: int, min_words_per_child: int) -> Families:
     """Parent synset -> child synset -> words; parents do not overlap. From the graph and the words alone.
 
     `words` are first-sense nouns. A child is a direct hyponym with at least `min_words_per_child` of them
@@ -117,9 +115,7 @@ def read_ontology(path: Path) -> Families:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"concepts.ontology: {path} cannot be parsed: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"concepts.ontology: {path} cannot be parsed: {' '.join(str(error).split())}") from error
     place: dict[str, str] = {}
     for parent, children in _items(tree, f"{path}", "a mapping of parents"):
         for child, listed in _items(children, f"{path}: {parent}", "a mapping of children"):
@@ -130,9 +126,7 @@ def read_ontology(path: Path) -> Families:
             for word in listed:
                 if word in place:
                     both = f"{place[word]} and in {here}"
-                    raise ValueError(
-                        f"concepts.ontology: {path}: {word!r} is in {both}; one place is allowed"
-                    )
+                    raise ValueError(f"concepts.ontology: {path}: {word!r} is in {both}; one place is allowed")
                 place[word] = here
     return tree
 

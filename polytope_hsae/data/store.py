@@ -1,8 +1,9 @@
 """The activation store: safetensors shards with label columns, read memory-mapped.
 
-A folder holds `manifest.json` and shards `train-00000.safetensors`, `val-…`, `test-…`. Columns, one row per token:
-`acts` [N,d] (the manifest's dtype), `token`, `next_token` (-1 at a context's end), `doc`, `pos` (place in the document,
-0 = its first token), `belief_concept` (child row or -1), `belief_token` (all int32) and `belief_prob` (float32).
+A folder holds `manifest.json` and shards `train-00000.safetensors`, `val-…`, `test-…`. Columns, one row per
+token: `acts` [N,d] (the manifest's dtype), `token`, `next_token` (-1 at a context's end), `doc`, `pos`
+(place in the document, 0 = its first token), `belief_concept` (child row or -1), `belief_token` (all int32)
+and `belief_prob` (float32).
 Shapes: N rows of a split, n or b rows asked for, d residual width.
 """
 
@@ -42,8 +43,8 @@ class ActivationStore:
     def open(cls, folder: Path | str, *, verify: bool = False) -> "ActivationStore":
         """Open a folder. `verify` compares every shard's sha256 with the manifest's.
 
-        Raises ValueError for a missing or incomplete harvest and, naming the file, for a missing, truncated or
-        (with `verify`) altered shard.
+        Raises ValueError for a missing or incomplete harvest and, naming the file, for a missing, truncated
+        or (with `verify`) altered shard.
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
@@ -84,7 +85,9 @@ class ActivationStore:
         bounds = self._bounds[self._checked(split)]
         index_n = indices.to("cpu", torch.int64)
         if index_n.numel() and (int(index_n.min()) < 0 or int(index_n.max()) >= bounds[-1]):
-            raise ValueError(f"rows: found {int(index_n.min())} to {int(index_n.max())}, allowed: 0 to {bounds[-1] - 1}")
+            raise ValueError(
+                f"rows: found {int(index_n.min())} to {int(index_n.max())}, allowed: 0 to {bounds[-1] - 1}"
+            )
         shard_n = torch.from_numpy(np.searchsorted(bounds, index_n.numpy(), side="right") - 1)
         acts_nd = torch.empty(index_n.numel(), self.width)
         for shard in torch.unique(shard_n).tolist():

@@ -1,7 +1,8 @@
 """Training rows: an endless, shuffled, repeatable stream over a split of the activation store.
 
-Every epoch visits every row once. Shards are permuted and grouped into windows, rows are permuted within a window, so a
-store larger than memory is read a window at a time. The order depends on the seed, the epoch and the store alone.
+Every epoch visits every row once. Shards are permuted and grouped into windows, rows are permuted within a
+window, so a store larger than memory is read a window at a time. The order depends on the seed, the epoch
+and the store alone.
 Shapes: B batch, d residual width.
 """
 
@@ -19,9 +20,15 @@ class RowStream:
     """`next()` gives the next batch of activations; `state_dict` says how many rows were given, for an exact resume."""
 
     def __init__(
-        self, store: ActivationStore, split: str, batch_size: int, seed: int, *, window_rows: int = WINDOW_ROWS
+        self,
+        store: ActivationStore,
+        split: str,
+        batch_size: int,
+        seed: int,
+        *,
+        window_rows: int = WINDOW_ROWS,
     ) -> None:
-        """Raises ValueError when `batch_size` is not between 1 and the split's rows, or the window is smaller than 1."""
+        """Raises ValueError unless `batch_size` is between 1 and the split's rows and the window at least 1 row."""
         self.store, self.split, self.batch_size, self.seed = store, split, batch_size, seed
         self.n_rows = store.n_rows(split)
         if not 1 <= batch_size <= self.n_rows:
@@ -33,7 +40,7 @@ class RowStream:
         self.window_rows = window_rows
         self.rows_consumed = 0
         self._epoch = -1
-        self._windows: list[tuple[int, list[int]]] = []
+        self._windows: list[tuple[int, list[int]]] = []  # the epoch's plan: first place, shards
         self._window_key = (-1, -1)
         self._window_order = torch.empty(0, dtype=torch.int64)
 

@@ -25,7 +25,7 @@ FUNCTION_WORDS = frozenset(
     then there therefore these they this those though through thus till to together too toward towards
     under unless until up upon us very was we well were what whatever when whence where whether which
     while who whom whose why will with within without would yes yet you your yours yourself
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 

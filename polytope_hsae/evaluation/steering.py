@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
-from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Metric, Units, summarise, unavailable
+from polytope_hsae.evaluation.bootstrap import (
+    Evaluation,
+    FloatArray,
+    Units,
+    bootstrap_mean,
+    summarise,
+    unavailable,
+)
 from polytope_hsae.evaluation.reconstruction import NO_HEAD
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
@@ -29,6 +36,7 @@ STEERING_METRICS = ("steering_leakage", "sibling_kl", "steering_unreached")
 MEASURED = ("alpha", "effect", "steering_leakage", "sibling_kl")
 COLUMNS = (*MEASURED, *(f"chance_{name}" for name in MEASURED))
 EFFECT = 0
+FIRST = 1 / 16  # the first alpha tried, as a share of the largest
 
 # Given concept numbers [A] and alphas [A]: rows [A, 3] of effect, leakage and sibling KL.
 Evaluate = Callable[[NDArray[np.int64], FloatArray], FloatArray]
@@ -71,7 +79,7 @@ def solve_alpha(evaluate: Evaluate, n_concepts: int, search: Search) -> Solution
     low, high = np.zeros(n_concepts), np.full(n_concepts, np.nan)
     f_low, f_high = np.full(n_concepts, -target), np.full(n_concepts, np.nan)
     side = np.zeros(n_concepts, dtype=np.int64)
-    alpha = np.full(n_concepts, largest / 16)
+    alpha = np.full(n_concepts, FIRST * search.largest)
     open_A = np.arange(n_concepts)
     for _ in range(search.max_evaluations):
         measured_A3 = evaluate(open_A, alpha[open_A])
@@ -94,47 +102,36 @@ def solve_alpha(evaluate: Evaluate, n_concepts: int, search: Search) -> Solution
         inside = low - f_low * width / (f_high - f_low)
         rise = f_low + target
         beyond = np.where(rise > 0, 1.05 * alpha * target / np.maximum(rise, 1e-12), math.inf)
-        outside = np.minimum(np.clip(beyond, 1.1 * alpha, 4 * alpha), largest)
+        outside = np.minimum(np.clip(beyond, 1.5 * alpha, 4 * alpha), largest)
         alpha = np.where(bracketed, np.clip(inside, low + 0.01 * width, high - 0.01 * width), outside)
     return solution
 
 
-class _TokenSets(NamedTuple):
-    """Target mask [G, V] and, per concept, the token ids of each of its children."""
-
-    target_GV: Tensor
-    children: list[list[Tensor]]
-
-
-def _token_sets(
-    concepts: Concepts, parents: Sequence[int], vocab_size: int, device: torch.device
-) -> _TokenSets:
-    tokens_R, parent_R = concepts.child_tokens(), list(concepts.child_parent_R)
-    target_GV = torch.zeros(len(parents), vocab_size, dtype=torch.bool, device=device)
-    children: list[list[Tensor]] = []
-    for row, parent in enumerate(parents):
-        ids_of_children = [
-            ids for ids, owner in zip(tokens_R, parent_R, strict=True) if owner == parent and ids
+def _child_tokens(concepts: Concepts, parents: Sequence[int], device: torch.device) -> list[list[Tensor]]:
+    """Token ids of each child of each parent; a parent's target set is their union."""
+    tokens_R, parent_R = concepts.child_tokens(), concepts.child_parent_R
+    return [
+        [
+            torch.tensor(ids, device=device)
+            for ids, owner in zip(tokens_R, parent_R, strict=True)
+            if owner == parent and ids
         ]
-        own = [torch.tensor(ids, device=device) for ids in ids_of_children]
-        children.append(own)
-        target_GV[row, torch.cat(own)] = True
-    return _TokenSets(target_GV, children)
+        for parent in parents
+    ]
 
 
-def _log_odds(logits_MV: Tensor, target_V: Tensor) -> Tensor:
-    """log(P(T) / (1 - P(T))) per context [M]."""
-    return logits_MV[:, target_V].logsumexp(-1) - logits_MV[:, ~target_V].logsumexp(-1)
+def _log_rest(log_total_M: Tensor, log_part_M: Tensor) -> Tensor:
+    """log(exp(total) - exp(part)): the mass off the target set."""
+    return log_total_M + torch.log1p(-torch.exp(log_part_M - log_total_M))
 
 
-def _kl(before_MX: Tensor, after_MX: Tensor) -> Tensor:
-    """Mean over contexts of KL(before || after) of two sets of logits, each renormalised."""
-    log_before, log_after = before_MX.log_softmax(-1), after_MX.log_softmax(-1)
-    return (log_before.exp() * (log_before - log_after)).sum(-1).mean()
-
-
-def _child_logits(logits_MV: Tensor, children: list[Tensor]) -> Tensor:
-    return torch.stack([logits_MV[:, ids].logsumexp(-1) for ids in children], dim=-1)
+def _sibling_kl(before_MV: Tensor, after_MV: Tensor, children: list[Tensor]) -> Tensor:
+    """Mean over contexts of KL(before || after) between the children's masses, renormalised."""
+    before_MC, after_MC = (
+        torch.stack([logits_MV[:, ids].logsumexp(-1) for ids in children], dim=-1).log_softmax(-1)
+        for logits_MV in (before_MV, after_MV)
+    )
+    return (before_MC.exp() * (before_MC - after_MC)).sum(-1).mean()
 
 
 class _Steerer:
@@ -147,6 +144,9 @@ class _Steerer:
         self.typical_norm = float(acts_MTd[:, 1:].norm(dim=-1).median())
         self.last_Md = acts_MTd[:, -1]
         self.before_MV = self._logits(torch.zeros_like(self.last_Md[None])).squeeze(0).double()
+        self.log_total_M = self.before_MV.logsumexp(-1)
+        self.probability_MV = self.before_MV.softmax(-1)
+        self.mean_logit_M = (self.probability_MV * self.before_MV).sum(-1)
 
     def _logits(self, added_GMd: Tensor) -> Tensor:
         """Next-token logits [G, M, V] with `added` in place; at the final hook no forward pass is needed."""
@@ -163,25 +163,36 @@ class _Steerer:
         logits_BV = self.lm.run_with_edit(self.ids_MT.repeat(n_groups, 1), self.hook, edit, last_only=True)
         return logits_BV.view(n_groups, n_contexts, -1)
 
-    def evaluator(self, directions_Gd: Tensor, sets: _TokenSets) -> Evaluate:
+    def evaluator(self, directions_Gd: Tensor, children_G: list[list[Tensor]]) -> Evaluate:
         def evaluate(concept_A: NDArray[np.int64], alpha_A: FloatArray) -> FloatArray:
             rows_A = torch.from_numpy(concept_A).to(directions_Gd.device)
             scale_A = torch.from_numpy(alpha_A).to(directions_Gd)
             added_AMd = (scale_A[:, None] * directions_Gd[rows_A])[:, None].expand(-1, len(self.last_Md), -1)
             after_AMV = self._logits(added_AMd)
             pairs = zip(concept_A.tolist(), after_AMV, strict=True)
-            return np.array([self._measure(after_MV.double(), sets, g) for g, after_MV in pairs])
+            return np.array([self._measure(after_MV.double(), children_G[g]) for g, after_MV in pairs])
 
         return evaluate
 
-    def _measure(self, after_MV: Tensor, sets: _TokenSets, g: int) -> list[float]:
-        target_V, children = sets.target_GV[g], sets.children[g]
-        effect = (_log_odds(after_MV, target_V) - _log_odds(self.before_MV, target_V)).mean()
-        leakage = _kl(self.before_MV[:, ~target_V], after_MV[:, ~target_V])
+    def _measure(self, after_MV: Tensor, children: list[Tensor]) -> list[float]:
+        """Effect, leakage and sibling KL. Off the target set R, with z logits and Z_R their log-sum-exp,
+
+        KL = sum_R p (z_before - z_after) / P(R) - Z_R,before + Z_R,after; sums over R are totals minus the
+        few target tokens, which spares copies of the vocabulary.
+        """
+        target = torch.cat(children)
+        before_MT, now_MT = self.before_MV[:, target], after_MV[:, target]
+        in_before_M, in_after_M = before_MT.logsumexp(-1), now_MT.logsumexp(-1)
+        rest_before_M = _log_rest(self.log_total_M, in_before_M)
+        rest_after_M = _log_rest(after_MV.logsumexp(-1), in_after_M)
+        effect_M = (in_after_M - rest_after_M) - (in_before_M - rest_before_M)
+        drop_M = self.mean_logit_M - (self.probability_MV * after_MV).sum(-1)
+        drop_M -= (self.probability_MV[:, target] * (before_MT - now_MT)).sum(-1)
+        kl_M = drop_M / (rest_before_M - self.log_total_M).exp() - rest_before_M + rest_after_M
         sibling = math.nan
         if len(children) > 1:
-            sibling = float(_kl(_child_logits(self.before_MV, children), _child_logits(after_MV, children)))
-        return [float(effect), float(leakage), sibling]
+            sibling = float(_sibling_kl(self.before_MV, after_MV, children))
+        return [float(effect_M.mean()), float(kl_M.clamp(min=0).mean()), sibling]
 
 
 def _solve_in_groups(
@@ -191,22 +202,30 @@ def _solve_in_groups(
     directions_Qd: Tensor,
     per_forward: int,
     search: Search,
+    either_sign: bool = False,
 ) -> Solution:
-    solutions = []
+    solutions = [Solution(np.zeros(0), np.zeros((0, 3)))]
     for start in range(0, len(parents), per_forward):
         group = slice(start, start + per_forward)
-        sets = _token_sets(concepts, parents[group], steerer.before_MV.shape[-1], steerer.before_MV.device)
-        evaluate = steerer.evaluator(directions_Qd[group], sets)
-        solutions.append(solve_alpha(evaluate, len(parents[group]), search))
+        children_G = _child_tokens(concepts, parents[group], steerer.before_MV.device)
+        directions_Gd = directions_Qd[group]
+        if either_sign:
+            start_G = np.full(len(directions_Gd), FIRST * search.largest)
+            probe_G3 = steerer.evaluator(directions_Gd, children_G)(np.arange(len(start_G)), start_G)
+            sign_G = torch.from_numpy(np.where(probe_G3[:, EFFECT] < 0, -1.0, 1.0)).to(directions_Gd)
+            directions_Gd = sign_G[:, None] * directions_Gd
+        solutions.append(
+            solve_alpha(steerer.evaluator(directions_Gd, children_G), len(directions_Gd), search)
+        )
     return Solution(*(np.concatenate(parts) for parts in zip(*solutions, strict=True)))
 
 
-def _select(parents_Q: Sequence[int], max_concepts: int | None) -> list[int]:
+def _select(parents_Q: Sequence[int] | NDArray[np.int64], max_concepts: int | None) -> list[int]:
     """At most `max_concepts` parents, evenly spaced in file order: equal for every arm."""
-    parents = [int(parent) for parent in parents_Q]
-    if max_concepts is None or len(parents) <= max_concepts:
-        return parents
-    return [parents[i] for i in np.linspace(0, len(parents) - 1, max_concepts).round().astype(int)]
+    parents = np.asarray(parents_Q, dtype=np.int64)
+    if max_concepts is not None and len(parents) > max_concepts:
+        parents = parents[np.linspace(0, len(parents) - 1, max_concepts).round().astype(np.int64)]
+    return parents.tolist()
 
 
 @torch.no_grad()
@@ -233,9 +252,9 @@ def evaluate_steering(
     `steering_leakage`: mean over contexts of KL(before || after) of the next-token distribution renormalised
     off the target set (all the parent's tokens). `sibling_kl`: the same over the parent's children, each with
     the mass of its tokens, renormalised. Both in nats, at an effect of `target_nats` +- `tolerance`; chance
-    is another mapped concept's direction (the next one, cyclically) at the same effect on p, over the
-    concepts where it reaches it. alpha is at most `max_norms` times the median row norm at the hook.
-    `steering_unreached` is the share of concepts whose effect is not reached within that and
+    is another mapped concept's direction (the next one, cyclically; with the sign that raises p) at the same
+    effect on p, over the concepts where it reaches it. alpha is at most `max_norms` times the median row norm
+    at the hook. `steering_unreached` is the share of concepts whose effect is not reached within that and
     `max_evaluations` (or which have no latent); they have no leakage. A model without an output head gets
     nulls.
     """
@@ -243,21 +262,17 @@ def evaluate_steering(
         return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [])
     if ids_MT.ndim != 2 or ids_MT.shape[1] < 2:
         raise ValueError(f"steering contexts: found shape {tuple(ids_MT.shape)}, allowed: [M, T >= 2]")
-    selected = _select(list(parents_Q), max_concepts)
+    selected = _select(parents_Q, max_concepts)
     mapped = [parent for parent in selected if latent_P[parent] >= 0]
-    if not mapped:
-        why = "no concept in use has a latent"
-        return SteeringEvaluation(Evaluation({name: unavailable(why) for name in STEERING_METRICS}), [])
     steerer = _Steerer(lm, hook, ids_MT.to(lm.device))
-    latents = torch.as_tensor(latent_P[mapped], device=sae.write_directions().device)
-    directions_Qd = sae.write_directions()[latents].to(steerer.last_Md)
+    write_Pd = sae.write_directions()
+    directions_Qd = write_Pd[torch.as_tensor(latent_P[mapped], device=write_Pd.device)].to(steerer.last_Md)
     search = Search(target_nats, tolerance, max_norms * steerer.typical_norm, max_evaluations)
     own = _solve_in_groups(steerer, concepts, mapped, directions_Qd, per_forward, search)
     other = Solution(np.full(len(mapped), np.nan), np.full((len(mapped), 3), np.nan))
     if len(mapped) > 1:
-        other = _solve_in_groups(
-            steerer, concepts, mapped, directions_Qd.roll(-1, dims=0), per_forward, search
-        )
+        shifted_Qd = directions_Qd.roll(-1, dims=0)
+        other = _solve_in_groups(steerer, concepts, mapped, shifted_Qd, per_forward, search, either_sign=True)
     return _report(selected, mapped, latent_P, own, other, bootstrap, seed)
 
 
@@ -276,27 +291,10 @@ def _report(
     per_concept = dict(zip(COLUMNS, values_Q8.T, strict=True))
     records: list[dict[str, Any]] = []
     for parent, values in zip(selected, values_Q8.tolist(), strict=True):
-        finite = [value if math.isfinite(value) else None for value in values]
-        records.append(
-            {"parent": parent, "latent": int(latent_P[parent]), **dict(zip(COLUMNS, finite, strict=True))}
-        )
-    units = {
-        "steering_leakage": Units.mean(per_concept["steering_leakage"], selected),
-        "sibling_kl": Units.mean(per_concept["sibling_kl"], selected),
-        "steering_unreached": Units.mean(np.isnan(per_concept["alpha"]), selected),
-    }
-    chance = {
-        "steering_leakage": _mean_or_none(per_concept["chance_steering_leakage"]),
-        "sibling_kl": _mean_or_none(per_concept["chance_sibling_kl"]),
-    }
-    result = summarise(units, chance, bootstrap, seed)
-    if not np.isfinite(per_concept["alpha"]).any():
-        why = f"no concept of {len(selected)} reaches the effect"
-        reached: dict[str, Metric] = {name: unavailable(why, chance[name]) for name in chance}
-        result = Evaluation(result.metrics | reached, units)
-    return SteeringEvaluation(result, records)
-
-
-def _mean_or_none(values: FloatArray) -> float | None:
-    present = values[np.isfinite(values)]
-    return float(present.mean()) if present.size else None
+        finite = (value if math.isfinite(value) else None for value in values)
+        named = dict(zip(COLUMNS, finite, strict=True))
+        records.append({"parent": parent, "latent": int(latent_P[parent])} | named)
+    units = {name: Units.mean(per_concept[name], selected) for name in ("steering_leakage", "sibling_kl")}
+    chance = {name: bootstrap_mean(per_concept[f"chance_{name}"], n=1).value for name in units}
+    units["steering_unreached"] = Units.mean(np.isnan(per_concept["alpha"]), selected)
+    return SteeringEvaluation(summarise(units, chance, bootstrap, seed), records)

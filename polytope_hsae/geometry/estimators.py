@@ -118,8 +118,8 @@ def _lda_vector(rows_nd: Tensor) -> Tensor:
     """l = (w . mu) w with w along S^+ mu, S the Ledoit-Wolf covariance, solved in the n x n space of the
     rows.
 
-    S = (1 - a) X^T X / n + a tr/d I with X the centred rows, so by Woodbury S^-1 mu needs no d x d matrix
-    unless a = 0.
+    S = (1 - a) X^T X / n + a tr/d I with X the centred rows, so S^-1 mu needs no d x d matrix: by Woodbury,
+    or by the singular vectors of X where a = 0.
     """
     n, d = rows_nd.shape
     mean_d = rows_nd.mean(0)
@@ -128,8 +128,9 @@ def _lda_vector(rows_nd: Tensor) -> Tensor:
     amount = float(ledoit_wolf_shrinkage(rows_nd.cpu().numpy()))
     floor = amount * float(centred_nd.square().sum()) / n / d
     if amount == 0.0 or floor == 0.0:
-        covariance_dd = (1 - amount) * centred_nd.T @ centred_nd / n
-        direction_d = torch.linalg.pinv(covariance_dd, hermitian=True) @ mean_d
+        _, values, axes = torch.linalg.svd(centred_nd, full_matrices=False)
+        kept = values.square() > values.max().square() * d * torch.finfo(torch.float64).eps
+        direction_d = (axes[kept] @ mean_d / values[kept].square()) @ axes[kept]
     elif amount == 1.0:
         direction_d = mean_d
     else:

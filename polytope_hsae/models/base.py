@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..config import Block, LossOverrides
-from ..fileio import read_json, read_tensors, write_json, write_tensors
+from ..fileio import PICKLE_SUFFIXES, read_json, read_tensors, write_json, write_tensors
 from .codes import Codes, ModelOutput
 
 UNIT_ROW_EPS = 1e-6
+NORMALIZATIONS = ("rms", "unit_row", "none")
 
 
 class SparseAutoencoder(nn.Module):
@@ -42,6 +43,10 @@ class SparseAutoencoder(nn.Module):
 
     def __init__(self, config: Any, width: int, normalize: str = "rms"):
         super().__init__()
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize: found {normalize!r}, allowed: {', '.join(NORMALIZATIONS)}")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width: found {width!r}, allowed: a whole number above 0")
         self.config = config
         self.width = width
         self.normalize = normalize
@@ -146,8 +151,8 @@ class SparseAutoencoder(nn.Module):
             "config": self.config.model_dump(mode="json"),
         }
         write_json(temporary / "config.json", header)
-        unique = {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
-        write_tensors(temporary / "model.safetensors", unique)
+        kept = {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
+        write_tensors(temporary / "model.safetensors", without_sharing(kept))
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
@@ -161,10 +166,15 @@ class SparseAutoencoder(nn.Module):
         Raises ValueError with one line when a file is missing, broken, of another architecture or of other shapes.
         """
         folder = Path(name)
+        refuse_pickles([folder] if folder.is_file() else [])
         if not folder.is_dir():
             if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
                 raise ValueError(f"{name}: no such folder, allowed: a saved model's folder or a hub id (owner/name)")
-            folder = Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors"]))
+            try:
+                folder = Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors"]))
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{name}: not a folder here, and the hub does not give it ({reason})") from error
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder / 'config.json'}: no such file, allowed: a folder written by save_pretrained")
         header = read_json(folder / "config.json")
@@ -175,11 +185,28 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{folder}/config.json: architecture: found {found!r}, allowed: {', '.join(allowed)}")
         try:
             model = kind(kind.config_block.model_validate(header["config"]), header["width"], header["normalize"])
-        except (ValidationError, KeyError, TypeError) as error:
+        except (ValidationError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json: not a model config ({' '.join(str(error).split())})") from error
+        if not (folder / "model.safetensors").is_file():
+            refuse_pickles(sorted(folder.iterdir()))
         tensors, _ = read_tensors(folder / "model.safetensors")
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
         return model.to(device).eval()  # type: ignore[return-value]
+
+
+def without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, tied ones as copies: safetensors refuses two names for one memory."""
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        owners.setdefault(tensor.data_ptr(), name)
+    return {name: tensor if owners[tensor.data_ptr()] == name else tensor.clone() for name, tensor in tensors.items()}
+
+
+def refuse_pickles(files: Iterable[Path]) -> None:
+    """Raise ValueError for the first pickle among the files; a pickle is never opened."""
+    for path in files:
+        if path.suffix in PICKLE_SUFFIXES:
+            raise ValueError(f"{path}: found a {path.suffix} file, allowed: .safetensors (pickles are never read)")

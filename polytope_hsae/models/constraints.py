@@ -38,12 +38,19 @@ def project_out(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 def geometric_median(x_Bd: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """Point with the least summed distance to the rows, by Weiszfeld's iteration in float64: [d]."""
+    """Point with the least summed distance to the rows, by Weiszfeld's iteration in float64: [d].
+
+    An iterate that lands on a row moves on unless the other rows pull less than the rows that lie there (Vardi and
+    Zhang, 2000); the plain iteration would stay for ever.
+    """
     x = x_Bd.double()
     median = x.mean(0)
     for _ in range(iterations):
-        weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp_min(1e-12)
-        new = (x * weight).sum(0) / weight.sum()
+        distance = (x - median).norm(dim=1, keepdim=True)
+        weight = torch.where(distance > 1e-12, 1 / distance, 0.0)
+        pull = ((x - median) * weight).sum(0).norm()
+        stay = ((distance <= 1e-12).sum() / pull.clamp_min(1e-12)).clamp_max(1)
+        new = stay * median + (1 - stay) * (x * weight).sum(0) / weight.sum().clamp_min(1e-12)
         if (new - median).norm() <= tolerance * (1 + median.norm()):
             return new.to(x_Bd.dtype)
         median = new

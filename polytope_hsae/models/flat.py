@@ -3,10 +3,10 @@
 Shapes: B rows, d width, P latents, k active latents.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Block, LossOverrides
@@ -25,6 +25,12 @@ class TopKConfig(Block):
     k: int = Field(ge=1, description="Active latents per row.")
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
     project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.k > self.n_latents:
+            raise ValueError(f"k: found {self.k}, allowed: at most n_latents = {self.n_latents}")
+        return self
 
 
 class TopKSAE(SparseAutoencoder):

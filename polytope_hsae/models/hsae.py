@@ -69,6 +69,7 @@ class HierarchicalSAE(SparseAutoencoder):
     tensor_names = ("E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec")
     transient_names: ClassVar[tuple[str, ...]] = ("gram_reference",)
     sigma: Tensor | None
+    sigma_inv: Tensor | None
     gram_reference: Tensor | None
 
     def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
@@ -89,6 +90,7 @@ class HierarchicalSAE(SparseAutoencoder):
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
         self.router_temperature = config.router_temp_start
         self.register_buffer("sigma", torch.eye(width) if self._needs_metric() else None)
+        self.register_buffer("sigma_inv", torch.eye(width) if config.causal_orth_form == "literal" else None)
         self.register_buffer("gram_reference", None)
 
     def _needs_metric(self) -> bool:
@@ -172,9 +174,16 @@ class HierarchicalSAE(SparseAutoencoder):
         self.gram_reference = gram(self.Up.detach(), self._norm_metric()) if held else None
 
     def set_metric(self, sigma_dd: Tensor) -> None:
-        """Set Sigma, the residual metric of the causal penalty and norms; a model that uses neither ignores it."""
+        """Set Sigma, the residual metric of the causal penalty and norms; a model that uses neither ignores it.
+
+        Causal norms are restored at once: a stage that freezes D or G keeps the norms it finds.
+        """
         if self.sigma is not None:
             self.sigma.copy_(sigma_dd)
+        if self.sigma_inv is not None:
+            self.sigma_inv.copy_(torch.linalg.inv(sigma_dd.double()))
+        if self.config.norm_metric == "causal":
+            self.normalize_decoder_weights()
 
     def _norm_metric(self, geometry: Any = None) -> Tensor | None:
         if geometry is not None:
@@ -183,7 +192,12 @@ class HierarchicalSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def normalize_decoder_weights(self, geometry: Any = None) -> None:
-        """Unit norm for D's rows and for the atoms (or G's rows), in the configured norm or in `geometry`'s."""
+        """Unit norm for D's rows and for the atoms (or G's rows), in the configured norm or in `geometry`'s.
+
+        Does nothing when `normalize_decoder` is off.
+        """
+        if not self.config.normalize_decoder:
+            return
         metric = self._norm_metric(geometry)
         if self.D.requires_grad:
             self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
@@ -191,8 +205,7 @@ class HierarchicalSAE(SparseAutoencoder):
             if self.Up.requires_grad:
                 self.Up.copy_(restore_gram(self.Up, self.gram_reference, metric))
         elif self.G.requires_grad:
-            norms = atom_norms(self.Up, self.G, metric) if self.config.normalize_child == "atom" else row_norms(self.G, None)
-            self.G.div_(norms.clamp_min(1e-12))
+            self.G.div_(self._child_norms(geometry).clamp_min(1e-12))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -209,7 +222,10 @@ class HierarchicalSAE(SparseAutoencoder):
 
     def loss_terms(self, output: ModelOutput, overrides: LossOverrides) -> dict[str, tuple[float, Tensor]]:
         """Every loss term that is on, by name: (weight, value)."""
-        return loss_terms(output, overrides.apply(self.config), self.tensors(), self.sigma)
+        return loss_terms(output, overrides.apply(self.config), self.tensors(), self._penalty_metric())
+
+    def _penalty_metric(self) -> Tensor | None:
+        return self.sigma_inv if self.config.causal_orth_form == "literal" else self.sigma
 
     def compute_causal_orthogonality_penalty(self, geometry: Any) -> Tensor:
         """Mean squared causal inner product of parents and their atoms in `geometry` (a CausalGeometry)."""
@@ -262,7 +278,23 @@ class HierarchicalSAE(SparseAutoencoder):
             if seed_child:
                 n = min(len(child.G), self.n_children)
                 self.F[row, :n], self.G[row, :n] = child.F[:n].to(self.F), child.G[:n].to(self.G)
+        self._scale_readers(Q if seed_parent else 0, Q if seed_child or seed_projectors else 0)
         self.normalize_decoder_weights()
+
+    def _scale_readers(self, n_parents: int, n_subspaces: int) -> None:
+        """Scale E's and F's first rows by what normalising D and the atoms will divide by: E_p.D_p and F_pc.G_pc stay."""
+        if not self.config.normalize_decoder:
+            return
+        if self.E is not self.D:
+            self.E[:n_parents] *= row_norms(self.D[:n_parents], self._norm_metric())
+        if self.F is not self.G:
+            self.F[:n_subspaces] *= self._child_norms()[:n_subspaces]
+
+    def _child_norms(self, geometry: Any = None) -> Tensor:
+        """Norms [P, C, 1] of what the constraint on G holds at 1."""
+        if self.config.normalize_child == "atom":
+            return atom_norms(self.Up, self.G, self._norm_metric(geometry))
+        return row_norms(self.G, None)
 
 
 def _tie(tie: bool | str, decoder: nn.Parameter, independent: Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: t
     exponential = torch.empty_like(logits_BP, requires_grad=False).exponential_(generator=generator)
     gumbel = -torch.log(exponential)
     if kind == "relative":
-        gumbel = gumbel * logits_BP.detach().std(dim=1, keepdim=True)
+        gumbel = gumbel * logits_BP.detach().std(dim=1, keepdim=True, correction=0)
     return gumbel * temperature
 
 

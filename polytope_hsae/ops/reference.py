@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
+MAX_PADDING = 0.25
+
+
 class TilePlan(NamedTuple):
     """Where each pair of a batch lies among the tiles.
 
@@ -28,13 +31,14 @@ class TilePlan(NamedTuple):
 def plan_tiles(parent_N: Tensor, n_parents: int) -> TilePlan:
     """Group pairs by parent (int64 [N], N >= 1) into tiles.
 
-    T is about a quarter of the mean number of pairs per parent, a power of two from 4 to 64: padding stays small under
-    balanced routing and the tiles stay large enough for a matrix product.
+    T is the largest power of two up to 64 with which padding adds at most MAX_PADDING to the pairs, however they fall:
+    the tiles are as large as a matrix product likes, and the cost never grows with the number of parents.
     """
-    mean = parent_N.numel() // n_parents
-    tile = min(64, max(4, 1 << max(0, (mean // 4).bit_length() - 1)))
     order_N = torch.argsort(parent_N, stable=True)
     count_P = torch.bincount(parent_N, minlength=n_parents)
+    sizes_7 = 1 << torch.arange(7, device=parent_N.device)
+    slots_7 = ((count_P.unsqueeze(1) + sizes_7 - 1) // sizes_7).sum(0) * sizes_7
+    tile = int(sizes_7[slots_7 <= (1 + MAX_PADDING) * parent_N.numel()].max())
     tiles_P = (count_P + tile - 1) // tile
     parents_P = torch.arange(n_parents, device=parent_N.device)
     parent_of_tile = torch.repeat_interleave(parents_P, tiles_P)

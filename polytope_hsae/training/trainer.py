@@ -25,11 +25,11 @@ from .usage import Usage
 Evaluate = Callable[[SparseAutoencoder], dict[str, float]]
 
 
-class Interrupted(Exception):
+class Interrupted(InterruptedError):
     """SIGINT or SIGTERM arrived; a checkpoint was written."""
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """The loss is not finite; the last good checkpoint is kept."""
 
 

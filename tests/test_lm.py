@@ -1,0 +1,207 @@
+"""Language models: the unembedding, capture, splicing, and what is refused. Sizes: tests/tiny.py."""
+
+import json
+import warnings
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+
+from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+
+KINDS = ("llama", "neox", "gemma2")
+INNER = {"llama": "model.layers.0", "neox": "gpt_neox.layers.0", "gemma2": "model.layers.0"}
+
+
+def ids(rows: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, tiny.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unembedding_gives_the_models_logits(kind: str) -> None:
+    lm = tiny.language_model(kind)
+    with torch.no_grad():
+        expected = lm.model(input_ids=ids()).logits
+    captured = lm.capture(ids(), FINAL_HOOK, logits=True)
+    torch.testing.assert_close(captured.logits, expected)
+    torch.testing.assert_close(lm.logits_from_final(captured.acts), expected, rtol=1e-4, atol=1e-5)
+    assert lm.check_unembedding(ids()) < 1e-5
+    assert lm.softcap == (2.0 if kind == "gemma2" else None)
+    tied = lm.unembedding.data_ptr() == lm.model.get_input_embeddings().weight.data_ptr()
+    assert tied == (kind != "neox")
+
+
+def test_a_bias_and_a_logit_scale_are_part_of_the_unembedding() -> None:
+    model = tiny.model("neox")
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.randn(tiny.VOCAB))
+    lm = LanguageModel(model, tiny.tokenizer(), name="biased", has_head=True)
+    assert lm.unembedding_bias is not None
+    assert lm.check_unembedding(ids()) < 1e-5
+
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        logit_scale=0.25, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    scaled = LanguageModel(CohereForCausalLM(config), tiny.tokenizer(), name="scaled", has_head=True)
+    assert scaled.check_unembedding(ids()) < 1e-5
+
+
+def test_logits_that_are_not_the_unembeddings_are_refused() -> None:
+    lm = tiny.language_model("llama")
+    lm.unembedding = lm.unembedding * 1.01
+    with pytest.raises(ValueError, match="logits are not U h of the final residual"):
+        lm.check_unembedding(ids())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inner_capture_is_the_modules_output(kind: str) -> None:
+    lm = tiny.language_model(kind)
+    with torch.no_grad():
+        hidden = lm.model(input_ids=ids(), output_hidden_states=True).hidden_states
+    captured = lm.capture(ids(), INNER[kind], final=True)
+    torch.testing.assert_close(captured.acts, hidden[1])
+    torch.testing.assert_close(captured.final, hidden[-1])
+    assert captured.logits is None
+
+
+def test_the_head_sees_one_position_when_logits_are_not_asked_for() -> None:
+    lm = tiny.language_model("llama")
+    seen: list[int] = []
+    assert lm.head is not None
+    lm.head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    lm.capture(ids(), FINAL_HOOK)
+    lm.capture(ids(), "model.layers.1", logits=True)
+    assert seen == [1, ids().shape[1]]
+    assert lm.capture(ids(), "lm_head").acts.shape == (3, 9, tiny.VOCAB)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splicing_the_identity_changes_nothing(kind: str) -> None:
+    lm = tiny.language_model(kind)
+    tokens = ids()
+    with torch.no_grad():
+        expected = lm.model(input_ids=tokens).logits
+    for hook in (FINAL_HOOK, INNER[kind]):
+        logits = lm.run_with_edit(tokens, hook, lambda acts: acts)
+        clean, spliced = (cross_entropy(z[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for z in (expected, logits))
+        assert float(clean) == pytest.approx(float(spliced), rel=1e-6)
+        assert not torch.allclose(lm.run_with_edit(tokens, hook, lambda acts: 0.5 * acts.flip(2)), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vector_added_at_the_final_residual_moves_logits_by_u_v(kind: str) -> None:
+    lm = tiny.language_model(kind)
+    vector = torch.randn(tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    clean = lm.capture(ids(), FINAL_HOOK, logits=True).logits
+    moved = lm.run_with_edit(ids(), FINAL_HOOK, lambda acts: acts + vector)
+    assert clean is not None
+    if lm.softcap is not None:
+        clean, moved = (lm.softcap * torch.atanh((z / lm.softcap).double()) for z in (clean, moved))
+    expected = (lm.unembedding @ vector).to(moved.dtype).expand_as(moved)
+    torch.testing.assert_close(moved - clean, expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("hook", [FINAL_HOOK, "model.layers.0"])
+def test_padding_changes_no_real_position_and_last_only_finds_the_last_token(hook: str) -> None:
+    lm = tiny.language_model("llama")
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    full = lm.run_with_edit(tokens, hook, lambda acts: acts + 0.1, mask=mask)
+    alone = lm.run_with_edit(tokens[1:2, :5], hook, lambda acts: acts + 0.1)
+    torch.testing.assert_close(full[1:2, :5], alone, rtol=1e-4, atol=1e-4)
+    last = lm.run_with_edit(tokens, hook, lambda acts: acts + 0.1, mask=mask, last_only=True)
+    torch.testing.assert_close(last, torch.stack([full[0, -1], full[1, 4], full[2, -1]]))
+    with pytest.raises(ValueError, match="padding \\(on the right\\)"):
+        lm.capture(tokens, hook, mask=mask.flip(1))
+
+
+def test_hooks_that_cannot_be_captured_are_refused() -> None:
+    lm = tiny.language_model("llama")
+    with pytest.raises(ValueError, match=r"no module 'model\.layer\.1' in tiny-llama; close matches: .*model\.layers\.1"):
+        lm.capture(ids(), "model.layer.1")
+    with pytest.raises(ValueError, match="'model.layers' ran 0 times in a pass, allowed: exactly once"):
+        lm.capture(ids(), "model.layers")
+    with pytest.raises(ValueError, match="ran 0 times"):
+        lm.run_with_edit(ids(), "model.layers", lambda acts: acts)
+    repeated = tiny.model("llama")
+    repeated.model.layers[1] = repeated.model.layers[0]
+    twice = LanguageModel(repeated, tiny.tokenizer(), name="twice", has_head=True)
+    with pytest.raises(ValueError, match="ran 2 times"):
+        twice.capture(ids(), "model.layers.0")
+    with pytest.raises(ValueError, match="'model.rotary_emb' gives tuple|'model.rotary_emb' gives"):
+        lm.capture(ids(), "model.rotary_emb")
+    # A refused hook leaves nothing behind.
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    with pytest.raises(ValueError, match="ids: found shape"):
+        lm.capture(torch.zeros(0, 3, dtype=torch.int64), FINAL_HOOK)
+
+
+def test_loading_a_folder(tmp_path) -> None:
+    folder = tiny.save(tmp_path / "tiny-model")
+    lm = LanguageModel.load(str(folder))
+    assert (lm.name, lm.width, lm.vocab_size, lm.has_head) == ("tiny-model", tiny.WIDTH, tiny.VOCAB, True)
+    assert lm.revision is not None and lm.revision.startswith("sha256:")
+    assert len(lm.tokenizer_sha256) == 64
+    torch.testing.assert_close(lm.unembedding, tiny.language_model().unembedding)
+    assert LanguageModel.load(str(folder), dtype="bfloat16").capture(ids(), FINAL_HOOK).acts.dtype == torch.float32
+
+
+def test_a_model_without_a_head_says_so(tmp_path) -> None:
+    folder = tiny.save(tmp_path / "headless")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["LlamaModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="no output head: its input embeddings stand in"):
+        lm = LanguageModel.load(str(folder))
+    assert not lm.has_head
+    assert torch.equal(lm.unembedding, lm.model.get_input_embeddings().weight)
+    with_head = tiny.language_model().capture(ids(), FINAL_HOOK).acts
+    torch.testing.assert_close(lm.capture(ids(), FINAL_HOOK).acts, with_head)
+    for call in (
+        lambda: lm.capture(ids(), FINAL_HOOK, logits=True),
+        lambda: lm.run_with_edit(ids(), FINAL_HOOK, lambda acts: acts),
+        lambda: lm.logits_from_final(with_head),
+        lambda: lm.check_unembedding(ids()),
+    ):
+        with pytest.raises(ValueError, match="no output head, .*: not available"):
+            call()
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path) -> None:
+    folder = tiny.save(tmp_path / "broken", "neox")
+    for name, message in (
+        (str(tmp_path / "absent"), "model.name: no such folder"),
+        ("", "model.name: no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LanguageModel.load(name)
+    with pytest.raises(ValueError, match="model.dtype: found 'float8', allowed: float32"):
+        LanguageModel.load(str(folder), dtype="float8")
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if name.startswith(("embed_out", "lm_head")))]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack (embed_out|lm_head)\.weight"):
+        LanguageModel.load(str(folder))
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="model.name: cannot load") as refused:
+        LanguageModel.load(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_packaged_model_loads_by_name_without_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lm = LanguageModel.load("textbook-lm-9m")
+    assert (lm.width, lm.vocab_size) == (256, 16384)
+    first = lm.capture(torch.tensor([[0, 10, 20, 30]]), FINAL_HOOK, logits=True)
+    assert first.logits is not None
+    torch.testing.assert_close(first.logits, lm.logits_from_final(first.acts), rtol=1e-4, atol=1e-4)
