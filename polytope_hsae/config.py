@@ -5,14 +5,15 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PACKAGE = Path(__file__).parent
+FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Tie = bool | Literal["init"]
+Tie = Literal[False, True, "init"]
 TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec"]
 
 
@@ -40,7 +41,7 @@ def _check_split(block: Any) -> Any:
 
 
 class RunConfig(Block):
-    name: str = Field("run", description="Folder name of the run below runs/.", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field("run", description="Folder name of the run below runs/.", pattern=FOLDER_NAME)
     seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
     device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N.")
     threads: int = Field(2, ge=1, description="CPU threads; part of what makes a CPU run repeatable.")
@@ -113,7 +114,7 @@ class TeacherConfig(Block):
     init: Literal["dual", "literal"] = Field("dual", description="Read and write directions apart, or one for both.")
     energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
     anchor: Literal["none", "frozen", "pull", "slow"] = Field("none", description="What holds the teacher's rows.")
-    anchor_weight: float = Field(1.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
+    anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
     noise_deg: float = Field(0.0, ge=0, le=180, description="Rotation of every teacher vector, degrees.")
     seed_parent: bool = Field(True, description="Initialise router rows from the teacher.")
@@ -202,7 +203,7 @@ class StageConfig(Block):
     steps: int = Field(ge=1, description="Optimiser steps.")
     freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
     loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
-    lr_mult: dict[TensorName, float] = Field({}, description="Learning-rate multipliers by tensor.")
+    lr_mult: dict[TensorName, Annotated[float, Field(ge=0)]] = Field({}, description="Learning-rate multipliers by tensor.")
 
 
 class PhaseStages(Block):
@@ -236,7 +237,7 @@ class TrainingConfig(Block):
 
 
 class ArmConfig(Block):
-    name: str = Field(description="Name of the arm.", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(description="Name of the arm.", pattern=FOLDER_NAME)
     kind: Literal["hsae", "topk"] = Field("hsae", description="Hierarchical, or one flat TopK dictionary.")
     init: Literal["random", "teacher", "permuted_teacher", "random_teacher"] = Field(
         "random", description="Where the parameters start; anything but random belongs to phase 3."
@@ -279,6 +280,12 @@ class TrackingConfig(Block):
     wandb: Literal["off", "online", "offline"] = Field("off", description="Weights & Biases beside metrics.jsonl.")
     wandb_project: str = Field("polytope_hsae", description="W&B project.")
     tensorboard: bool = Field(False, description="TensorBoard events beside metrics.jsonl.")
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 DEFAULT_ARMS = [
@@ -334,13 +341,20 @@ class Config(Block):
                 _require(f"{where}.match_l0", arm.match_l0, arm.kind == "topk", "null unless kind is topk")
             if arm.kind == "topk":
                 _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
-            if arm.init != "random" and teacher.init == "dual" and teacher.seed_parent:
-                tied = hsae.use_tied_decoders_parent
-                _require("hsae.use_tied_decoders_parent", tied, tied is not True, "false or init: the dual teacher reads and writes apart")
+            if arm.init != "random" and teacher.init == "dual":
+                for key, seeded in (
+                    ("use_tied_decoders_parent", teacher.seed_parent),
+                    ("use_tied_decoders_child", teacher.seed_child),
+                    ("tie_projectors", teacher.seed_projectors),
+                ):
+                    tied = seeded and getattr(hsae, key) is True
+                    _require(f"hsae.{key}", "true", not tied, "false or init: the dual teacher reads and writes apart")
             for stage in self.arm_stages(arm):
                 weights = stage.loss.apply(hsae)
                 held = {"Up", "G", "D"} <= set(stage.freeze)
                 if weights.causal_ortho_lambda > 0:
+                    _require(f"stage {stage.name}: loss.causal_ortho_lambda", weights.causal_ortho_lambda,
+                             hsae.causal_ortho_lambda > 0, "0 unless hsae.causal_ortho_lambda is above 0 (it decides the metric)")
                     _require(f"stage {stage.name}: freeze", stage.freeze, not held,
                              "a list without Up, D or G: causal_ortho_lambda needs a gradient")
         budgets = {arm.name: sum(stage.steps for stage in self.arm_stages(arm)) for arm in self.arms}
@@ -354,16 +368,28 @@ def _merged(block: type[BlockT], base: BlockT, overrides: dict[str, Any], where:
     try:
         return block.model_validate({**base.model_dump(), **overrides})
     except ValidationError as error:
-        raise ValueError(f"{where}.{_first_line(error)}") from error
+        raise ValueError(f"{where}.{_first_line(error, block)}") from error
 
 
-def _first_line(error: ValidationError) -> str:
-    """One line for the first problem of a pydantic error: field, found, allowed."""
+def _keys_beside(block: type[Block], location: tuple[int | str, ...]) -> list[str]:
+    """The fields of the block that holds the last part of `location`, a path into `block`."""
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = block.model_fields[part].annotation
+            inner = (annotation, *get_args(annotation))
+            block = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, Block))
+    return list(block.model_fields)
+
+
+def _first_line(error: ValidationError, block: type[Block]) -> str:
+    """One line for the first problem of a pydantic error about `block`: field, found, allowed."""
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"{field}: unknown key"
+        return f"{field}: found an unknown key, allowed: {', '.join(_keys_beside(block, problem['loc']))}"
+    if problem["type"] == "missing":
+        return f"{field}: found nothing, allowed: a value"
     if problem["type"] == "value_error":
         return f"{field}.{message}" if field else message
     return f"{field}: found {problem['input']!r}, allowed: {message[0].lower()}{message[1:]}"
@@ -401,7 +427,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(_first_line(error, Config)) from error
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -414,15 +440,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {key}: found {text!r}, allowed: a YAML value") from error
     *parents, last = key.split(".")
     node: Any = tree
-    for part in [*parents, last]:
-        if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
-            raise ConfigError(f"--set {key}: found item {part!r}, allowed: 0 to {len(node) - 1}")
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {key}: found a value above {part!r}, allowed: a block")
-        if part is last:
-            node[int(part) if isinstance(node, list) else part] = value
-            return
+    for part in parents:
+        _check_step(node, part, key)
         node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    _check_step(node, last, key)
+    node[int(last) if isinstance(node, list) else last] = value
+
+
+def _check_step(node: Any, part: str, key: str) -> None:
+    """Raise ConfigError when `part` of an override's key cannot be an item of `node`."""
+    if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
+        raise ConfigError(f"--set {key}: found item {part!r}, allowed: 0 to {len(node) - 1}")
+    if not isinstance(node, dict | list):
+        raise ConfigError(f"--set {key}: found a value above {part!r}, allowed: a block")
 
 
 def dump_yaml(config: Config) -> str:

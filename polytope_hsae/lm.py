@@ -322,7 +322,7 @@ def _select(positions: str, mask_BT: Tensor | None) -> Callable[[nn.Module, Any]
 
 def _location(name: str) -> str:
     """Where to load `name` from: the folder it names, a packaged model, or the hub id itself."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return name
     if "/" not in name and (ASSETS / name / "config.json").is_file():
         return str(ASSETS / name)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,19 @@ from polytope_hsae.data.corpus import Documents, context_batches, context_ids, c
 from polytope_hsae.data.harvest import harvest
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.data.stream import RowStream
-from polytope_hsae.fileio import read_json, write_json, write_tensors
+from polytope_hsae.fileio import read_json, write_tensors
 from polytope_hsae.lm import FINAL_HOOK
 
 CONTEXT = 8
-SETTINGS = {"context_length": CONTEXT, "batch_tokens": 64, "shard_rows": 60, "split": (0.6, 0.2, 0.2), "seed": 3}
+THRESHOLD = 0.15
+SETTINGS = {
+    "context_length": CONTEXT,
+    "batch_tokens": 64,
+    "shard_rows": 60,
+    "split": (0.6, 0.2, 0.2),
+    "seed": 3,
+    "belief_threshold": THRESHOLD,
+}
 
 
 def documents(n: int = 30, seed: int = 0) -> Documents:
@@ -49,9 +58,6 @@ def lm():
 def store(lm, tmp_path_factory) -> ActivationStore:
     folder = tmp_path_factory.mktemp("store") / "activations"
     return harvest(lm, documents(), tiny.concepts(), folder, **SETTINGS)
-
-
-# --- corpus
 
 
 def test_text_is_packed_into_documents_of_one_context(tmp_path) -> None:
@@ -111,7 +117,8 @@ def test_the_packaged_sample_is_read_whole() -> None:
     assert docs.n_tokens > 400_000
     assert (docs.tokens[docs.starts] == 0).all()
     assert int((docs.tokens == 0).sum()) == docs.n_documents
-    assert 16 <= int(docs.lengths.min()) and int(docs.lengths.max()) <= 256
+    assert int(docs.lengths.min()) >= 16
+    assert int(docs.lengths.max()) <= 256
 
 
 def test_bad_corpora_are_refused(tmp_path, monkeypatch) -> None:
@@ -130,6 +137,34 @@ def test_bad_corpora_are_refused(tmp_path, monkeypatch) -> None:
     for source in ("parquet", "hub"):
         with pytest.raises(ValueError, match=rf'{source} needs .*pip install "polytope-hsae\[data\]"'):
             load_documents(source, empty, tiny.tokenizer(), max_tokens=10, context_length=CONTEXT)
+
+
+def test_hub_and_parquet_texts_become_documents(tmp_path, monkeypatch) -> None:
+    asked: list[tuple] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, config, split, streaming))
+        return [{"text": "w1 w2"}, {"text": "w3"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    sizes = {"max_tokens": 100, "context_length": CONTEXT}
+    for name in ("me/words", "me/words:validation", "me/words:small:test"):
+        docs = load_documents("hub", name, tiny.tokenizer(), **sizes)
+        assert docs.tokens.tolist() == [0, 1, 2, 0, 3]
+    assert asked == [
+        ("me/words", None, "train", True),
+        ("me/words", None, "validation", True),
+        ("me/words", "small", "test", True),
+    ]
+    with pytest.raises(ValueError, match="dataset 'me/words' has no text in field 'body'"):
+        load_documents("hub", "me/words", tiny.tokenizer(), text_field="body", **sizes)
+
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": ["w1 w2", "w3"]}), path)
+    assert load_documents("parquet", path, tiny.tokenizer(), **sizes).tokens.tolist() == [0, 1, 2, 0, 3]
+    with pytest.raises(ValueError, match="no column 'body'"):
+        load_documents("parquet", path, tiny.tokenizer(), text_field="body", **sizes)
 
 
 def test_documents_are_split_completely_and_repeatably() -> None:
@@ -163,11 +198,8 @@ def test_contexts_cover_every_token_once(start_id: int | None) -> None:
         assert ids_BT.numel() <= 40
         for member, ids, mask in zip(members.tolist(), ids_BT, mask_BT, strict=True):
             assert ids[mask.bool()].tolist() == seen[member].tolist()
-    with pytest.raises(ValueError, match="corpus.context_length: found 1"):
+    with pytest.raises(ValueError, match=r"corpus.context_length: found 1"):
         contexts(docs, torch.arange(3), 1)
-
-
-# --- harvest and store
 
 
 def test_every_row_holds_what_the_model_computes(lm, store: ActivationStore) -> None:
@@ -190,8 +222,8 @@ def test_every_row_holds_what_the_model_computes(lm, store: ActivationStore) -> 
                 child, token, mass = brute_force_belief(probs[t], tokens_of_child, concepts.child_parent_R)
                 assert float(column["belief_prob"][row]) == pytest.approx(mass, rel=1e-4)
                 assert int(column["belief_token"][row]) == token
-                assert int(column["belief_concept"][row]) == (child if mass >= 0.3 else -1)
-                beliefs += mass >= 0.3
+                assert int(column["belief_concept"][row]) == (child if mass >= THRESHOLD else -1)
+                beliefs += mass >= THRESHOLD
                 row += 1
         assert row == store.n_rows(split)
     assert 10 < beliefs < sum(store.n_rows(split) for split in ("train", "val", "test"))
@@ -235,7 +267,7 @@ def test_the_manifest_is_complete_and_names_no_place(store: ActivationStore) -> 
     assert str(store.folder.parent) not in json.dumps(manifest)
 
 
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     pass
 
 
@@ -244,9 +276,9 @@ def test_a_stopped_harvest_goes_on_with_the_same_bytes(lm, store: ActivationStor
 
     def stop(done: int, total: int) -> None:
         if done > total * 0.6:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         harvest(lm, documents(), tiny.concepts(), tmp_path, progress=stop, **SETTINGS)
     (tmp_path / ".train-00001.safetensors.0a0a0a0a.tmp").write_bytes(b"left by a kill")
     with pytest.raises(ValueError, match="the harvest is not complete"):
@@ -327,7 +359,8 @@ def test_corrupt_stores_are_refused_by_file_name(lm, tmp_path) -> None:
 def test_rows_come_in_the_order_asked_for_and_moments_are_exact(store: ActivationStore) -> None:
     n = store.n_rows("train")
     whole = torch.cat([acts for acts, _ in store.batches("train", 37)])
-    assert whole.shape == (n, store.width) and whole.dtype == torch.float32
+    assert whole.shape == (n, store.width)
+    assert whole.dtype == torch.float32
     assert [start for _, start in store.batches("train", 37)] == list(range(0, n, 37))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))[:70]
     order[3] = order[4]
@@ -344,9 +377,6 @@ def test_rows_come_in_the_order_asked_for_and_moments_are_exact(store: Activatio
         store.column("train", "acts")
     with pytest.raises(ValueError, match="batch_size: found 0"):
         next(store.batches("train", 0))
-
-
-# --- stream
 
 
 def test_every_epoch_visits_every_row_once_in_another_order(store: ActivationStore) -> None:
@@ -379,11 +409,11 @@ def test_a_stream_goes_on_exactly_where_it_stopped(store: ActivationStore) -> No
         after.load_state_dict(state)
         assert all(torch.equal(after.next(), batch) for batch in expected[stop:])
     assert not torch.equal(stream(8).next(), expected[0])
-    with pytest.raises(ValueError, match="stream.seed: the checkpoint has 7, this stream has 8"):
+    with pytest.raises(ValueError, match=r"stream.seed: the checkpoint has 7, this stream has 8"):
         stream(8).load_state_dict(whole.state_dict())
 
 
-def test_bad_stream_sizes_are_refused(store: ActivationStore, tmp_path) -> None:
+def test_bad_stream_sizes_are_refused(store: ActivationStore) -> None:
     n = store.n_rows("val")
     for size in (0, n + 1):
         with pytest.raises(ValueError, match=rf"training\.batch_size: found {size}, allowed: 1 to {n}"):
@@ -392,4 +422,3 @@ def test_bad_stream_sizes_are_refused(store: ActivationStore, tmp_path) -> None:
         RowStream(store, "val", 1, 0, window_rows=0)
     whole = RowStream(store, "val", n, 0)
     assert whole.next_rows().sort().values.tolist() == list(range(n))
-    write_json(tmp_path / "manifest.json", {"complete": False})

@@ -122,9 +122,11 @@ def test_padding_changes_no_real_position_and_last_only_finds_the_last_token(hoo
 
 def test_hooks_that_cannot_be_captured_are_refused() -> None:
     lm = tiny.language_model("llama")
-    with pytest.raises(ValueError, match=r"no module 'model\.layer\.1' in tiny-llama; close matches: .*model\.layers\.1"):
+    with pytest.raises(
+        ValueError, match=r"no module 'model\.layer\.1' in tiny-llama; close matches: .*model\.layers\.1"
+    ):
         lm.capture(ids(), "model.layer.1")
-    with pytest.raises(ValueError, match="'model.layers' ran 0 times in a pass, allowed: exactly once"):
+    with pytest.raises(ValueError, match=r"'model.layers' ran 0 times in a pass, allowed: exactly once"):
         lm.capture(ids(), "model.layers")
     with pytest.raises(ValueError, match="ran 0 times"):
         lm.run_with_edit(ids(), "model.layers", lambda acts: acts)
@@ -133,7 +135,7 @@ def test_hooks_that_cannot_be_captured_are_refused() -> None:
     twice = LanguageModel(repeated, tiny.tokenizer(), name="twice", has_head=True)
     with pytest.raises(ValueError, match="ran 2 times"):
         twice.capture(ids(), "model.layers.0")
-    with pytest.raises(ValueError, match="'model.rotary_emb' gives tuple|'model.rotary_emb' gives"):
+    with pytest.raises(ValueError, match=r"'model.rotary_emb' gives tuple|'model.rotary_emb' gives"):
         lm.capture(ids(), "model.rotary_emb")
     # A refused hook leaves nothing behind.
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
@@ -145,7 +147,7 @@ def test_loading_a_folder(tmp_path) -> None:
     folder = tiny.save(tmp_path / "tiny-model")
     lm = LanguageModel.load(str(folder))
     assert (lm.name, lm.width, lm.vocab_size, lm.has_head) == ("tiny-model", tiny.WIDTH, tiny.VOCAB, True)
-    assert lm.revision is not None and lm.revision.startswith("sha256:")
+    assert str(lm.revision).startswith("sha256:")
     assert len(lm.tokenizer_sha256) == 64
     torch.testing.assert_close(lm.unembedding, tiny.language_model().unembedding)
     assert LanguageModel.load(str(folder), dtype="bfloat16").capture(ids(), FINAL_HOOK).acts.dtype == torch.float32
@@ -168,7 +170,7 @@ def test_a_model_without_a_head_says_so(tmp_path) -> None:
         lambda: lm.logits_from_final(with_head),
         lambda: lm.check_unembedding(ids()),
     ):
-        with pytest.raises(ValueError, match="no output head, .*: not available"):
+        with pytest.raises(ValueError, match=r"no output head, .*: not available"):
             call()
 
 
@@ -180,7 +182,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LanguageModel.load(name)
-    with pytest.raises(ValueError, match="model.dtype: found 'float8', allowed: float32"):
+    with pytest.raises(ValueError, match=r"model.dtype: found 'float8', allowed: float32"):
         LanguageModel.load(str(folder), dtype="float8")
 
     from safetensors.torch import load_file, save_file
@@ -192,7 +194,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path) -> None:
         LanguageModel.load(str(folder))
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="model.name: cannot load") as refused:
+    with pytest.raises(ValueError, match=r"model.name: cannot load") as refused:
         LanguageModel.load(str(folder))
     assert "\n" not in str(refused.value)
 

@@ -154,7 +154,7 @@ def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
     assert set(terms) - {"recon"} <= set(PENALTIES)
 
 
-# -- constraints ---------------------------------------------------------------------------------------------------------
+# -- constraints
 
 
 def test_norms_in_a_metric():

@@ -32,7 +32,7 @@ def tokenizer(prefix: str = "w") -> PreTrainedTokenizerFast:
 
 
 def model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """`llama` (tied, RMSNorm), `neox` (untied, LayerNorm), `gemma2` (tied, logit soft-cap); larger weights than usual."""
+    """`llama` (tied, RMSNorm), `neox` (untied, LayerNorm) or `gemma2` (tied, logit soft-cap); large weights."""
     torch.manual_seed(seed)
     shared: dict[str, Any] = {
         "vocab_size": VOCAB,

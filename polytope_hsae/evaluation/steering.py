@@ -169,8 +169,8 @@ class _Steerer:
             scale_A = torch.from_numpy(alpha_A).to(directions_Gd)
             added_AMd = (scale_A[:, None] * directions_Gd[rows_A])[:, None].expand(-1, len(self.last_Md), -1)
             after_AMV = self._logits(added_AMd)
-            pairs = zip(concept_A.tolist(), after_AMV, strict=True)
-            return np.array([self._measure(after_MV.double(), children_G[g]) for g, after_MV in pairs])
+            measured = map(self._measure, after_AMV.double(), (children_G[g] for g in concept_A.tolist()))
+            return np.array(list(measured))
 
         return evaluate
 
@@ -189,9 +189,8 @@ class _Steerer:
         drop_M = self.mean_logit_M - (self.probability_MV * after_MV).sum(-1)
         drop_M -= (self.probability_MV[:, target] * (before_MT - now_MT)).sum(-1)
         kl_M = drop_M / (rest_before_M - self.log_total_M).exp() - rest_before_M + rest_after_M
-        sibling = math.nan
-        if len(children) > 1:
-            sibling = float(_sibling_kl(self.before_MV, after_MV, children))
+        several = len(children) > 1
+        sibling = float(_sibling_kl(self.before_MV, after_MV, children)) if several else math.nan
         return [float(effect_M.mean()), float(kl_M.clamp(min=0).mean()), sibling]
 
 

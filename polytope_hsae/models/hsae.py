@@ -282,7 +282,7 @@ class HierarchicalSAE(SparseAutoencoder):
         self.normalize_decoder_weights()
 
     def _scale_readers(self, n_parents: int, n_subspaces: int) -> None:
-        """Scale E's and F's first rows by what normalising D and the atoms will divide by: E_p.D_p and F_pc.G_pc stay."""
+        """Scale E's and F's first rows by what normalising D and G will divide by: E_p.D_p and F_pc.G_pc stay."""
         if not self.config.normalize_decoder:
             return
         if self.E is not self.D:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-
 MAX_PADDING = 0.25
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import StageConfig, TeacherConfig, TrainingConfig
 from ..data.stream import RowStream
-from ..models.base import SparseAutoencoder
+from ..models.base import SparseAutoencoder, without_sharing
 from ..models.codes import ModelOutput
 from ..models.losses import PENALTIES
 from ..tracking import Tracker
@@ -95,11 +95,15 @@ class HSAETrainer:
                 if self.evaluate and (last or self.step % self.config.val_every == 0):
                     values = self.evaluate(self.model)
                     tracker.log(values, self.step, self.step * self.rows_per_step)
-                if last or self.stop_signal or self.step % self.config.checkpoint_every == 0:
-                    self.save()
                 on_step(self.step, self.total)
-                if self.stop_signal and not last:
-                    raise Interrupted(f"{signal.Signals(self.stop_signal).name} at step {self.step} of {self.total}; checkpoint written")
+                stop = self.stop_signal  # read once: a signal that arrives later is seen after the next step
+                if last or stop or self.step % self.config.checkpoint_every == 0:
+                    self.save()
+                if stop:
+                    name = signal.Signals(stop).name
+                    raise Interrupted(f"{name} at step {self.step} of {self.total}; checkpoint written")
+        if self.evaluate and not values:  # resumed from the last checkpoint: nothing was left to train
+            values = self.evaluate(self.model)
         return values
 
     def train_step(self, stage: StageConfig) -> Callable[[], dict[str, Any]]:
@@ -112,15 +116,14 @@ class HSAETrainer:
             output = model(self.stream.next().to(self.device), self.generator)
             terms = model.loss_terms(output, stage.loss)
             loss = sum((w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()), self.anchor.penalty())
-            if not torch.isfinite(loss):
-                kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
-                raise Diverged(f"training: the loss is {loss.item()} at step {self.step} ({_parts(terms)}); last good checkpoint: {kept}")
+            self._require_finite("loss", loss, terms)
             (loss / config.accumulate).backward()
             self.usage.update(output.codes)
         if model.config.project_gradient:
             model.project_gradients()
         limit = config.grad_clip if config.grad_clip is not None else float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        self._require_finite("gradient norm", grad_norm, terms)
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * stage.lr_mult.get(group["name"], 1.0)
@@ -135,6 +138,14 @@ class HSAETrainer:
             "lr": rate, "penalty_warmup": warmup, "grad_norm": grad_norm, **self._usage_log(output),
         }
 
+    def _require_finite(self, what: str, value: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
+        """A gradient may break before the loss does; neither may reach a parameter or a checkpoint."""
+        if not torch.isfinite(value):
+            kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
+            found = f"the {what} is {value.item()} at step {self.step} ({_parts(terms)})"
+            raise Diverged(f"training: {found}; last good checkpoint: {kept}")
+
+    @torch.no_grad()
     def _usage_log(self, output: ModelOutput) -> dict[str, Any]:
         codes, config = output.codes, self.config
         load_P = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=self.model.n_parents).double()
@@ -160,7 +171,7 @@ class HSAETrainer:
         if self.folder is None:
             return
         parts: dict[str, dict[str, Tensor]] = {
-            "model": self.model.state_dict(),
+            "model": without_sharing(self.model.state_dict()),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
             "usage": self.usage.state_dict(),
             "noise": {"state": self.generator.get_state()},
@@ -169,21 +180,24 @@ class HSAETrainer:
         save_checkpoint(self.folder / "checkpoints", self.step, parts, metadata)
 
     def resume(self) -> bool:
-        """Load the latest checkpoint, if there is one; True if there was."""
+        """Load the latest checkpoint, if there is one; True if there was.
+
+        Raises ValueError when it is broken or belongs to another model.
+        """
         path = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
         if path is None:
             return False
         self.step, parts, metadata = load_checkpoint(path)
         state = parts["model"]
-        if self.step < self.total:
-            stage = stage_at(self.stages, self.step)
-            inside = self.step > stage.start
-            self.model.freeze(stage.config.freeze if inside else ())
-            if not inside:
-                state = {name: tensor for name, tensor in state.items() if name not in self.model.transient_names}
+        stage = stage_at(self.stages, self.step) if self.step < self.total else None
+        inside = stage is not None and self.step > stage.start
+        self.model.freeze(stage.config.freeze if stage is not None and inside else ())
+        if not inside:
+            state = {name: tensor for name, tensor in state.items() if name not in self.model.transient_names}
+        try:
             self.model.load_state_dict(state)
-        else:
-            self.model.load_state_dict({n: t for n, t in state.items() if n not in self.model.transient_names})
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         load_optimizer_tensors(self.optimizer, self.parameters, parts["optimizer"])
         self.usage.load_state_dict(parts["usage"])
         self.generator.set_state(parts["noise"]["state"])
@@ -195,6 +209,7 @@ class HSAETrainer:
         def note(number: int, frame: object) -> None:
             self.stop_signal = number
 
+        self.stop_signal = None
         old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -29,12 +29,12 @@ class Usage:
             self.idle_child[codes.child_index[codes.child_value > 0]] = 0
 
     def dead_parents(self, after: int) -> Tensor:
-        """Mask [P] of parents not active for more than `after` tokens."""
-        return self.idle_parent > after
+        """Mask [P] of parents not active for `after` tokens."""
+        return self.idle_parent >= after
 
     def dead_children(self, after_routed: int) -> Tensor:
-        """Mask [P*C] of children whose parent was active for more than `after_routed` tokens without them."""
-        return self.idle_child > after_routed
+        """Mask [P*C] of children whose parent was active for `after_routed` tokens without them."""
+        return self.idle_child >= after_routed
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"idle_parent": self.idle_parent, "idle_child": self.idle_child}

@@ -1,0 +1,386 @@
+"""The configuration: what it refuses and how, overrides, packaged files; and the record that decides what runs again."""
+
+import json
+
+import pytest
+import yaml
+
+from polytope_hsae.config import (
+    PACKAGE,
+    ArmConfig,
+    Config,
+    ConfigError,
+    LossOverrides,
+    TrainingConfig,
+    dump_yaml,
+    find_config,
+    load_config,
+)
+from polytope_hsae.provenance import Provenance, dependencies, environment, flatten
+
+PACKAGED = sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a config from a nested dict or YAML text and overrides."""
+
+    def from_tree(tree=None, overrides=None):
+        path = tmp_path / "config.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree or {}))
+        return load_config(str(path), overrides)
+
+    return from_tree
+
+
+def refused(load, tree=None, overrides=None):
+    """The one line with which a config is refused."""
+    with pytest.raises(ConfigError, match=".") as error:
+        load(tree, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# -- values
+
+
+def test_an_empty_file_gives_the_defaults(load):
+    config = load("")
+    assert config == Config()
+    assert [arm.name for arm in config.arms] == ["baseline", "flat_topk", "teacher", "permuted_teacher"]
+    assert [arm.phase for arm in config.arms] == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "tree, field, found, allowed",
+    [
+        ({"hsae": {"n_parrots": 3}}, "hsae.n_parrots", "an unknown key", "n_parents, topk_parent, "),
+        ({"hsea": {}}, "hsea", "an unknown key", "run, model, corpus, "),
+        ({"arms": [{"name": "a", "stage": 1}]}, "arms.0.stage", "an unknown key", "name, kind, init, stages, "),
+        (
+            {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, "loss": {"l1": 0.1}}]}}},
+            "training.teacher.stages.0.loss.l1", "an unknown key", "l1_parent, l1_child, ",
+        ),
+        ({"hsae": {"n_parents": "many"}}, "hsae.n_parents", "'many'", "input should be a valid integer"),
+        ({"hsae": {"n_parents": 2.5}}, "hsae.n_parents", "2.5", "input should be a valid integer"),
+        ({"hsae": {"gate": "soft"}}, "hsae.gate", "'soft'", "input should be 'hard' or 'straight_through'"),
+        (
+            {"hsae": {"tie_projectors": "maybe"}},
+            "hsae.tie_projectors", "'maybe'", "input should be False, True or 'init'",
+        ),
+        ({"hsae": {"l1_parent": float("nan")}}, "hsae.l1_parent", "nan", "input should be a finite number"),
+        ({"hsae": {"l1_parent": float("inf")}}, "hsae.l1_parent", "inf", "input should be a finite number"),
+        ({"training": {"lr": -0.001}}, "training.lr", "-0.001", "input should be greater than 0"),
+        ({"training": {"lr": 0}}, "training.lr", "0", "input should be greater than 0"),
+        ({"training": {"grad_clip": float("nan")}}, "training.grad_clip", "nan", "input should be a finite number"),
+        (
+            {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, "lr_mult": {"E": -1.0}}]}}},
+            "training.teacher.stages.0.lr_mult.E", "-1.0", "input should be greater than or equal to 0",
+        ),
+        (
+            {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, "freeze": ["E", "H"]}]}}},
+            "training.teacher.stages.0.freeze.1", "'H'", "input should be 'E', 'b_E', ",
+        ),
+        ({"training": {"teacher": {"stages": []}}}, "training.teacher.stages", "[]", "list should have at least 1 item"),
+        ({"training": {"teacher": {"stages": [{"steps": 2}]}}}, "training.teacher.stages.0.name", "nothing", "a value"),
+        ({"hsae": 5}, "hsae", "5", "input should be a valid dictionary"),
+        ({"hsae": {"n_parents": 4, "topk_parent": 5}}, "hsae.topk_parent", "5", "at most n_parents = 4"),
+        ({"hsae": {"topk_child": 9}}, "hsae.topk_child", "9", "at most n_children_per_parent = 8"),
+        (
+            {"hsae": {"topk_child_total": 9, "child_budget": "per_parent"}},
+            "hsae.topk_child_total", "9", "null unless child_budget is shared",
+        ),
+        ({"hsae": {"topk_parent": 2, "topk_child_total": 17}}, "hsae.topk_child_total", "17", "at most k * C = 16"),
+        ({"corpus": {"split": [0.8, 0.1, 0.2]}}, "corpus.split", "[0.8, 0.1, 0.2]", "three shares above 0 with sum 1"),
+        ({"concepts": {"split": [1.0, 0.0, 0.0]}}, "concepts.split", "[1.0, 0.0, 0.0]", "three shares above 0"),
+        ({"run": {"name": ".."}}, "run.name", "'..'", "string should match pattern"),
+        ({"run": {"name": "a/b"}}, "run.name", "'a/b'", "string should match pattern"),
+        ({"run": {"seed": -1}}, "run.seed", "-1", "input should be greater than or equal to 0"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms", "['a', 'a']", "names that differ"),
+        ({"arms": [{"name": "."}]}, "arms.0.name", "'.'", "string should match pattern"),
+        ({"arms": [{"name": "a", "hsae": {"topk_parent": 999}}]}, "arms.a.hsae.topk_parent", "999", "at most n_parents"),
+        ({"arms": [{"name": "a", "hsae": {"topkparent": 1}}]}, "arms.a.hsae.topkparent", "an unknown key", "n_parents"),
+        ({"arms": [{"name": "a", "teacher": {"anchor": 1}}]}, "arms.a.teacher.anchor", "1", "input should be 'none'"),
+        ({"arms": [{"name": "f", "kind": "topk", "match_l0": "b"}]}, "arms.f.match_l0", "b", "an earlier arm"),
+        (
+            {"arms": [{"name": "a"}, {"name": "b", "match_l0": "a"}]},
+            "arms.b.match_l0", "a", "null unless kind is topk",
+        ),
+        (
+            {"arms": [{"name": "f", "kind": "topk", "init": "teacher"}]},
+            "arms.f.init", "teacher", "random for a flat arm",
+        ),
+        ({"tracking": {"wandb": "maybe"}}, "tracking.wandb", "'maybe'", "input should be 'off', 'online' or 'offline'"),
+    ],
+)
+def test_each_error_is_one_line_with_field_found_and_allowed(load, tree, field, found, allowed):
+    assert refused(load, tree).startswith(f"{field}: found {found}, allowed: {allowed}")
+
+
+@pytest.mark.parametrize("key", ["use_tied_decoders_parent", "use_tied_decoders_child", "tie_projectors"])
+def test_one_tensor_cannot_read_and_write_apart(load, key):
+    message = refused(load, {"hsae": {key: True}})
+    assert message == f"hsae.{key}: found true, allowed: false or init: the dual teacher reads and writes apart"
+    assert load({"hsae": {key: True}, "teacher": {"init": "literal"}}).teacher.init == "literal"
+    assert load({"hsae": {key: True}, "arms": [{"name": "baseline"}]}).arms[0].phase == 2
+
+
+def two_stages(first, **training):
+    stages = [{"name": "a", "steps": 10, **first}, {"name": "b", "steps": 990, "loss": {"causal_ortho_lambda": 0}}]
+    return {"hsae": {"causal_ortho_lambda": 0.1}, "training": {"teacher": {"stages": stages}, **training}}
+
+
+def test_a_penalty_without_gradient_or_metric_is_refused(load):
+    assert load(two_stages({"freeze": ["D", "G"]})).training.teacher.steps == 1000
+    message = refused(load, two_stages({"freeze": ["D", "G", "Up"]}))
+    assert message == (
+        "stage a: freeze: found ['D', 'G', 'Up'], allowed: a list without Up, D or G: "
+        "causal_ortho_lambda needs a gradient"
+    )
+    tree = two_stages({"loss": {"causal_ortho_lambda": 0.3}})
+    assert load(tree).training.teacher.stages[0].loss.causal_ortho_lambda == 0.3
+    tree["hsae"]["causal_ortho_lambda"] = 0.0
+    assert refused(load, tree).startswith("stage a: loss.causal_ortho_lambda: found 0.3, allowed: 0 unless hsae.")
+
+
+def test_unequal_budgets_are_refused_unless_allowed(load):
+    tree = {"training": {"baseline": {"stages": [{"name": "train", "steps": 700}]}}}
+    message = refused(load, tree)
+    assert message == (
+        "training stages: found steps {'baseline': 700, 'flat_topk': 700, 'teacher': 1000, 'permuted_teacher': 1000}, "
+        "allowed: the same number of steps for every arm, or training.allow_unequal_budget: true"
+    )
+    tree["training"]["allow_unequal_budget"] = True
+    assert load(tree).training.baseline.steps == 700
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "3"])
+def test_a_file_that_is_no_mapping(load, text):
+    assert "allowed: a mapping of config blocks" in refused(load, text)
+
+
+def test_a_file_that_is_no_yaml(load, tmp_path):
+    assert "not readable as YAML" in refused(load, "run: {name: [a\nb")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ConfigError, match="binary.yaml: not readable as YAML"):
+        load_config(str(tmp_path / "binary.yaml"))
+
+
+def test_an_unknown_name_lists_the_packaged_configs():
+    with pytest.raises(ConfigError, match=f"config: found 'nosuch', allowed: a YAML file or one of {PACKAGED[0]}"):
+        find_config("nosuch")
+
+
+def test_a_bare_off_means_off(load):
+    assert load("tracking: {wandb: off}").tracking.wandb == "off"
+    assert load({}, ["tracking.wandb=off"]).tracking.wandb == "off"
+    assert load({}, ["tracking.wandb=offline"]).tracking.wandb == "offline"
+
+
+def test_yaml_numbers_that_pyyaml_reads_as_words(load):
+    assert load("training: {lr: 3e-4}").training.lr == 3e-4
+    arms = [{"name": "a", "hsae": {"l1_parent": "1e-3"}}]
+    config = load({"arms": arms})
+    assert config.arm_hsae(config.arm("a")).l1_parent == 1e-3
+
+
+# -- overrides
+
+
+def test_overrides_reach_every_depth(load):
+    stages = {"stages": [{"name": "a", "steps": 10, "freeze": ["D", "G"]}, {"name": "b", "steps": 990}]}
+    config = load(
+        {"training": {"teacher": stages}, "arms": [{"name": "x", "init": "teacher"}]},
+        [
+            "run.seed=7",
+            "model.revision=null",
+            "hsae.use_tied_decoders_parent=false",
+            "hsae.topk_child_total=5",
+            "training.teacher.stages.0.steps=20",
+            "training.teacher.stages.1={name: c, steps: 5}",
+            "training.teacher.stages.0.freeze.0=E",  # the same item number twice in one path
+            "training.teacher.stages.0.lr_mult.E=0.5",
+            "arms.0.name=y",
+            "corpus.split=[0.6, 0.2, 0.2]",
+            "corpus.path=a=b.txt",
+            "training.grad_clip=null",
+        ],
+    )
+    assert config.run.seed == 7
+    assert config.hsae.use_tied_decoders_parent is False
+    assert config.hsae.active_children == 5
+    first, second = config.training.teacher.stages
+    assert (first.steps, first.freeze, first.lr_mult) == (20, ["E", "G"], {"E": 0.5})
+    assert (second.name, second.steps) == ("c", 5)
+    assert config.arms[0].name == "y"
+    assert config.corpus.split == (0.6, 0.2, 0.2)
+    assert config.corpus.path == "a=b.txt"
+    assert config.training.grad_clip is None
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("run.seed", "--set: found 'run.seed', allowed: key.path=value"),
+        ("=3", "--set: found '=3', allowed: key.path=value"),
+        ("run.seed=[1", "--set run.seed: found '[1', allowed: a YAML value"),
+        ("arms.3.name=x", "--set arms.3.name: found item '3', allowed: 0 to 1"),
+        ("arms.first.name=x", "--set arms.first.name: found item 'first', allowed: 0 to 1"),
+        ("arms.²=x", "--set arms.²: found item '²', allowed: 0 to 1"),
+        ("run.name.first=x", "--set run.name.first: found a value above 'first', allowed: a block"),
+        ("run.sede=1", "run.sede: found an unknown key, allowed: name, seed, device, threads, deterministic"),
+        ("training.lr=nan", "training.lr: found 'nan', allowed: input should be a finite number"),
+        ("training.lr=-1", "training.lr: found -1, allowed: input should be greater than 0"),
+    ],
+)
+def test_overrides_that_are_refused(load, override, message):
+    assert refused(load, {"run": {"name": "n"}, "arms": [{"name": "a"}, {"name": "b"}]}, [override]) == message
+
+
+# -- arms
+
+
+def test_an_arm_replaces_fields_and_stages():
+    arms = [
+        ArmConfig(name="a", hsae={"gate": "hard"}, teacher={"anchor": "frozen"}),
+        ArmConfig(name="b", init="permuted_teacher"),
+        ArmConfig(name="c", stages="teacher"),
+    ]
+    base = {"name": "x", "steps": 1000}
+    config = Config(arms=arms, training=TrainingConfig.model_validate({"teacher": {"stages": [base]}}))
+    a, b, c = (config.arm(name) for name in "abc")
+    assert config.arm_hsae(a).gate == "hard"
+    assert config.arm_hsae(b) == config.hsae
+    assert config.arm_teacher(a).anchor == "frozen"
+    assert [stage.name for stage in config.arm_stages(a)] == ["train"]
+    assert [stage.name for stage in config.arm_stages(b)] == ["x"]
+    assert [stage.name for stage in config.arm_stages(c)] == ["x"]
+    assert (a.phase, b.phase, c.phase) == (2, 3, 2)
+    with pytest.raises(KeyError):
+        config.arm("d")
+
+
+def test_loss_overrides_replace_only_what_they_name():
+    config = Config()
+    changed = LossOverrides(l1_child=0.5, top_level_beta=0.0).apply(config.hsae)
+    assert (changed.l1_child, changed.top_level_beta) == (0.5, 0.0)
+    assert changed.model_copy(update={"l1_child": 0.0, "top_level_beta": 0.1}) == config.hsae
+
+
+# -- files and schema
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_configs_load_and_come_back_from_their_own_dump(name, load):
+    config = load_config(name)
+    assert load(dump_yaml(config)) == config
+    assert config.run.name == name
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGED if name == "v2-focused"])
+def test_the_published_configuration(name):
+    config = load_config(name)
+    hsae, training = config.hsae, config.training
+    assert config.model.name == "google/gemma-2-2b"
+    assert (hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim) == (80, 32, 96)
+    assert (hsae.topk_parent, hsae.topk_child, hsae.recon_reduction) == (8, 1, "mean")
+    assert (hsae.router_temp_start, hsae.router_temp_end) == (1.5, 0.7)
+    assert (hsae.l1_parent, hsae.l1_child, hsae.top_level_beta) == (1e-3, 1e-3, 0.1)
+    assert (hsae.biorth_lambda, hsae.causal_ortho_lambda) == (1e-3, 3e-4)
+    assert (training.batch_size, training.lr, training.schedule, training.grad_clip) == (8192, 3e-4, "constant", 1.0)
+    assert [stage.steps for stage in training.teacher.stages] == [1500, 8500]
+    assert set(training.teacher.stages[0].freeze) >= {"D", "G"}
+    assert config.geometry.shrinkage == 0.05
+    assert training.baseline.steps == training.teacher.steps == 10_000
+
+
+def test_dump_names_every_field():
+    tree = yaml.safe_load(dump_yaml(Config()))
+    assert list(tree) == list(Config.model_fields)
+    for name, block in tree.items():
+        if name != "arms":
+            assert list(block) == list(type(getattr(Config(), name)).model_fields)
+
+
+def test_every_field_has_a_description():
+    schema = Config.model_json_schema()
+    blocks = {"Config": schema, **schema["$defs"]}
+    missing = [
+        f"{block}.{name}"
+        for block, definition in blocks.items()
+        for name, field in definition.get("properties", {}).items()
+        if not field.get("description", "").strip()
+    ]
+    assert len(blocks) > 15
+    assert missing == []
+    assert all(definition.get("additionalProperties") is False for definition in blocks.values())
+
+
+def test_values_never_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().run.seed = 3
+
+
+# -- provenance
+
+
+def test_a_phase_is_skipped_refused_or_forced(tmp_path):
+    config, inputs = Config(), {"activations/manifest.json": "aa"}
+    record = Provenance(tmp_path)
+    assert record.is_done(2, config, inputs, force=False) is False
+    record.record(2, config, inputs, "cpu", 12.345)
+    again = Provenance(tmp_path)
+    assert again.is_done(2, config, inputs, force=False) is True
+    assert again.is_done(2, config, inputs, force=True) is False
+    assert again.is_done(3, config, inputs, force=False) is False
+
+    changed = config.model_copy(update={"training": config.training.model_copy(update={"lr": 0.5})})
+    with pytest.raises(ConfigError, match=r"^training.lr: found 0.5, but phase 2 of this run folder was made with 0.001; "
+                       r"use --force to make it again or --out for another folder$"):
+        again.is_done(2, changed, inputs, force=False)
+    assert again.is_done(2, changed, inputs, force=True) is False
+    with pytest.raises(ConfigError, match=r"^activations/manifest.json: found 'bb', but phase 2 .* made with 'aa'"):
+        again.is_done(2, config, {"activations/manifest.json": "bb"}, force=False)
+    with pytest.raises(ConfigError, match=r"^more: found 'cc', but phase 2 of this run folder was made with None"):
+        again.is_done(2, config, {**inputs, "more": "cc"}, force=False)
+
+
+def test_what_a_phase_does_not_depend_on_does_not_matter(tmp_path):
+    config = Config()
+    record = Provenance(tmp_path)
+    for phase in (1, 2, 3, 4):
+        record.record(phase, config, {}, "cpu", 1.0)
+    other = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"threads": 9, "device": "cuda:1", "name": "elsewhere"}),
+            "tracking": config.tracking.model_copy(update={"wandb": "offline"}),
+            "training": config.training.model_copy(update={"checkpoint_every": 7}),
+        }
+    )
+    assert all(record.is_done(phase, other, {}, force=False) for phase in (1, 2, 3, 4))
+    seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})
+    for phase in (1, 2, 3, 4):
+        with pytest.raises(ConfigError, match=r"^run.seed: found 1"):
+            record.is_done(phase, seeded, {}, force=False)
+    steering = config.eval.model_copy(update={"bootstrap": 200})
+    evaluated = config.model_copy(update={"eval": steering})
+    assert [record.is_done(phase, evaluated, {}, force=False) for phase in (1, 2, 3)] == [True] * 3
+    with pytest.raises(ConfigError, match=r"^eval.bootstrap: found 200"):
+        record.is_done(4, evaluated, {}, force=False)
+
+
+def test_the_record_is_json_with_the_environment(tmp_path):
+    Provenance(tmp_path).record(1, Config(), {"corpus": "aa"}, "cpu", 3.21)
+    saved = json.loads((tmp_path / "provenance.json").read_text())["phases"]["phase1"]
+    assert saved["seconds"] == 3.2
+    assert saved["inputs"] == {"corpus": "aa"}
+    assert saved["config"] == dependencies(Config(), 1)
+    assert saved["environment"] == environment("cpu")
+    assert saved["environment"]["device"] == "cpu"
+    assert saved["environment"]["packages"]["torch"]
+
+
+def test_flatten():
+    tree = {"a": {"b": 1, "c": [2, {"d": None}]}, "e": [], "f": {}}
+    assert flatten(tree) == {"a.b": 1, "a.c.0": 2, "a.c.1.d": None, "e": [], "f": {}}
