@@ -113,7 +113,7 @@ class GeometryConfig(Block):
 class TeacherConfig(Block):
     init: Literal["dual", "literal"] = Field("dual", description="Read and write directions apart, or one for both.")
     energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
-    anchor: Literal["none", "frozen", "pull", "slow"] = Field("none", description="What holds the teacher's rows.")
+    anchor: Literal["none", "frozen", "pull", "slow"] = Field("none", description="What holds the teacher's rows of E and D (b_E stays free), in every stage.")
     anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
     noise_deg: float = Field(0.0, ge=0, le=180, description="Rotation of every teacher vector, degrees.")
@@ -139,7 +139,7 @@ class HSAEConfig(Block):
         "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
     )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
-    router_temp_end: float = Field(0.7, gt=0, description="Routing temperature at the last step.")
+    router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
     child_input: Literal["input", "residual"] = Field(
         "residual", description="What children read: the row, or what the parents leave of it."
     )
@@ -203,7 +203,7 @@ class StageConfig(Block):
     steps: int = Field(ge=1, description="Optimiser steps.")
     freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
     loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
-    lr_mult: dict[TensorName, Annotated[float, Field(ge=0)]] = Field({}, description="Learning-rate multipliers by tensor.")
+    lr_mult: dict[TensorName, Annotated[float, Field(ge=0)]] = Field({}, description="Rate multipliers by tensor.")
 
 
 class PhaseStages(Block):
@@ -257,7 +257,7 @@ class SteeringConfig(Block):
     target_nats: float = Field(3.0, gt=0, description="Rise of the target's log-odds, nats.")
     contexts: int = Field(16, ge=1, description="Contexts that every concept is steered in.")
     context_length: int = Field(24, ge=4, description="Tokens per context.")
-    max_concepts: int = Field(20, ge=1, description="Concepts steered at most, most test rows first.")
+    max_concepts: int = Field(20, ge=1, description="Concepts steered at most, evenly spaced in file order.")
 
 
 class TargetsConfig(Block):
@@ -353,8 +353,8 @@ class Config(Block):
                 weights = stage.loss.apply(hsae)
                 held = {"Up", "G", "D"} <= set(stage.freeze)
                 if weights.causal_ortho_lambda > 0:
-                    _require(f"stage {stage.name}: loss.causal_ortho_lambda", weights.causal_ortho_lambda,
-                             hsae.causal_ortho_lambda > 0, "0 unless hsae.causal_ortho_lambda is above 0 (it decides the metric)")
+                    _require("hsae.causal_ortho_lambda", hsae.causal_ortho_lambda, hsae.causal_ortho_lambda > 0,
+                             f"above 0, because stage {stage.name} turns it on")
                     _require(f"stage {stage.name}: freeze", stage.freeze, not held,
                              "a list without Up, D or G: causal_ortho_lambda needs a gradient")
         budgets = {arm.name: sum(stage.steps for stage in self.arm_stages(arm)) for arm in self.arms}

@@ -1,28 +1,25 @@
-"""Language models: load, unembedding, capture at a hook, splice an edit in.
+"""Language models: unembedding, capture at a hook, splice an edit in.
 
-Hugging Face causal LMs from a hub id, a folder or the name of a packaged model; safetensors only, no remote
-code. The residual *after the final norm* is read where it is used: at the input of the output embedding
-module.
-Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary.
+The residual *after the final norm* is read where it is used: at the input of the output embedding module.
+Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary; M fixed contexts and G edits
+of each.
 """
 
+import copy
 import difflib
-import hashlib
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from polytope_hsae.fileio import sha256_file, sha256_json
+from polytope_hsae.fileio import sha256_json
+from polytope_hsae.lm_loading import load_model, load_tokenizer
 
 FINAL_HOOK = "final_residual_pre_unembed"
-ASSETS = Path(__file__).parent / "assets"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Edit = Callable[[Tensor], Tensor]
@@ -34,6 +31,10 @@ class Captured(NamedTuple):
     acts: Tensor
     logits: Tensor | None = None
     final: Tensor | None = None
+
+
+class _Stop(BaseException):
+    """Ends a forward pass from inside a hook. Not an Exception, so that no model's own code catches it."""
 
 
 class LanguageModel:
@@ -88,32 +89,16 @@ class LanguageModel:
         `name`: a hub id, a folder, or the name of a packaged model. `dtype`: float32, bfloat16 or float16.
         Raises ValueError (one line) for a missing folder, missing weights, or U h != logits.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"model.dtype: found {dtype!r}, allowed: {', '.join(DTYPES)}")
-        location = _location(name)
-        options = {"revision": revision} if revision is not None else {}
-        try:
-            config = AutoConfig.from_pretrained(location, **options)
-            has_head = any("ForCausalLM" in a or "LMHead" in a for a in config.architectures or [])
-            auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
-            model, loading = auto_class.from_pretrained(
-                location, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.name: cannot load {name!r} ({_first_line(error)})") from error
-        if loading["missing_keys"] and has_head:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise ValueError(f"model.name: the weights of {name!r} lack {missing}")
-        folder = Path(location) if Path(location).is_dir() else None
+        loaded = load_model(name, revision=revision, dtype=dtype)
         lm = cls(
-            model.to(device),
+            loaded.model.to(device),
             load_tokenizer(name, revision=revision),
-            name=folder.resolve().name if folder else name,
-            has_head=has_head,
-            revision=_weights_sha256(folder) if folder else revision or getattr(config, "_commit_hash", None),
-            tokenizer_sha256=_tokenizer_file_sha256(location, revision),
+            name=loaded.name,
+            has_head=loaded.has_head,
+            revision=loaded.revision,
+            tokenizer_sha256=loaded.tokenizer_sha256,
         )
-        if has_head:
+        if lm.has_head:
             lm.check_unembedding(torch.arange(0, lm.vocab_size, max(1, lm.vocab_size // 12))[None])
         return lm
 
@@ -165,13 +150,19 @@ class LanguageModel:
         `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple). `mask` [B,T]
         is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
         (with close matches), a module that does not run exactly once, or logits of a model without a head.
+        When the activations of a module are all that is asked for, the pass ends as soon as it has run:
+        what comes after costs nothing, and a second run of the module goes unseen.
         """
         if logits:
             self._require_head("logits")
         seen: dict[str, Tensor] = {}
 
+        stop = hook != FINAL_HOOK and not (logits or final)
+
         def keep(acts_BTd: Tensor) -> None:
             seen["acts"] = acts_BTd.float()
+            if stop:
+                raise _Stop
 
         def keep_final(acts_BTd: Tensor) -> None:
             seen["final"] = acts_BTd.float()
@@ -181,8 +172,8 @@ class LanguageModel:
             hooks.append((FINAL_HOOK, keep_final))
         head_is_hooked = self.head is not None and self._modules.get(hook) is self.head
         positions = None if logits or head_is_hooked else "one"
-        logits_BTV = self._forward(ids_BT, mask, hooks, positions)
-        return Captured(seen["acts"], logits_BTV if logits else None, seen.get("final"))
+        output = self._forward(ids_BT, mask, hooks, positions)
+        return Captured(seen["acts"], output.logits.float() if logits else None, seen.get("final"))
 
     @torch.no_grad()
     def run_with_edit(
@@ -194,9 +185,12 @@ class LanguageModel:
         `mask` keeps. Raises ValueError as `capture` does.
         """
         self._require_head("a run with an edit")
-        logits = self._forward(ids_BT, mask, [(hook, edit)], "last" if last_only else None)
-        assert logits is not None
+        logits = self._forward(ids_BT, mask, [(hook, edit)], "last" if last_only else None).logits.float()
         return logits[:, 0] if last_only else logits
+
+    def last_position(self, ids_MT: Tensor, hook: str) -> "LastPosition":
+        """For many edits of `hook` at the last position of the same contexts [M,T] without padding."""
+        return LastPosition(self, ids_MT, hook)
 
     def _forward(
         self,
@@ -204,7 +198,8 @@ class LanguageModel:
         mask_BT: Tensor | None,
         hooks: list[tuple[str, Callable[[Tensor], Tensor | None]]],
         positions: str | None,
-    ) -> Tensor | None:
+        **options: Any,
+    ) -> Any:
         """One pass. Each function of `hooks` sees its hook's activations and may return a replacement.
 
         `positions`: which positions go through the head: None all, "last" every row's last token, "one" any
@@ -219,7 +214,9 @@ class LanguageModel:
         if self.head is not None and positions is not None:
             handles.append(self.head.register_forward_pre_hook(_select(positions, mask_BT)))
         try:
-            output = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            output = self.model(input_ids=ids_BT, attention_mask=mask_BT, **{"use_cache": False, **options})
+        except _Stop:
+            output = None
         finally:
             for handle in handles:
                 if handle is not None:
@@ -230,7 +227,7 @@ class LanguageModel:
                 fired[index] += 1
             if fired[index] != 1:
                 raise ValueError(f"model.hook: {name!r} ran {fired[index]} times in a pass, allowed: exactly once")
-        return output.logits.float() if self.head is not None else None
+        return output
 
     def _attach(
         self,
@@ -275,13 +272,65 @@ class LanguageModel:
             raise ValueError(f"model.name: {self.name} has no output head, {what}: not available")
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
-    """The tokenizer of a hub id, a folder or a packaged model. Raises ValueError (one line) when there is none."""
-    options = {"revision": revision} if revision is not None else {}
-    try:
-        return AutoTokenizer.from_pretrained(_location(name), **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name: cannot load the tokenizer of {name!r} ({_first_line(error)})") from error
+class LastPosition:
+    """Next-token logits of fixed contexts [M,T] under edits of a hook's activations at the last position.
+
+    Such an edit leaves everything before it as it was: the prefix runs once, and an edit costs a pass over the
+    last token with the prefix's keys and values. That is right where the cache keeps a key and a value of every
+    position and nothing else, so it is done only when all its layers are plain `DynamicLayer`s as long as the
+    prefix. Any other model (sliding windows as in Gemma-2, recurrent states, keys shared between layers) and
+    contexts of a single token run in full for every edit, with the same results.
+    """
+
+    @torch.no_grad()
+    def __init__(self, lm: LanguageModel, ids_MT: Tensor, hook: str) -> None:
+        lm._require_head("a run with an edit")
+        self.lm, self.ids_MT, self.hook = lm, ids_MT, hook
+        self._cache: DynamicCache | None = None
+        if ids_MT.shape[-1] > 1:
+            output = lm._forward(ids_MT[:, :-1], None, [], "one", use_cache=True)
+            found = getattr(output, "past_key_values", None)
+            self._cache = found if _is_plain(found, ids_MT.shape[1] - 1) else None
+
+    @property
+    def cached(self) -> bool:
+        """Whether an edit runs the last token only."""
+        return self._cache is not None
+
+    @torch.no_grad()
+    def logits(self, added_GMd: Tensor) -> Tensor:
+        """Logits (float32 [G,M,V]) after the last position, with each of `added` [G,M,d] added there.
+
+        Equal to `run_with_edit(..., last_only=True)` up to rounding. Raises ValueError as that does.
+        """
+        n_edits, n_contexts, width = added_GMd.shape
+        # Rows are context by context, as `batch_repeat_interleave` lays the cache out.
+        ids_BT = self.ids_MT.repeat_interleave(n_edits, dim=0)
+        added_Bd = added_GMd.transpose(0, 1).reshape(-1, width)
+
+        def edit(acts_BTd: Tensor) -> Tensor:
+            edited_BTd = acts_BTd.clone()
+            edited_BTd[:, -1] += added_Bd.to(acts_BTd)
+            return edited_BTd
+
+        if self._cache is None:
+            logits_BV = self.lm.run_with_edit(ids_BT, self.hook, edit, last_only=True)
+        else:
+            cache = copy.deepcopy(self._cache)  # a pass appends to its cache
+            cache.batch_repeat_interleave(n_edits)
+            hooks = [(self.hook, edit)]
+            output = self.lm._forward(ids_BT[:, -1:], None, hooks, None, past_key_values=cache, use_cache=True)
+            logits_BV = output.logits[:, 0].float()
+        return logits_BV.view(n_contexts, n_edits, -1).transpose(0, 1)
+
+
+def _is_plain(cache: Any, length: int) -> bool:
+    """Whether a cache is nothing but the keys and values of `length` positions in every layer."""
+    return (
+        type(cache) is DynamicCache
+        and len(cache.layers) > 0
+        and all(type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers)
+    )
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:
@@ -318,29 +367,3 @@ def _select(positions: str, mask_BT: Tensor | None) -> Callable[[nn.Module, Any]
         return (acts_BTd[rows, mask_BT.sum(1) - 1][:, None], *args[1:])
 
     return narrow
-
-
-def _location(name: str) -> str:
-    """Where to load `name` from: the folder it names, a packaged model, or the hub id itself."""
-    if name and Path(name).is_dir():
-        return name
-    if "/" not in name and (ASSETS / name / "config.json").is_file():
-        return str(ASSETS / name)
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
-        raise ValueError(f"model.name: no such folder {name!r}")
-    return name
-
-
-def _weights_sha256(folder: Path) -> str:
-    """What stands for a revision where there is no hub: a hash over the folder's weights."""
-    hashes = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    return "sha256:" + hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _tokenizer_file_sha256(location: str, revision: str | None) -> str | None:
-    path = cached_file(location, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else sha256_file(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,6 +17,7 @@ import torch
 from .config import Config, ConfigError
 from .fileio import read_json, write_json
 
+NOT_IN_RESULTS = ("baseline", "teacher", "checkpoint_every", "allow_unequal_budget")
 PACKAGES = ("polytope-hsae", "torch", "transformers", "safetensors", "numpy", "scipy", "scikit-learn", "pydantic")
 
 
@@ -61,11 +62,21 @@ def dependencies(config: Config, phase: int) -> dict[str, Any]:
     """The flattened part of the config that a phase's outputs depend on (device, threads and trackers do not count)."""
     tree = config.model_dump(mode="json")
     arms = [arm for arm in tree["arms"] if phase == 4 or config.arm(arm["name"]).phase == phase]
-    training = {key: value for key, value in tree["training"].items() if key not in ("checkpoint_every",)}
+    stages = {arm["name"]: [stage.model_dump(mode="json") for stage in config.arm_stages(config.arm(arm["name"]))] for arm in arms}
+    training = {key: tree["training"][key] for key in tree["training"] if key not in NOT_IN_RESULTS}
+    concepts = {key: tree["concepts"][key] for key in tree["concepts"] if key not in ("label", "min_test_rows")}
+    harvested = {key: tree["data"][key] for key in tree["data"] if key != "normalize"}
+    trained = {"normalize": tree["data"]["normalize"], "hsae": tree["hsae"], "training": training, "stages": stages, "arms": arms}
     parts: dict[int, dict[str, Any]] = {
-        1: {key: tree[key] for key in ("model", "corpus", "concepts", "data", "geometry")},
-        2: {"data": tree["data"], "hsae": tree["hsae"], "training": training, "arms": arms},
-        3: {"data": tree["data"], "hsae": tree["hsae"], "training": training, "teacher": tree["teacher"], "arms": arms},
+        1: {
+            "model": tree["model"],
+            "corpus": tree["corpus"],
+            "concepts": {**concepts, "belief": tree["concepts"]["label"] == "belief"},
+            "data": harvested,
+            "geometry": tree["geometry"],
+        },
+        2: trained,
+        3: {**trained, "teacher": tree["teacher"]},
         4: {"concepts": tree["concepts"], "eval": tree["eval"], "arms": arms},
     }
     return {"run.seed": config.run.seed, **flatten(parts[phase])}
@@ -78,18 +89,20 @@ class Provenance:
         self.path = run / "provenance.json"
         self.state: dict[str, Any] = read_json(self.path) if self.path.exists() else {"phases": {}}
 
-    def is_done(self, phase: int, config: Config, inputs: dict[str, str], force: bool) -> bool:
-        """True when the recorded dependencies equal the present ones.
+    def is_done(self, phase: int, config: Config, inputs: dict[str, str], outputs: list[Path], force: bool) -> bool:
+        """True when the phase's outputs are there and the recorded dependencies equal the present ones.
 
         Raises ConfigError naming the first difference when they differ and `force` is off.
         """
         recorded = self.state["phases"].get(f"phase{phase}")
-        if recorded is None or force:
+        if recorded is None or not all(path.is_file() for path in outputs):
             return False
         for kind, now in (("config", dependencies(config, phase)), ("inputs", inputs)):
             before = recorded[kind]
             for key in sorted(set(before) | set(now)):
                 if before.get(key) != now.get(key):
+                    if force:
+                        return False
                     found, made = now.get(key), before.get(key)
                     raise ConfigError(
                         f"{key}: found {found!r}, but phase {phase} of this run folder was made with {made!r}; "

@@ -40,7 +40,7 @@ class JsonlTracker:
     def log(self, values: dict[str, float], step: int, tokens: int) -> None:
         for name, value in values.items():
             record = {**self.key, "step": step, "tokens": tokens, "name": name, "value": value}
-            self.stream.write(json.dumps(record) + "\n")
+            self.stream.write(json.dumps(record, allow_nan=False) + "\n")
         self.stream.flush()
 
     def close(self) -> None:

@@ -30,9 +30,9 @@ from polytope_hsae.evaluation.concepts import (
     latent_activations,
     map_concepts,
 )
+from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.reconstruction import (
     LM_METRICS,
-    evaluate_language_model,
     evaluate_reconstruction,
 )
 from polytope_hsae.evaluation.steering import STEERING_METRICS, Search, evaluate_steering, solve_alpha
@@ -129,6 +129,11 @@ def ids(lm):
 
 
 # bootstrap
+
+
+def evaluate_language_model(sae, *args, **kwargs):
+    """One model through the function that takes several."""
+    return reconstruction.evaluate_language_model({"arm": sae}, *args, **kwargs)["arm"]
 
 
 def test_mean_interval_matches_the_normal_one():

@@ -90,7 +90,6 @@ def test_causal_orthogonality_equals_the_double_loop(form, metric):
 def test_a_literal_penalty_uses_the_inverse_metric_in_training_too():
     class Geometry:
         sigma = spd(6)
-        sigma_inv = torch.linalg.inv(spd(6))
 
     h = normal(5, 6)
     for form in ("atom", "literal"):

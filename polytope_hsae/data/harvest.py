@@ -17,7 +17,8 @@ from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.corpus import SPLITS, Documents, context_batches, contexts, split_documents
 from polytope_hsae.data.store import MANIFEST, ActivationStore
 from polytope_hsae.fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
-from polytope_hsae.lm import DTYPES, FINAL_HOOK, LanguageModel
+from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+from polytope_hsae.lm_loading import DTYPES
 
 FORMAT = 1
 CHUNK_LOGITS = 1 << 24  # logits held at once while beliefs are computed: 64 MiB
@@ -54,7 +55,7 @@ def harvest(
     belief: bool = True,
     belief_threshold: float = 0.3,
     seed: int = 0,
-    split: Sequence[float] = (0.8, 0.1, 0.1),
+    split: Sequence[float] = (0.8, 0.05, 0.15),
     progress: Progress | None = None,
 ) -> ActivationStore:
     """Write the activation store of `documents` at `hook` into `folder` and open it.

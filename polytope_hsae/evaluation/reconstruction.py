@@ -6,9 +6,11 @@ Shapes: N rows, d residual width, B contexts of a batch, T positions, V vocabula
 parents, K active children.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -105,63 +107,59 @@ def evaluate_reconstruction(
     return Evaluation(result.metrics | usage.metrics(bootstrap, seed), units)
 
 
-def _token_sums(
-    logits_BTV: Tensor, clean_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Per context: summed next-token cross-entropy and KL(clean || logits) over counted positions, float64
-    [B].
-    """
+def _token_sums(logits_BTV: Tensor, clean_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Per context: summed next-token cross-entropy and KL(clean || logits) over counted positions, float64 [B]."""
     ce_B, kl_B = [], []
     for logits_TV, clean_TV, ids_T, counted_T in zip(logits_BTV, clean_BTV, ids_BT, counted_BT, strict=True):
-        log_p_TV, log_clean_TV = (
-            log_softmax(logits_TV[:-1].float(), -1),
-            log_softmax(clean_TV[:-1].float(), -1),
-        )
-        ce_T = -log_p_TV.gather(-1, ids_T[1:, None]).squeeze(-1)
-        kl_T = (log_clean_TV.exp() * (log_clean_TV - log_p_TV)).sum(-1)
-        ce_B.append(ce_T.double()[counted_T].sum())
-        kl_B.append(kl_T.double()[counted_T].sum())
+        log_p_NV = log_softmax(logits_TV[:-1][counted_T].float(), -1)
+        log_clean_NV = log_softmax(clean_TV[:-1][counted_T].float(), -1)
+        ce_B.append(-log_p_NV.gather(-1, ids_T[1:][counted_T, None]).double().sum())
+        kl_B.append((log_clean_NV.exp() * (log_clean_NV - log_p_NV)).sum(-1).double().sum())
     return torch.stack(ce_B), torch.stack(kl_B)
 
 
 @torch.no_grad()
 def _language_model_sums(
-    sae: SparseAutoencoder,
+    saes: Mapping[str, SparseAutoencoder],
     lm: LanguageModel,
     hook: str,
     ids_BT: Tensor,
-    mask_BT: Tensor | None,
+    mask_BT: Tensor,
     mean_d: Tensor,
-) -> FloatArray:
-    """Sums per context [B, 6]: tokens, CE clean, CE ablated, CE spliced, KL ablated, KL spliced."""
-    device = sae.write_directions().device
+) -> dict[str, FloatArray]:
+    """By model, sums per context [B, 6]: tokens, CE clean, CE ablated, CE spliced, KL ablated, KL spliced."""
 
     def ablate(acts_BTd: Tensor) -> Tensor:
         return torch.cat([acts_BTd[:, :1], mean_d.to(acts_BTd).expand_as(acts_BTd[:, 1:])], dim=1)
 
-    def splice(acts_BTd: Tensor) -> Tensor:
-        rows_Nd = acts_BTd[:, 1:].reshape(-1, acts_BTd.shape[-1]).to(device, torch.float32)
-        rebuilt_Nd = sae.decode(sae.encode(rows_Nd)).to(acts_BTd)
-        return torch.cat([acts_BTd[:, :1], rebuilt_Nd.view_as(acts_BTd[:, 1:])], dim=1)
+    def spliced(sae: SparseAutoencoder) -> Tensor:
+        device = sae.write_directions().device
 
-    counted_BT = torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
-    if mask_BT is not None:
-        counted_BT = mask_BT[:, 1:].bool() & mask_BT[:, :-1].bool()
+        def splice(acts_BTd: Tensor) -> Tensor:
+            rows_Nd = acts_BTd[:, 1:].reshape(-1, acts_BTd.shape[-1]).to(device, torch.float32)
+            rebuilt_Nd = sae.decode(sae.encode(rows_Nd)).to(acts_BTd)
+            return torch.cat([acts_BTd[:, :1], rebuilt_Nd.view_as(acts_BTd[:, 1:])], dim=1)
+
+        return lm.run_with_edit(ids_BT, hook, splice, mask=mask_BT)
+
+    counted_BT = mask_BT[:, 1:].bool() & mask_BT[:, :-1].bool()
     counted_BT[:, 0] = False  # nothing is edited at position 0, so its prediction cannot change
     clean_BTV = lm.run_with_edit(ids_BT, hook, lambda acts_BTd: acts_BTd, mask=mask_BT)
     ce_clean_B, _ = _token_sums(clean_BTV, clean_BTV, ids_BT, counted_BT)
-    ablated_BTV = lm.run_with_edit(ids_BT, hook, ablate, mask=mask_BT)
-    ce_ablated_B, kl_ablated_B = _token_sums(ablated_BTV, clean_BTV, ids_BT, counted_BT)
-    del ablated_BTV
-    spliced_BTV = lm.run_with_edit(ids_BT, hook, splice, mask=mask_BT)
-    ce_spliced_B, kl_spliced_B = _token_sums(spliced_BTV, clean_BTV, ids_BT, counted_BT)
-    tokens_B = counted_BT.sum(-1).double()
-    columns = [tokens_B, ce_clean_B, ce_ablated_B, ce_spliced_B, kl_ablated_B, kl_spliced_B]
-    return torch.stack(columns, dim=1).cpu().numpy()
+    ce_ablated_B, kl_ablated_B = _token_sums(
+        lm.run_with_edit(ids_BT, hook, ablate, mask=mask_BT), clean_BTV, ids_BT, counted_BT
+    )
+    sums = {}
+    for name, sae in saes.items():
+        ce_spliced_B, kl_spliced_B = _token_sums(spliced(sae), clean_BTV, ids_BT, counted_BT)
+        tokens_B = counted_BT.sum(-1).double()
+        columns = [tokens_B, ce_clean_B, ce_ablated_B, ce_spliced_B, kl_ablated_B, kl_spliced_B]
+        sums[name] = torch.stack(columns, dim=1).cpu().numpy()
+    return sums
 
 
 def evaluate_language_model(
-    sae: SparseAutoencoder,
+    saes: Mapping[str, SparseAutoencoder],
     lm: LanguageModel,
     hook: str,
     ids_NT: Tensor,
@@ -172,31 +170,36 @@ def evaluate_language_model(
     batch_size: int = 8,
     bootstrap: int = 1000,
     seed: int = 0,
-) -> Evaluation:
-    """Cross-entropy and KL (nats per token) with the reconstruction spliced in at `hook`, on whole contexts
-    [N, T].
+) -> dict[str, Evaluation]:
+    """By model, cross-entropy and KL (nats per token) with its reconstruction spliced in at `hook`, on contexts [N, T].
 
-    `ce_recovered` = (ablated - spliced)/(ablated - clean), where ablated replaces the hook's rows by the
-    train mean; `delta_ce` = spliced - clean; `kl` = KL(clean || spliced). Position 0 is left untouched in all
-    three runs, because the store never holds it and no model is trained on it; its prediction, which then
-    cannot change, and the last position, which predicts nothing, are not counted. `documents` [N] names each
-    context's document (default: each context is one); `mask_NT` is 1 on tokens and 0 on padding at the right.
-    Chance of `delta_ce` and `kl` is what mean ablation costs, of the cross-entropies a uniform guess. A model
-    without an output head gets nulls.
+    `ce_recovered` = (ablated - spliced)/(ablated - clean), where ablated replaces the hook's rows by the train mean;
+    `delta_ce` = spliced - clean; `kl` = KL(clean || spliced). Position 0 is left untouched in all runs, because the
+    store never holds it and no model is trained on it; its prediction, which then cannot change, and the last
+    position, which predicts nothing, are not counted. `documents` [N] names each context's document (default: each
+    context is one); `mask_NT` is 1 on tokens and 0 on padding at the right. Chance of `delta_ce` and `kl` is what mean
+    ablation costs, of the cross-entropies a uniform guess. A language model without an output head gives nulls. The
+    clean and the ablated run are shared by all models.
     """
     if not lm.has_head:
-        return Evaluation({name: unavailable(NO_HEAD) for name in LM_METRICS})
-    check_eval_mode(sae)
+        return {name: Evaluation({metric: unavailable(NO_HEAD) for metric in LM_METRICS}) for name in saes}
+    for sae in saes.values():
+        check_eval_mode(sae)
     if ids_NT.ndim != 2 or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 3:
         raise ValueError(f"contexts: found shape {tuple(ids_NT.shape)}, allowed: [N >= 1, T >= 3]")
-    device = torch.device(lm.device)
-    sums = []
-    for start in range(0, len(ids_NT), batch_size):
-        mask_BT = None if mask_NT is None else mask_NT[start : start + batch_size].to(device)
-        ids_BT = ids_NT[start : start + batch_size].to(device)
-        sums.append(_language_model_sums(sae, lm, hook, ids_BT, mask_BT, train_mean_d))
-    sums_N6 = np.concatenate(sums)
+    mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT
+    order_N = torch.argsort(mask_NT.sum(1), stable=True)  # contexts of one length share a batch
+    sums_N6 = {name: np.zeros((len(ids_NT), 6)) for name in saes}
+    for members_B in order_N.split(batch_size):
+        longest = int(mask_NT[members_B].sum(1).max())
+        ids_BT, mask_BT = (x_NT[members_B, : max(longest, 3)].to(lm.device) for x_NT in (ids_NT, mask_NT))
+        for name, sums_B6 in _language_model_sums(saes, lm, hook, ids_BT, mask_BT, train_mean_d).items():
+            sums_N6[name][members_B.numpy()] = sums_B6
     keys = np.arange(len(ids_NT)) if documents is None else np.asarray(documents, dtype=np.int64)
+    return {name: _language_model_metrics(sums, keys, lm.vocab_size, bootstrap, seed) for name, sums in sums_N6.items()}
+
+
+def _language_model_metrics(sums_N6: FloatArray, keys: NDArray[np.int64], vocab_size: int, n: int, seed: int) -> Evaluation:
     docs_U, doc_of_context_N = np.unique(keys, return_inverse=True)
     sums_U6 = np.zeros((len(docs_U), sums_N6.shape[1]))
     np.add.at(sums_U6, doc_of_context_N, sums_N6)
@@ -216,11 +219,11 @@ def evaluate_language_model(
         "ce_recovered": 0.0,
         "delta_ce": float((ablated_U - clean_U).sum() / tokens),
         "kl": float(kl_ablated_U.sum() / tokens),
-        "ce_clean": float(np.log(lm.vocab_size)),
-        "ce_ablated": float(np.log(lm.vocab_size)),
-        "ce_spliced": float(np.log(lm.vocab_size)),
+        "ce_clean": float(np.log(vocab_size)),
+        "ce_ablated": float(np.log(vocab_size)),
+        "ce_spliced": float(np.log(vocab_size)),
     }
-    result = summarise(units, chance, bootstrap, seed)
+    result = summarise(units, chance, n, seed)
     if chance["delta_ce"] <= 0:
         why = "mean ablation does not raise the cross-entropy, so there is nothing to recover"
         del units["ce_recovered"]

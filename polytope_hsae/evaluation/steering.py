@@ -138,11 +138,12 @@ class _Steerer:
     """Runs the language model with rows added at the last position, and measures what happened."""
 
     def __init__(self, lm: LanguageModel, hook: str, ids_MT: Tensor) -> None:
-        self.lm, self.hook, self.ids_MT = lm, hook, ids_MT
+        self.lm = lm
         acts_MTd = lm.capture(ids_MT, hook).acts
         # position 0 is left out: its norm is often that of an attention sink
         self.typical_norm = float(acts_MTd[:, 1:].norm(dim=-1).median())
         self.last_Md = acts_MTd[:, -1]
+        self.last = None if hook == FINAL_HOOK else lm.last_position(ids_MT, hook)
         self.before_MV = self._logits(torch.zeros_like(self.last_Md[None])).squeeze(0).double()
         self.log_total_M = self.before_MV.logsumexp(-1)
         self.probability_MV = self.before_MV.softmax(-1)
@@ -150,18 +151,9 @@ class _Steerer:
 
     def _logits(self, added_GMd: Tensor) -> Tensor:
         """Next-token logits [G, M, V] with `added` in place; at the final hook no forward pass is needed."""
-        n_groups, n_contexts, width = added_GMd.shape
-        if self.hook == FINAL_HOOK:
+        if self.last is None:
             return self.lm.logits_from_final(self.last_Md + added_GMd)
-        added_Bd = added_GMd.reshape(-1, width)
-
-        def edit(acts_BTd: Tensor) -> Tensor:
-            edited_BTd = acts_BTd.clone()
-            edited_BTd[:, -1] += added_Bd.to(acts_BTd)
-            return edited_BTd
-
-        logits_BV = self.lm.run_with_edit(self.ids_MT.repeat(n_groups, 1), self.hook, edit, last_only=True)
-        return logits_BV.view(n_groups, n_contexts, -1)
+        return self.last.logits(added_GMd)
 
     def evaluator(self, directions_Gd: Tensor, children_G: list[list[Tensor]]) -> Evaluate:
         def evaluate(concept_A: NDArray[np.int64], alpha_A: FloatArray) -> FloatArray:

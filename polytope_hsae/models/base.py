@@ -178,7 +178,7 @@ class SparseAutoencoder(nn.Module):
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder / 'config.json'}: no such file, allowed: a folder written by save_pretrained")
         header = read_json(folder / "config.json")
-        kind = SparseAutoencoder.registry.get(header.get("architecture")) if isinstance(header, dict) else None
+        kind = SparseAutoencoder.registry.get(str(header.get("architecture"))) if isinstance(header, dict) else None
         if kind is None or not issubclass(kind, cls):
             allowed = sorted(name for name, known in SparseAutoencoder.registry.items() if issubclass(known, cls))
             found = header.get("architecture") if isinstance(header, dict) else header
@@ -194,7 +194,7 @@ class SparseAutoencoder(nn.Module):
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
-        return model.to(device).eval()  # type: ignore[return-value]
+        return model.to(device).eval()
 
 
 def without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

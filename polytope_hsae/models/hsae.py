@@ -229,7 +229,8 @@ class HierarchicalSAE(SparseAutoencoder):
 
     def compute_causal_orthogonality_penalty(self, geometry: Any) -> Tensor:
         """Mean squared causal inner product of parents and their atoms in `geometry` (a CausalGeometry)."""
-        metric = geometry.sigma_inv if self.config.causal_orth_form == "literal" else geometry.sigma
+        literal = self.config.causal_orth_form == "literal"
+        metric = torch.linalg.inv(geometry.sigma) if literal else geometry.sigma
         return causal_orthogonality(self.D, self.Up, self.G, metric.to(self.D), self.config.causal_orth_form)
 
     @torch.no_grad()

@@ -62,7 +62,7 @@ class _PairsToSlots(torch.autograd.Function):
         return rows_Bi.index_select(0, plan.pair_of_slot // k)
 
     @staticmethod
-    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:
         grad_pairs = grad_slots.index_select(0, ctx.plan.slot_of_pair)
         return grad_pairs.view(-1, ctx.k, grad_pairs.shape[-1]).sum(1), None, None
 
@@ -76,7 +76,7 @@ class _SlotsToPairs(torch.autograd.Function):
         return slots.index_select(0, plan.slot_of_pair)
 
     @staticmethod
-    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:
         grad_slots = grad_pairs.new_zeros(len(ctx.plan.pair_of_slot), grad_pairs.shape[-1])
         return grad_slots.index_copy_(0, ctx.plan.slot_of_pair, grad_pairs), None
 

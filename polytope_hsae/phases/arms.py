@@ -1,6 +1,7 @@
 """Training one arm: phases 2 and 3 differ only in how a model starts and in its stages."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..teacher import Teacher
 from ..tracking import open_trackers
 from ..training.checkpoint import latest_checkpoint
 from ..training.trainer import HSAETrainer, discard_checkpoints
-from .phase1_teacher import load_geometry, make_teacher, token_geometry
+from .phase1_teacher import load_geometry, make_teacher, metric_file, token_geometry
 from .run import Run, remove_leftovers
 
 BIAS_SAMPLE = 4096
@@ -28,6 +29,12 @@ def train_phase(run: Run, phase: int) -> None:
     for arm in run.config.arms:
         if arm.phase == phase:
             train_arm(run, arm)
+
+
+def trained_models(run: Run, phase: int) -> list[Path]:
+    """The files that a finished phase leaves for every arm."""
+    arms = [run.arm_folder(arm.name) for arm in run.config.arms if arm.phase == phase]
+    return [folder / name for folder in arms for name in ("model/model.safetensors", "train.json")]
 
 
 def train_arm(run: Run, arm: ArmConfig) -> None:
@@ -93,6 +100,8 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
         "arm": arm.model_dump(mode="json"),
     }
     inputs = {"activations": sha256_file(run.activations / "manifest.json")}
+    if arm.kind == "hsae":
+        inputs["metric"] = sha256_file(metric_file(run))
     if arm.init != "random":
         settings["teacher"] = config.arm_teacher(arm).model_dump(mode="json")
         inputs["teacher"] = sha256_file(run.phase(1) / "teacher.safetensors")
@@ -110,7 +119,8 @@ def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
         model = TopKSAE(flat_config(run, arm, hsae), store.width, config.data.normalize, seed=seed)
     else:
         model = HierarchicalSAE(hsae, store.width, config.data.normalize, seed=seed)
-        model.set_metric(load_geometry(run).sigma.float())
+        sigma = load_geometry(run).sigma
+        model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambda means the same anywhere
     mean, spread = run.train_moments
     model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
     rows = torch.randperm(store.n_rows("train"), generator=torch.Generator().manual_seed(seed))[:BIAS_SAMPLE]

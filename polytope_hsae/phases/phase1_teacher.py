@@ -1,6 +1,7 @@
 """Phase 1: concepts, activations, geometry, teacher, evidence."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from .run import Run, remove_leftovers
 
 def run_phase1(run: Run) -> None:
     """Make phase1/ and activations/, unless they are there already."""
-    if run.provenance.is_done(1, run.config, {}, run.force):
+    folder = run.phase(1)
+    names = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    outputs = [run.activations / "manifest.json", *(folder / name for name in names)]
+    if run.provenance.is_done(1, run.config, {}, outputs, run.force):
         run.say("phase 1: done before")
         return
     started = time.monotonic()
-    folder = run.phase(1)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
 
@@ -151,10 +154,15 @@ def summary(evidence: dict) -> str:  # type: ignore[type-arg]
     return f"{line}, median angle {angle:.1f} degrees"
 
 
+def metric_file(run: Run) -> Path:
+    """The file that holds the teacher's metric."""
+    return run.phase(1) / ("geometry.safetensors" if run.at_final_residual else "teacher.safetensors")
+
+
 def load_geometry(run: Run) -> CausalGeometry:
     """The metric of the teacher: of the unembedding at the final residual, of the activations at an inner hook."""
     if run.at_final_residual:
-        return CausalGeometry.load(run.phase(1) / "geometry.safetensors")
-    tensors, _ = read_tensors(run.phase(1) / "teacher.safetensors")
+        return CausalGeometry.load(metric_file(run))
+    tensors, _ = read_tensors(metric_file(run))
     sqrt: torch.Tensor = tensors["geometry.sigma_sqrt"]
     return CausalGeometry.from_covariance(sqrt @ sqrt, shrinkage=0.0)

@@ -2,14 +2,15 @@
 
 import time
 
-from .arms import train_phase
+from .arms import train_phase, trained_models
+from .phase1_teacher import metric_file
 from .run import Run
 
 
 def run_phase2(run: Run) -> None:
     """Make phase2/ARM for every arm with random initialisation, unless all are there already."""
-    inputs = run.hashes(run.activations / "manifest.json")
-    if run.provenance.is_done(2, run.config, inputs, run.force):
+    inputs = run.hashes(run.activations / "manifest.json", metric_file(run))
+    if run.provenance.is_done(2, run.config, inputs, trained_models(run, 2), run.force):
         run.say("phase 2: done before")
         return
     started = time.monotonic()

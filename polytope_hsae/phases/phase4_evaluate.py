@@ -9,7 +9,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..config import ArmConfig
 from ..data.corpus import Documents, context_batches, context_ids, contexts, load_documents, split_documents
 from ..evaluation.bootstrap import Evaluation, Metric, Units, paired
 from ..evaluation.concepts import evaluate_concepts
@@ -20,6 +19,7 @@ from ..fileio import read_json, write_json
 from ..models.base import SparseAutoencoder
 from .run import Run, remove_leftovers
 
+ANGLE_CONTROLS = ("shuffled_rows", "pseudo_parents")
 SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
 
 
@@ -29,22 +29,31 @@ def run_phase4(run: Run) -> None:
     made = [run.activations / "manifest.json", run.phase(1) / "concepts.json", run.phase(1) / "evidence.json"]
     models = [run.arm_folder(arm.name) / "model" / "model.safetensors" for arm in run.config.arms]
     inputs = run.hashes(*made, *models)
-    if run.provenance.is_done(4, run.config, inputs, run.force):
+    outputs = [folder / name for name in ("results.json", "steering.json", "ablations.json")]
+    if run.provenance.is_done(4, run.config, inputs, outputs, run.force):
         run.say("phase 4: done before")
         print_results(run)
         return
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    arms: dict[str, Evaluation] = {}
-    steering: dict[str, list[dict[str, Any]]] = {}
-    held_out = HeldOut(run)
-    with run.progress("phase 4", "arms") as ticker:
-        for done, arm in enumerate(run.config.arms):
-            ticker(done, len(run.config.arms))
-            arms[arm.name], steering[arm.name] = evaluate_arm(run, arm, held_out)
-        ticker(len(run.config.arms), len(run.config.arms))
     seed, resamples = run.config.run.seed, run.config.eval.bootstrap
+    held_out = HeldOut(run)
+    saes = {
+        arm.name: SparseAutoencoder.from_pretrained(run.arm_folder(arm.name) / "model", device=run.device)
+        for arm in run.config.arms
+    }
+    arms = evaluate_language_model(
+        saes, run.lm, run.config.model.hook, held_out.ids, run.train_moments[0],
+        documents=held_out.documents, mask_NT=held_out.mask, bootstrap=resamples, seed=seed,
+    )
+    steering: dict[str, list[dict[str, Any]]] = {}
+    with run.progress("phase 4", "arms") as ticker:
+        for done, (name, sae) in enumerate(saes.items()):
+            ticker(done, len(saes))
+            measured, steering[name] = evaluate_arm(run, name, sae, held_out)
+            arms[name] |= measured
+        ticker(len(saes), len(saes))
     write_json(folder / "steering.json", {"target_nats": run.config.eval.steering.target_nats, "arms": steering})
     write_json(folder / "ablations.json", differences(arms, resamples, seed))
     write_json(folder / "results.json", results(run, arms))
@@ -87,16 +96,13 @@ def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: i
     return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
 
 
-def evaluate_arm(run: Run, arm: ArmConfig, held_out: HeldOut) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """All metrics of one arm, and the record of its steering per concept."""
+def evaluate_arm(
+    run: Run, name: str, sae: SparseAutoencoder, held_out: HeldOut
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Reconstruction, concept and steering metrics of one arm, and the record of its steering per concept."""
     config, options = run.config, run.config.eval
-    sae = SparseAutoencoder.from_pretrained(run.arm_folder(arm.name) / "model", device=run.device)
-    mean = run.train_moments[0]
     common = {"bootstrap": options.bootstrap, "seed": config.run.seed}
-    evaluation = evaluate_reconstruction(sae, run.store, options.split, mean, **common)
-    evaluation |= evaluate_language_model(
-        sae, run.lm, config.model.hook, held_out.ids, mean, documents=held_out.documents, mask_NT=held_out.mask, **common
-    )
+    evaluation = evaluate_reconstruction(sae, run.store, options.split, run.train_moments[0], **common)
     label: dict[str, Any] = {
         "label": config.concepts.label,
         "vocab_size": run.lm.vocab_size,
@@ -106,13 +112,13 @@ def evaluate_arm(run: Run, arm: ArmConfig, held_out: HeldOut) -> tuple[Evaluatio
     }
     concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
     evaluation |= concepts.result
-    n_teacher = read_json(run.arm_folder(arm.name) / "train.json")["teacher_parents"]
+    n_teacher = read_json(run.arm_folder(name) / "train.json")["teacher_parents"]
     if n_teacher:
         own = np.full(run.concepts.n_parents, -1)
         own[:n_teacher] = np.arange(n_teacher)
         slots = evaluate_concepts(sae, run.store, run.concepts, mapping=own, **label, **common).result
-        metrics = {f"{name}_own_slots": metric for name, metric in slots.metrics.items()}
-        evaluation |= Evaluation(metrics, {f"{name}_own_slots": units for name, units in slots.units.items()})
+        metrics = {f"{key}_own_slots": metric for key, metric in slots.metrics.items()}
+        evaluation |= Evaluation(metrics, {f"{key}_own_slots": units for key, units in slots.units.items()})
     steered: SteeringEvaluation = evaluate_steering(
         sae, run.lm, config.model.hook, run.concepts, concepts.parents_Q, concepts.latent_P, held_out.steering_ids,
         target_nats=options.steering.target_nats, max_concepts=options.steering.max_concepts, **common,
@@ -141,7 +147,8 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         limits.angle_deg, limits.purity_gain_pp, limits.leakage_reduction,
         limits.steering_leakage_reduction, limits.reconstruction_parity,
     )
-    angles = read_json(run.phase(1) / "evidence.json")["main"]["angles"]
+    evidence = read_json(run.phase(1) / "evidence.json")
+    angles = evidence["main"]["angles"]
     angle = Metric(angles["median_angle_deg"], tuple(angles["median_ci95"]), 90.0, run.concepts.n_children)
     empty: dict[str, Units] = {}
     units = {name: arms[name].units if name in arms else empty for name in ("baseline", "teacher")}
@@ -149,6 +156,8 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         angle, units["baseline"], units["teacher"],
         thresholds=thresholds, bootstrap=config.eval.bootstrap, seed=config.run.seed,
     )
+    targets[0]["of"] = f"{evidence['rows_of']}, {angles['estimator']} of all words"
+    targets[0]["controls"] = {name: evidence[name]["angles"]["median_angle_deg"] for name in ANGLE_CONTROLS}
     return {
         "model": run.lm.name,
         "hook": config.model.hook,
@@ -176,6 +185,8 @@ def print_results(run: Run) -> None:
         table.add_row(key, *(_cell(value) for value in cells), _cell(chance))
     run.console.print(table)
     run.console.print(format_targets(found["targets"]))
+    controls = " and ".join(f"{angle:.1f} with {name}" for name, angle in found["targets"][0]["controls"].items())
+    run.say(f"The angle proves nothing alone: it is {controls.replace('_', ' ')}. phase1/evidence.json has what does.")
     run.say(f"everything is in {run.folder}")
 
 

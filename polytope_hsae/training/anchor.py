@@ -27,13 +27,13 @@ class Anchor:
     def _rows(self) -> list[Tensor]:
         return [tensor.detach()[: self.n_rows].clone() for tensor in self.tensors]
 
-    def penalty(self) -> Tensor:
-        """The pull penalty; 0 for the other kinds."""
-        total = self.model.data_scale.new_zeros(())
-        if self.kind == "pull":
-            for tensor, teacher in zip(self.tensors, self.teacher, strict=True):
-                total = total + self.weight * (1 - cosine_similarity(tensor[: self.n_rows], teacher, dim=1)).mean()
-        return total
+    def terms(self) -> dict[str, tuple[float, Tensor]]:
+        """The pull penalty as a loss term, name: (weight, value); nothing for the other kinds."""
+        if self.kind != "pull":
+            return {}
+        pairs = zip(self.tensors, self.teacher, strict=True)
+        distances = [(1 - cosine_similarity(tensor[: self.n_rows], rows, dim=1)).mean() for tensor, rows in pairs]
+        return {"anchor_pull": (self.weight, torch.stack(distances).sum())}
 
     def before_step(self) -> None:
         """Remember the rows before the optimiser moves them."""

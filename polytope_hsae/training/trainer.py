@@ -114,8 +114,9 @@ class HSAETrainer:
         warmup = penalty_warmup(config, self.step)
         for _ in range(config.accumulate):
             output = model(self.stream.next().to(self.device), self.generator)
-            terms = model.loss_terms(output, stage.loss)
-            loss = sum((w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()), self.anchor.penalty())
+            terms = model.loss_terms(output, stage.loss) | self.anchor.terms()
+            weighted = [w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()]
+            loss = torch.stack(weighted).sum()
             self._require_finite("loss", loss, terms)
             (loss / config.accumulate).backward()
             self.usage.update(output.codes)
