@@ -18,7 +18,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, context_settings={"
                   help="Hierarchical sparse autoencoders with teachers from the geometry of language models.",
                   pretty_exceptions_enable=False)
 
-ConfigArgument = Annotated[str, typer.Argument(help="A packaged config (quickstart, smoke, v2-focused) or a YAML file.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(help="A packaged config (quickstart, smoke, v2-focused) or a YAML file.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: key.path=value; repeatable.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Make what a changed config or input affects again.")]
@@ -99,6 +101,10 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
+    except SystemExit as done:
+        if done.code == 130:  # what Typer makes of a KeyboardInterrupt, without a word to the user
+            _exit("interrupted", 130)
+        raise
     except KeyboardInterrupt:
         _exit("interrupted", 130)
     except InterruptedError as error:

@@ -8,7 +8,7 @@ of each.
 import copy
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ FINAL_HOOK = "final_residual_pre_unembed"
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Edit = Callable[[Tensor], Tensor]
+Hook = tuple[str, Callable[[Tensor], Tensor | None]]  # a hook's name, and what sees (and may replace) its activations
 
 
 class Captured(NamedTuple):
@@ -89,9 +90,9 @@ class LanguageModel:
         `name`: a hub id, a folder, or the name of a packaged model. `dtype`: float32, bfloat16 or float16.
         Raises ValueError (one line) for a missing folder, missing weights, or U h != logits.
         """
-        loaded = load_model(name, revision=revision, dtype=dtype)
+        loaded = load_model(name, revision=revision, dtype=dtype, device=device)
         lm = cls(
-            loaded.model.to(device),
+            loaded.model,
             load_tokenizer(name, revision=revision),
             name=loaded.name,
             has_head=loaded.has_head,
@@ -167,7 +168,7 @@ class LanguageModel:
         def keep_final(acts_BTd: Tensor) -> None:
             seen["final"] = acts_BTd.float()
 
-        hooks: list[tuple[str, Callable[[Tensor], Tensor | None]]] = [(hook, keep)]
+        hooks: list[Hook] = [(hook, keep)]
         if final:
             hooks.append((FINAL_HOOK, keep_final))
         head_is_hooked = self.head is not None and self._modules.get(hook) is self.head
@@ -196,14 +197,15 @@ class LanguageModel:
         self,
         ids_BT: Tensor,
         mask_BT: Tensor | None,
-        hooks: list[tuple[str, Callable[[Tensor], Tensor | None]]],
+        hooks: Sequence[Hook],
         positions: str | None,
         **options: Any,
     ) -> Any:
-        """One pass. Each function of `hooks` sees its hook's activations and may return a replacement.
+        """One pass; the model's output, or None when a function of `hooks` raised `_Stop`.
 
-        `positions`: which positions go through the head: None all, "last" every row's last token, "one" any
-        single position (the caller does not read the logits, and a head over all of them would be wasted).
+        Each function of `hooks` sees its hook's activations and may return a replacement. `positions`: which
+        positions go through the head: None all, "last" every row's last token, "one" any single position (the
+        caller does not read the logits, and a head over all of them would be wasted). `options` go to the model.
         """
         ids_BT = ids_BT.to(self.device, torch.int64)
         mask_BT = _checked_mask(mask_BT, ids_BT)

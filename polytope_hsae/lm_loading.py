@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Loaded(NamedTuple):
-    """A model on the CPU. `revision`: a hash of the weights for a folder, the hub's commit otherwise."""
+    """A model and where it came from. `revision`: a hash of the weights for a folder, the hub's commit otherwise."""
 
     model: PreTrainedModel
     name: str
@@ -27,8 +27,8 @@ class Loaded(NamedTuple):
     tokenizer_sha256: str | None
 
 
-def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> Loaded:
-    """Load the weights of `name` in `dtype`: with the output head when its config names a causal LM.
+def load_model(name: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> Loaded:
+    """Load the weights of `name` in `dtype`, with the output head when its config names a causal LM.
 
     Raises ValueError for an unknown dtype, a missing folder, and missing or other weights than safetensors.
     """
@@ -50,7 +50,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "float32"
         raise ValueError(f"model.name: the weights of {name!r} lack {missing}")
     folder = Path(location) if Path(location).is_dir() else None
     return Loaded(
-        model,
+        model.to(device),
         name=folder.resolve().name if folder else name,
         has_head=has_head,
         revision=_weights_sha256(folder) if folder else revision or getattr(config, "_commit_hash", None),

@@ -1,8 +1,8 @@
 """What a run was made from, and the decision whether a phase has to run again.
 
-`provenance.json` in a run folder holds the environment (versions, device, commit), and for every finished phase the part of
-the config and the input files it depends on. A phase whose recorded dependencies equal the present ones is skipped; one
-whose dependencies differ is refused unless it is forced.
+`provenance.json` in a run folder holds the environment (versions, device, commit), and for every finished phase the
+part of the config and the input files it depends on. A phase whose recorded dependencies equal the present ones is
+skipped; one whose dependencies differ is refused unless it is forced.
 """
 
 import os
@@ -62,11 +62,20 @@ def dependencies(config: Config, phase: int) -> dict[str, Any]:
     """The flattened part of the config that a phase's outputs depend on (device, threads and trackers do not count)."""
     tree = config.model_dump(mode="json")
     arms = [arm for arm in tree["arms"] if phase == 4 or config.arm(arm["name"]).phase == phase]
-    stages = {arm["name"]: [stage.model_dump(mode="json") for stage in config.arm_stages(config.arm(arm["name"]))] for arm in arms}
+    stages = {
+        arm["name"]: [stage.model_dump(mode="json") for stage in config.arm_stages(config.arm(arm["name"]))]
+        for arm in arms
+    }
     training = {key: tree["training"][key] for key in tree["training"] if key not in NOT_IN_RESULTS}
     concepts = {key: tree["concepts"][key] for key in tree["concepts"] if key not in ("label", "min_test_rows")}
     harvested = {key: tree["data"][key] for key in tree["data"] if key != "normalize"}
-    trained = {"normalize": tree["data"]["normalize"], "hsae": tree["hsae"], "training": training, "stages": stages, "arms": arms}
+    trained = {
+        "normalize": tree["data"]["normalize"],
+        "hsae": tree["hsae"],
+        "training": training,
+        "stages": stages,
+        "arms": arms,
+    }
     parts: dict[int, dict[str, Any]] = {
         1: {
             "model": tree["model"],
@@ -109,6 +118,17 @@ class Provenance:
                         "use --force to make it again or --out for another folder"
                     )
         return True
+
+    def require(self, phase: int, config: Config) -> None:
+        """Raise ConfigError unless the phase was finished with the present config, forced or not."""
+        recorded, now = self.state["phases"].get(f"phase{phase}"), dependencies(config, phase)
+        if recorded is None:
+            raise ConfigError(f"phase {phase}: not finished in this run folder; run it first, or all with hsae run")
+        for key in sorted(set(recorded["config"]) | set(now)):
+            found, made = now.get(key), recorded["config"].get(key)
+            if found != made:
+                line = f"{key}: found {found!r}, but phase {phase} was made with {made!r}"
+                raise ConfigError(f"{line}; run phase {phase} again first")
 
     def record(self, phase: int, config: Config, inputs: dict[str, str], device: str, seconds: float) -> None:
         """Note a finished phase."""

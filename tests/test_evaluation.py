@@ -12,6 +12,8 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from polytope_hsae import lm as lm_module
+from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.bootstrap import (
     Metric,
     Units,
@@ -30,12 +32,11 @@ from polytope_hsae.evaluation.concepts import (
     latent_activations,
     map_concepts,
 )
-from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.reconstruction import (
     LM_METRICS,
     evaluate_reconstruction,
 )
-from polytope_hsae.evaluation.steering import STEERING_METRICS, Search, evaluate_steering, solve_alpha
+from polytope_hsae.evaluation.steering import STEERING_METRICS, Search, _select, evaluate_steering, solve_alpha
 from polytope_hsae.evaluation.targets import Thresholds, assess_targets, format_targets, verdict
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.codes import Codes
@@ -594,10 +595,38 @@ def test_steering_at_an_inner_hook_agrees_with_the_final_hook(lm, ids):
             assert first["alpha"] is not None
             assert second["alpha"] == pytest.approx(first["alpha"], rel=1e-4)
             assert second["steering_leakage"] == pytest.approx(first["steering_leakage"], rel=1e-3)
-    inner = evaluate_steering(
-        sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, max_norms=50
+
+
+def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm, ids, monkeypatch):
+    concepts = FakeConcepts({"train": [[1], [2], [3], [4]], "val": [[]] * 4, "test": [[5], [6], [7], [8]]})
+    directions = torch.nn.functional.normalize(torch.stack([lm.unembedding[:4].sum(0), lm.unembedding[5]]), dim=-1)
+    sae = FakeSAE(16, n_parents=2, directions=directions)
+    options = {"max_norms": 50, "target_nats": 0.5}
+    lengths = []
+    handle = lm._modules["model.layers.1"].register_forward_hook(
+        lambda module, args, output: lengths.append(args[0].shape[1])
     )
-    assert all(r["effect"] is None or abs(r["effect"] - 3) <= 0.02 for r in inner.records)
+    runs = []
+    for plain in (lm_module._is_plain, lambda cache, length: False):
+        monkeypatch.setattr(lm_module, "_is_plain", plain)
+        lengths.clear()
+        found = evaluate_steering(sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, **options)
+        runs.append(found.records)
+        assert lengths[0] == ids.shape[1] - 1
+        assert set(lengths[1:]) == ({1} if len(runs) == 1 else {ids.shape[1]})
+    handle.remove()
+    assert any(record["alpha"] is not None for record in runs[0])
+    for cached, full in zip(*runs, strict=True):
+        for name, value in full.items():
+            assert cached[name] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-4)), name
+        assert cached["effect"] is None or abs(cached["effect"] - 0.5) <= 0.02
+
+
+def test_the_steered_concepts_are_evenly_spaced_in_file_order():
+    assert _select([3, 5, 8, 9, 12], 3) == [3, 8, 12]
+    assert _select([3, 5, 8], 3) == _select([3, 5, 8], None) == [3, 5, 8]
+    assert _select(range(57), 20) == sorted(set(_select(range(57), 20)))
+    assert _select(range(57), 20)[-1] == 56
 
 
 # targets

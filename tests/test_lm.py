@@ -80,6 +80,96 @@ def test_the_head_sees_one_position_when_logits_are_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_inner_capture_ends_the_pass_and_changes_no_activation(kind: str) -> None:
+    lm = tiny.language_model(kind)
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    expected = lm.capture(tokens, FINAL_HOOK, logits=True).logits
+    ran: list[str] = []
+    assert lm.head is not None
+    later = {INNER[kind].replace(".0", ".1"): lm._modules[INNER[kind].replace(".0", ".1")], "head": lm.head}
+    for name, module in {INNER[kind]: lm._modules[INNER[kind]], **later}.items():
+        module.register_forward_hook(lambda module, args, output, name=name: ran.append(name))
+    for padding in (None, mask):
+        full = lm.capture(tokens, INNER[kind], mask=padding, final=True)
+        assert ran == [INNER[kind], *later]
+        ran.clear()
+        stopped = lm.capture(tokens, INNER[kind], mask=padding)
+        assert ran == [INNER[kind]]
+        ran.clear()
+        assert torch.equal(stopped.acts, full.acts)
+    # A pass that was ended leaves nothing behind for the next one.
+    logits = lm.capture(tokens, FINAL_HOOK, logits=True).logits
+    assert logits is not None
+    assert torch.equal(logits, expected)
+    assert ran == [INNER[kind], *later]
+
+
+def by_full_passes(lm: LanguageModel, tokens: torch.Tensor, hook: str, added: torch.Tensor) -> torch.Tensor:
+    """Logits [G,M,V] with `added` [G,M,d] at the last position, one whole pass per edit."""
+
+    def edit(acts: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        return torch.cat([acts[:, :-1], acts[:, -1:] + vector[:, None]], dim=1)
+
+    passes = [lm.run_with_edit(tokens, hook, lambda acts, v=v: edit(acts, v), last_only=True) for v in added]
+    return torch.stack(passes)
+
+
+@pytest.mark.parametrize("length", [2, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_position_alone_gives_the_logits_of_whole_passes(kind: str, length: int) -> None:
+    lm = tiny.language_model(kind)
+    tokens = ids(length=length)
+    # Half of gemma2's layers have a sliding window (16, shorter than the longer contexts): it runs in full.
+    cached = kind != "gemma2"
+    for hook in (INNER[kind], INNER[kind].replace(".0", ".1"), FINAL_HOOK):
+        last = lm.last_position(tokens, hook)
+        assert last.cached == cached
+        for n_edits in (4, 1):
+            added = torch.randn(n_edits, 3, tiny.WIDTH, generator=torch.Generator().manual_seed(n_edits))
+            expected = by_full_passes(lm, tokens, hook, added)
+            for _ in range(2):
+                found = last.logits(added)
+                assert found.shape == (n_edits, 3, tiny.VOCAB)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        clean = lm.capture(tokens, FINAL_HOOK, logits=True).logits
+        assert clean is not None
+        torch.testing.assert_close(last.logits(torch.zeros_like(added))[0], clean[:, -1], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected[0], clean[:, -1], atol=1e-2)
+
+
+def test_an_edit_of_the_last_position_runs_one_token_where_the_cache_is_plain() -> None:
+    lm = tiny.language_model("llama")
+    shapes: list[tuple[int, ...]] = []
+    lm._modules["model.layers.1"].register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(args[0].shape[:2]))
+    )
+    lm.last_position(ids(), "model.layers.0").logits(torch.zeros(4, 3, tiny.WIDTH))
+    assert shapes == [(3, 8), (12, 1)]
+    shapes.clear()
+    single = lm.last_position(ids(length=1), "model.layers.0")
+    assert not single.cached
+    added = torch.ones(1, 3, tiny.WIDTH)
+    expected = by_full_passes(lm, ids(length=1), "model.layers.0", added)
+    torch.testing.assert_close(single.logits(added), expected)
+    assert shapes == [(3, 1), (3, 1)]
+
+
+def test_recurrent_states_are_no_plain_cache() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    lm = LanguageModel(MambaForCausalLM(config), tiny.tokenizer(), name="mamba", has_head=True)
+    last = lm.last_position(ids(), "backbone.layers.0")
+    assert not last.cached
+    added = torch.ones(2, 3, 16)
+    expected = by_full_passes(lm, ids(), "backbone.layers.0", added)
+    torch.testing.assert_close(last.logits(added), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_splicing_the_identity_changes_nothing(kind: str) -> None:
     lm = tiny.language_model(kind)
     tokens = ids()
@@ -134,7 +224,11 @@ def test_hooks_that_cannot_be_captured_are_refused() -> None:
     repeated.model.layers[1] = repeated.model.layers[0]
     twice = LanguageModel(repeated, tiny.tokenizer(), name="twice", has_head=True)
     with pytest.raises(ValueError, match="ran 2 times"):
-        twice.capture(ids(), "model.layers.0")
+        twice.capture(ids(), "model.layers.0", final=True)
+    with pytest.raises(ValueError, match="ran 2 times"):
+        twice.last_position(ids(), "model.layers.0").logits(torch.zeros(1, 3, tiny.WIDTH))
+    with pytest.raises(ValueError, match="ran 0 times"):
+        lm.last_position(ids(), "model.layers").logits(torch.zeros(1, 3, tiny.WIDTH))
     with pytest.raises(ValueError, match=r"'model.rotary_emb' gives tuple|'model.rotary_emb' gives"):
         lm.capture(ids(), "model.rotary_emb")
     # A refused hook leaves nothing behind.
@@ -167,6 +261,7 @@ def test_a_model_without_a_head_says_so(tmp_path) -> None:
     for call in (
         lambda: lm.capture(ids(), FINAL_HOOK, logits=True),
         lambda: lm.run_with_edit(ids(), FINAL_HOOK, lambda acts: acts),
+        lambda: lm.last_position(ids(), "layers.0"),
         lambda: lm.logits_from_final(with_head),
         lambda: lm.check_unembedding(ids()),
     ):

@@ -135,7 +135,10 @@ def _sibling_kl(before_MV: Tensor, after_MV: Tensor, children: list[Tensor]) -> 
 
 
 class _Steerer:
-    """Runs the language model with rows added at the last position, and measures what happened."""
+    """Runs the language model with rows added at the last position, and measures what happened.
+
+    At the final hook that takes no forward pass, and at any other one a pass over the last token.
+    """
 
     def __init__(self, lm: LanguageModel, hook: str, ids_MT: Tensor) -> None:
         self.lm = lm
@@ -150,7 +153,7 @@ class _Steerer:
         self.mean_logit_M = (self.probability_MV * self.before_MV).sum(-1)
 
     def _logits(self, added_GMd: Tensor) -> Tensor:
-        """Next-token logits [G, M, V] with `added` in place; at the final hook no forward pass is needed."""
+        """Next-token logits [G, M, V] with `added` in place."""
         if self.last is None:
             return self.lm.logits_from_final(self.last_Md + added_GMd)
         return self.last.logits(added_GMd)
@@ -212,7 +215,7 @@ def _solve_in_groups(
 
 
 def _select(parents_Q: Sequence[int] | NDArray[np.int64], max_concepts: int | None) -> list[int]:
-    """At most `max_concepts` parents, evenly spaced in file order: equal for every arm."""
+    """At most `max_concepts` parents, evenly spaced in file order, from the first to the last."""
     parents = np.asarray(parents_Q, dtype=np.int64)
     if max_concepts is not None and len(parents) > max_concepts:
         parents = parents[np.linspace(0, len(parents) - 1, max_concepts).round().astype(np.int64)]
@@ -246,8 +249,9 @@ def evaluate_steering(
     is another mapped concept's direction (the next one, cyclically; with the sign that raises p) at the same
     effect on p, over the concepts where it reaches it. alpha is at most `max_norms` times the median row norm
     at the hook. `steering_unreached` is the share of concepts whose effect is not reached within that and
-    `max_evaluations` (or which have no latent); they have no leakage. A model without an output head gets
-    nulls.
+    `max_evaluations` (or which have no latent); they have no leakage. Of more than `max_concepts` concepts in
+    use (`parents_Q`), that many are steered: evenly spaced in file order, from the first to the last, so that
+    every arm steers the same ones. A model without an output head gets nulls.
     """
     if not lm.has_head:
         return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [])

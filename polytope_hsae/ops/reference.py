@@ -18,7 +18,7 @@ MAX_PADDING = 0.25
 class TilePlan(NamedTuple):
     """Where each pair of a batch lies among the tiles.
 
-    parent_of_tile [n]; pair_of_slot [n*T] (padding slots repeat pair 0); slot_of_pair [N]; tile: T.
+    parent_of_tile [n]; pair_of_slot [n*T] (padding slots name pair 0); slot_of_pair [N]; tile: T.
     """
 
     parent_of_tile: Tensor
@@ -53,8 +53,8 @@ def plan_tiles(parent_N: Tensor, n_parents: int) -> TilePlan:
     return TilePlan(parent_of_tile, pair_of_slot, slot_of_pair, tile)
 
 
-class _PairsToSlots(torch.autograd.Function):
-    """rows [B, i], each repeated for its k pairs -> slots [n*T, i]; its gradient is a gather too, so no atomics."""
+class _RowsToSlots(torch.autograd.Function):
+    """rows [B, i], each repeated for its k pairs -> slots [n*T, i]. Backward: the sum of each row's k slots."""
 
     @staticmethod
     def forward(ctx: Any, rows_Bi: Tensor, plan: TilePlan, k: int) -> Tensor:
@@ -62,9 +62,29 @@ class _PairsToSlots(torch.autograd.Function):
         return rows_Bi.index_select(0, plan.pair_of_slot // k)
 
     @staticmethod
-    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:
-        grad_pairs = grad_slots.index_select(0, ctx.plan.slot_of_pair)
-        return grad_pairs.view(-1, ctx.k, grad_pairs.shape[-1]).sum(1), None, None
+    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _sum_slots(grad_slots, ctx.plan, ctx.k), None, None
+
+
+class _SlotsToRows(torch.autograd.Function):
+    """slots [n*T, o] -> the sum of each row's k slots [B, o]. Backward: the row's gradient for each of its slots.
+
+    Padding slots get pair 0's gradient: what goes into them must be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, plan: TilePlan, k: int) -> Tensor:
+        ctx.plan, ctx.k = plan, k
+        return _sum_slots(slots, plan, k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad_rows.index_select(0, ctx.plan.pair_of_slot // ctx.k), None, None
+
+
+def _sum_slots(slots: Tensor, plan: TilePlan, k: int) -> Tensor:
+    """Sum of each row's k slots, [B, o], without a [B, k, o] tensor."""
+    return embedding_bag(plan.slot_of_pair.view(-1, k), slots, mode="sum")
 
 
 class _SlotsToPairs(torch.autograd.Function):
@@ -76,19 +96,35 @@ class _SlotsToPairs(torch.autograd.Function):
         return slots.index_select(0, plan.slot_of_pair)
 
     @staticmethod
-    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         grad_slots = grad_pairs.new_zeros(len(ctx.plan.pair_of_slot), grad_pairs.shape[-1])
         return grad_slots.index_copy_(0, ctx.plan.slot_of_pair, grad_pairs), None
 
 
-def routed_linear(plan: TilePlan, slots: Tensor, weight_Poi: Tensor, bias_Po: Tensor | None = None) -> Tensor:
-    """y = W_p x (+ b_p) for every slot: slots [n*T, i], weight [P, o, i] -> [n*T, o]."""
+class _PairsToSlots(torch.autograd.Function):
+    """pairs [N, i] -> slots [n*T, i], 0 in padding slots."""
+
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, plan: TilePlan) -> Tensor:
+        ctx.plan = plan
+        slots = pairs.new_zeros(len(plan.pair_of_slot), pairs.shape[-1])
+        return slots.index_copy_(0, plan.slot_of_pair, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_slots.index_select(0, ctx.plan.slot_of_pair), None
+
+
+def routed_product(plan: TilePlan, slots: Tensor, weight_Pio: Tensor) -> Tensor:
+    """x W_p for every slot: slots [n*T, i], weight [P, i, o] -> [n*T, o]."""
     tiles = slots.view(-1, plan.tile, slots.shape[-1])
-    weight_noi = weight_Poi.index_select(0, plan.parent_of_tile)
-    if bias_Po is None:
-        return torch.bmm(tiles, weight_noi.mT).flatten(0, 1)
-    bias_no = bias_Po.index_select(0, plan.parent_of_tile)
-    return torch.baddbmm(bias_no.unsqueeze(1), tiles, weight_noi.mT).flatten(0, 1)
+    return torch.bmm(tiles, weight_Pio.index_select(0, plan.parent_of_tile)).flatten(0, 1)
+
+
+def routed_product_transposed(plan: TilePlan, slots: Tensor, weight_Poi: Tensor) -> Tensor:
+    """x W_p^T for every slot: slots [n*T, i], weight [P, o, i] -> [n*T, o]."""
+    tiles = slots.view(-1, plan.tile, slots.shape[-1])
+    return torch.bmm(tiles, weight_Poi.index_select(0, plan.parent_of_tile).mT).flatten(0, 1)
 
 
 def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
@@ -102,9 +138,9 @@ def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor, F: Tensor, b_
     if B == 0:
         return x_Bd.new_zeros(0, k, F.shape[1])
     plan = plan_tiles(parent_Bk.flatten(), Down.shape[0])
-    slots = _PairsToSlots.apply(x_Bd, plan, k)
-    pre = routed_linear(plan, routed_linear(plan, slots, Down), F, b_F)
-    return _SlotsToPairs.apply(pre, plan).view(B, k, -1)
+    subspace = routed_product_transposed(plan, _RowsToSlots.apply(x_Bd, plan, k), Down)
+    pre = routed_product_transposed(plan, subspace, F)
+    return _SlotsToPairs.apply(pre, plan).view(B, k, -1) + b_F[parent_Bk]
 
 
 def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor, G: Tensor) -> Tensor:
@@ -116,5 +152,4 @@ def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor, G: Tensor) -
     C = G.shape[1]
     plan = plan_tiles(index_BK.flatten() // C, Up.shape[0])
     codes_Ns = G.flatten(0, 1).index_select(0, index_BK.flatten()) * value_BK.reshape(-1, 1)
-    atoms = routed_linear(plan, _PairsToSlots.apply(codes_Ns, plan, 1), Up.mT)
-    return _SlotsToPairs.apply(atoms, plan).view(B, K, d).sum(1)
+    return _SlotsToRows.apply(routed_product(plan, _PairsToSlots.apply(codes_Ns, plan), Up), plan, K)

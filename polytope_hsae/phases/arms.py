@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..config import ArmConfig, ConfigError, HSAEConfig, TeacherConfig
+from ..config import ArmConfig, HSAEConfig, TeacherConfig
 from ..data.concepts import permuted_words
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
@@ -16,12 +15,12 @@ from ..models.flat import TopKConfig, TopKSAE
 from ..models.hsae import ChildInit, HierarchicalSAE
 from ..teacher import Teacher
 from ..tracking import open_trackers
-from ..training.checkpoint import latest_checkpoint
 from ..training.trainer import HSAETrainer, discard_checkpoints
-from .phase1_teacher import load_geometry, make_teacher, metric_file, token_geometry
-from .run import Run, remove_leftovers
+from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
+from .run import Run
 
 BIAS_SAMPLE = 4096
+OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
 def train_phase(run: Run, phase: int) -> None:
@@ -34,29 +33,29 @@ def train_phase(run: Run, phase: int) -> None:
 def trained_models(run: Run, phase: int) -> list[Path]:
     """The files that a finished phase leaves for every arm."""
     arms = [run.arm_folder(arm.name) for arm in run.config.arms if arm.phase == phase]
-    return [folder / name for folder in arms for name in ("model/model.safetensors", "train.json")]
+    return [folder / name for folder in arms for name in OUTPUTS]
 
 
 def train_arm(run: Run, arm: ArmConfig) -> None:
     """Train an arm to phase{2,3}/ARM/{model, checkpoints, train.json}; resumes, and skips what is done."""
     folder = run.arm_folder(arm.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
     identity = arm_identity(run, arm)
-    if (folder / "train.json").exists() and read_json(folder / "train.json")["identity"] == identity:
+    trained = all((folder / name).is_file() for name in OUTPUTS)
+    if trained and read_json(folder / "train.json")["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
         return
+    stream = RowStream(run.store, "train", run.config.training.batch_size, seed=run.config.run.seed)
+    model = initial_model(run, arm)
+    n_teacher = initialize_teacher(run, arm, model) if arm.init != "random" else 0
     mark = folder / "checkpoints" / "identity.json"
     if not mark.exists() or read_json(mark) != identity:
         discard_checkpoints(folder)
         shutil.rmtree(folder / "model", ignore_errors=True)
         write_json(mark, identity)
 
-    model = initial_model(run, arm)
-    n_teacher = initialize_teacher(run, arm, model) if arm.init != "random" else 0
     trainer = HSAETrainer(
         model,
-        RowStream(run.store, "train", run.config.training.batch_size, seed=run.config.run.seed),
+        stream,
         run.config.arm_stages(arm),
         run.config.training,
         folder=folder,
@@ -120,7 +119,7 @@ def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
     else:
         model = HierarchicalSAE(hsae, store.width, config.data.normalize, seed=seed)
         sigma = load_geometry(run).sigma
-        model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambda means the same anywhere
+        model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
     mean, spread = run.train_moments
     model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
     rows = torch.randperm(store.n_rows("train"), generator=torch.Generator().manual_seed(seed))[:BIAS_SAMPLE]
@@ -162,8 +161,7 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> in
     assert isinstance(model, HierarchicalSAE)
     options = run.config.arm_teacher(arm)
     teacher = arm_teacher(run, arm, options)
-    if teacher.n_parents > model.n_parents:
-        raise ConfigError(f"hsae.n_parents: found {model.n_parents}, allowed: at least the teacher's {teacher.n_parents} parents")
+    require_room(model.config, teacher.n_parents)
     parts = teacher.projectors(model.config.subspace_dim, model.n_children, options.energy, run.config.run.seed)
     children = {
         name: ChildInit(parts.down[row], parts.up[row], parts.child_encoder[row], parts.child_decoder[row])
@@ -192,8 +190,8 @@ def validation_metrics(run: Run, sae: SparseAutoencoder) -> dict[str, float]:
     for start in range(0, limit, 4096):
         rows = run.store.acts("val", torch.arange(start, min(start + 4096, limit))).to(run.device)
         codes = sae.encode(rows)
-        parts: list[Tensor] = [(rows - sae.decode(codes)).square().sum(), (rows - mean).square().sum(), codes.l0().sum()]
-        sums += torch.stack([part.double() for part in parts])
+        error_nd, total_nd = (rows - sae.decode(codes)).square(), (rows - mean).square()
+        sums += torch.stack([part.sum().double() for part in (error_nd, total_nd, codes.l0())])
     sae.train(was_training)
     error, total, l0 = sums.tolist()
     return {"val_ev": 1 - error / total, "val_l0": l0 / limit}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config
+from ..config import Config, ConfigError, HSAEConfig
 from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
 from ..data.corpus import load_documents
 from ..data.harvest import harvest
@@ -16,7 +16,7 @@ from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
 from ..teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
-from .run import Run, remove_leftovers
+from .run import Run
 
 
 def run_phase1(run: Run) -> None:
@@ -28,10 +28,10 @@ def run_phase1(run: Run) -> None:
         run.say("phase 1: done before")
         return
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-
     concepts = make_concepts(run.config, run.lm.tokenizer)
+    for arm in run.config.arms:
+        if arm.init != "random":
+            require_room(run.config.arm_hsae(arm), concepts.n_parents)
     write_json(folder / "concepts.json", concepts.to_json())
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
     store = make_activations(run, concepts)
@@ -61,14 +61,19 @@ def make_concepts(config: Config, tokenizer: Any) -> Concepts:
     )
 
 
+def require_room(hsae: HSAEConfig, n_parents: int) -> None:
+    """Raise ConfigError when a model has fewer parents than its teacher."""
+    if n_parents > hsae.n_parents:
+        allowed = f"at least the teacher's {n_parents} parents"
+        raise ConfigError(f"hsae.n_parents: found {hsae.n_parents}, allowed: {allowed}")
+
+
 def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
     """Run the language model over the corpus; continues a harvest that was interrupted."""
     config = run.config
     if run.force and (run.activations / "manifest.json").exists():
         for path in run.activations.iterdir():
             path.unlink()
-    if run.activations.is_dir():
-        remove_leftovers(run.activations)
     documents = load_documents(
         config.corpus.source,
         config.corpus.path,

@@ -13,6 +13,7 @@ def run_phase2(run: Run) -> None:
     if run.provenance.is_done(2, run.config, inputs, trained_models(run, 2), run.force):
         run.say("phase 2: done before")
         return
+    run.require_done(1)
     started = time.monotonic()
     train_phase(run, 2)
     run.provenance.record(2, run.config, inputs, run.device, time.monotonic() - started)

@@ -13,6 +13,7 @@ def run_phase3(run: Run) -> None:
     if run.provenance.is_done(3, run.config, inputs, trained_models(run, 3), run.force):
         run.say("phase 3: done before")
         return
+    run.require_done(1)
     started = time.monotonic()
     train_phase(run, 3)
     run.provenance.record(3, run.config, inputs, run.device, time.monotonic() - started)

@@ -17,7 +17,7 @@ from ..evaluation.steering import SteeringEvaluation, evaluate_steering
 from ..evaluation.targets import Thresholds, assess_targets, format_targets
 from ..fileio import read_json, write_json
 from ..models.base import SparseAutoencoder
-from .run import Run, remove_leftovers
+from .run import Run
 
 ANGLE_CONTROLS = ("shuffled_rows", "pseudo_parents")
 SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
@@ -34,15 +34,14 @@ def run_phase4(run: Run) -> None:
         run.say("phase 4: done before")
         print_results(run)
         return
+    run.require_done(1, 2, 3)
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
     seed, resamples = run.config.run.seed, run.config.eval.bootstrap
-    held_out = HeldOut(run)
     saes = {
         arm.name: SparseAutoencoder.from_pretrained(run.arm_folder(arm.name) / "model", device=run.device)
         for arm in run.config.arms
     }
+    held_out = HeldOut(run)
     arms = evaluate_language_model(
         saes, run.lm, run.config.model.hook, held_out.ids, run.train_moments[0],
         documents=held_out.documents, mask_NT=held_out.mask, bootstrap=resamples, seed=seed,
@@ -77,7 +76,8 @@ class HeldOut:
         split = split_documents(documents.n_documents, config.corpus.split, config.run.seed)[config.eval.split]
         rows = contexts(documents, split, config.corpus.context_length)
         rows = rows[rows[:, 2] >= 3]
-        self.steering_ids = _steering_contexts(documents, rows, config.eval.steering.contexts, config.eval.steering.context_length)
+        steering = config.eval.steering
+        self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
         rows = rows[: config.eval.lm_contexts]
         self.ids = torch.zeros(len(rows), config.corpus.context_length, dtype=torch.int64)
         self.mask = torch.zeros_like(self.ids)
@@ -157,7 +157,8 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         thresholds=thresholds, bootstrap=config.eval.bootstrap, seed=config.run.seed,
     )
     targets[0]["of"] = f"{evidence['rows_of']}, {angles['estimator']} of all words"
-    targets[0]["controls"] = {name: evidence[name]["angles"]["median_angle_deg"] for name in ANGLE_CONTROLS}
+    measured = {name: evidence[name].get("angles") for name in ANGLE_CONTROLS}  # few parents: no pseudo-parents
+    targets[0]["controls"] = {name: found and found["median_angle_deg"] for name, found in measured.items()}
     return {
         "model": run.lm.name,
         "hook": config.model.hook,
@@ -165,7 +166,8 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         "split": config.eval.split,
         "seeds": [config.run.seed],
         "arms": {
-            name: {key: metric.to_json() for key, metric in evaluation.metrics.items()} for name, evaluation in arms.items()
+            name: {key: metric.to_json() for key, metric in evaluation.metrics.items()}
+            for name, evaluation in arms.items()
         },
         "targets": targets,
     }
@@ -177,7 +179,7 @@ def print_results(run: Run) -> None:
     table = Table(title=f"{found['model']}, {found['hook']}, {found['label']} labels, {found['split']} split")
     table.add_column("metric")
     for name in found["arms"]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("chance", justify="right")
     for key in SHOWN:
         cells = [metrics[key]["value"] for metrics in found["arms"].values()]
@@ -185,7 +187,8 @@ def print_results(run: Run) -> None:
         table.add_row(key, *(_cell(value) for value in cells), _cell(chance))
     run.console.print(table)
     run.console.print(format_targets(found["targets"]))
-    controls = " and ".join(f"{angle:.1f} with {name}" for name, angle in found["targets"][0]["controls"].items())
+    angles = found["targets"][0]["controls"]
+    controls = " and ".join(f"{angle:.1f} with {name}" for name, angle in angles.items() if angle is not None)
     run.say(f"The angle proves nothing alone: it is {controls.replace('_', ' ')}. phase1/evidence.json has what does.")
     run.say(f"everything is in {run.folder}")
 

@@ -1,7 +1,9 @@
 """A run folder: its files, its config, and what is loaded from it once and shared by the phases."""
 
+import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
@@ -20,6 +23,8 @@ from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
 
 PHASES = (1, 2, 3, 4)
+PIPED_WIDTH = 120  # columns of tables where there is no terminal to ask
+LEFTOVER = ".*.????????.tmp"  # what fileio.atomic and save_pretrained call a file or folder that is not whole yet
 
 
 class Run:
@@ -32,23 +37,26 @@ class Run:
         self.config = config
         self.folder = out if out is not None else Path("runs") / config.run.name
         self.force = force
-        self.console = Console(quiet=quiet)
+        piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        self.console = Console(quiet=quiet, width=PIPED_WIDTH if piped else None)
         self.device = _device(config.run.device)
         torch.set_num_threads(config.run.threads)
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
         random.seed(config.run.seed)
         self._claim_folder()
         self.provenance = Provenance(self.folder)
+        for part in (self.folder, self.activations, *map(self.phase, PHASES)):
+            remove_leftovers(part, deep=part != self.folder)
 
     def _claim_folder(self) -> None:
-        """Write config.yaml, or check that the one there asks for the same results."""
+        """Write config.yaml, or check that the one there asks for the same results of all phases that have begun."""
         path = self.folder / "config.yaml"
         text = dump_yaml(self.config)
         if path.exists() and path.read_text(encoding="utf-8") == text:
             return
         if path.exists() and not self.force:
             recorded = load_config(str(path))
-            for phase in PHASES:
+            for phase in filter(self._has_begun, PHASES):
                 before, now = dependencies(recorded, phase), dependencies(self.config, phase)
                 for key in sorted(set(before) | set(now)):
                     if before.get(key) != now.get(key):
@@ -58,6 +66,15 @@ class Run:
                         )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+
+    def _has_begun(self, phase: int) -> bool:
+        return self.phase(phase).exists() or (phase == 1 and self.activations.exists())
+
+    def require_done(self, *phases: int) -> None:
+        """Raise ConfigError unless these phases, as far as they have arms, were finished with the present config."""
+        for phase in phases:
+            if phase == 1 or any(arm.phase == phase for arm in self.config.arms):
+                self.provenance.require(phase, self.config)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -73,17 +90,19 @@ class Run:
         return self.phase(self.config.arm(name).phase) / name
 
     def hashes(self, *paths: Path) -> dict[str, str]:
-        """sha256 of files by their path in the run folder. Raises ConfigError when an earlier phase has not made one."""
+        """sha256 of files by their path in the run folder. Raises ConfigError when one has not been made."""
         for path in paths:
             if not path.is_file():
                 raise ConfigError(f"{path}: missing; run the earlier phases first (hsae run does them in order)")
         return {path.relative_to(self.folder).as_posix(): sha256_file(path) for path in paths}
 
-    # -- contents, loaded once ------------------------------------------------------------------------------------------
+    # -- contents, loaded once ----------------------------------------------------------------------------------------
 
     @cached_property
     def lm(self) -> LanguageModel:
         model = self.config.model
+        if self.console.quiet or not self.console.is_terminal:
+            disable_progress_bar()  # of loading, on standard error, where errors are one line
         return LanguageModel.load(model.name, revision=model.revision, dtype=model.dtype, device=self.device)
 
     @cached_property
@@ -92,7 +111,7 @@ class Run:
 
     @cached_property
     def store(self) -> ActivationStore:
-        return ActivationStore.open(self.activations)
+        return ActivationStore.open(self.activations, verify=True)
 
     @cached_property
     def train_moments(self) -> tuple[Tensor, float]:
@@ -103,7 +122,7 @@ class Run:
     def at_final_residual(self) -> bool:
         return self.config.model.hook == FINAL_HOOK
 
-    # -- talking to the user --------------------------------------------------------------------------------------------
+    # -- talking to the user ------------------------------------------------------------------------------------------
 
     def say(self, message: str) -> None:
         """One line for the user."""
@@ -137,10 +156,13 @@ class Ticker:
             self.console.print(f"  {self.what}: {done:,} of {total:,} {self.unit}", highlight=False)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files and folders that a killed process left in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_leftovers(folder: Path, *, deep: bool) -> None:
+    """Delete temporary files and folders that a killed process left in `folder` and, if `deep`, below it."""
+    for path in sorted(folder.rglob(LEFTOVER) if deep else folder.glob(LEFTOVER)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have lain in a folder that is gone by now
 
 
 def _device(name: str) -> str:
@@ -151,5 +173,6 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise ConfigError(f"run.device: found {name!r}, allowed: auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"run.device: found {name!r}, allowed: one of {torch.cuda.device_count()} CUDA devices, or cpu")
+        count = torch.cuda.device_count()
+        raise ConfigError(f"run.device: found {name!r}, allowed: one of {count} CUDA devices, or cpu")
     return name

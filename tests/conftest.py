@@ -1,0 +1,16 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import pytest
+from running import SMOKE, hsae
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted `hsae run smoke`, with one more arm whose teacher rows are frozen. Read only."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    answer = hsae("run", *SMOKE, "--out", folder)
+    assert answer.code == 0, answer.err
+    assert "Targets" in answer.out
+    return folder

@@ -1,0 +1,517 @@
+"""The four phases on a real (packaged) language model: artifacts, skipping, killing, interrupting, forcing, seeds."""
+
+import json
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from running import ARMS, SMOKE, TEACHER_ARMS, contents, copy, files, hsae, refused, start
+
+from polytope_hsae.fileio import read_json, read_tensors
+from polytope_hsae.lm import LanguageModel
+from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.training.trainer import HSAETrainer
+
+NAMES = [arm["name"] for arm in ARMS]
+METRICS = {
+    "ev", "fvu", "l0", "dead_parents", "dead_children", "ce_recovered", "delta_ce", "kl", "ce_clean", "ce_ablated",
+    "ce_spliced", "purity", "leakage", "recall", "steering_leakage", "sibling_kl", "steering_unreached",
+}  # fmt: skip
+TARGETS = [
+    "median_angle_deg", "purity_gain_pp", "leakage_reduction", "steering_leakage_reduction", "reconstruction_parity",
+]  # fmt: skip
+
+
+def folder_of(run: Path, arm: str) -> Path:
+    return next(path for path in (run / "phase2" / arm, run / "phase3" / arm) if path.is_dir())
+
+
+# -- an uninterrupted run
+
+
+def test_every_artifact_is_there_and_nothing_else(finished):
+    steps = [f"checkpoints/step-{step:08d}.safetensors" for step in (16, 24)]
+    of_arm = ["train.json", "model/config.json", "model/model.safetensors", "checkpoints/identity.json", *steps]
+    shards = [shard["file"] for shard in read_json(finished / "activations/manifest.json")["shards"]]
+    expected = {"config.yaml", "provenance.json", "metrics.jsonl", "activations/manifest.json"}
+    expected |= {f"activations/{name}" for name in shards}
+    phase1 = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    expected |= {f"phase1/{name}" for name in phase1}
+    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "ablations")}
+    for name in NAMES:
+        place = folder_of(finished, name).relative_to(finished).as_posix()
+        assert place.startswith("phase2" if name in ("baseline", "flat_topk") else "phase3")
+        expected |= {f"{place}/{file}" for file in of_arm}
+    assert set(files(finished)) == expected
+
+
+def test_phase_1_files_have_their_fields(finished):
+    manifest = read_json(finished / "activations/manifest.json")
+    assert list(manifest) == [
+        "format", "model", "revision", "hook", "tokenizer_sha256", "documents_sha256", "concepts_sha256", "belief",
+        "belief_threshold", "context_length", "batch_tokens", "shard_rows", "seed", "split", "dtype", "n_documents",
+        "rows", "width", "complete", "shards",
+    ]  # fmt: skip
+    assert manifest["complete"] is True
+    assert {name: shards for name, shards in manifest["rows"].items() if shards < 1} == {}
+    assert sum(shard["rows"] for shard in manifest["shards"]) == sum(manifest["rows"].values())
+    assert set(manifest["shards"][0]) == {"file", "split", "rows", "bytes", "sha256"}
+    columns, _ = read_tensors(finished / "activations/train-00000.safetensors")
+    labels = {"token", "next_token", "doc", "pos", "belief_concept", "belief_token", "belief_prob"}
+    assert set(columns) == {"acts"} | labels
+
+    parents = read_json(finished / "phase1/concepts.json")["parents"]
+    Q, R, d = len(parents), sum(len(parent["children"]) for parent in parents), manifest["width"]
+    assert set(parents[0]) == {"name", "synset", "children"}
+    assert set(parents[0]["children"][0]) == {"name", "synset", "words", "tokens"}
+    assert set(parents[0]["children"][0]["words"]) == {"train", "val", "test"}
+    geometry, metadata = read_tensors(finished / "phase1/geometry.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in geometry.items()} == {
+        "sigma": (d, d), "sigma_sqrt": (d, d), "sigma_inv_sqrt": (d, d), "spectrum": (d,),
+    }  # fmt: skip
+    assert set(metadata) == {"metric", "shrinkage", "literal"}
+    teacher, metadata = read_tensors(finished / "phase1/teacher.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in teacher.items()} == {
+        "parent.unified": (Q, d), "parent.read": (Q, d), "parent.write": (Q, d),
+        "child.unified": (R, d), "child.delta_unified": (R, d), "child.delta_write": (R, d), "child.parent": (R,),
+        "geometry.sigma_sqrt": (d, d), "geometry.sigma_inv_sqrt": (d, d),
+    }  # fmt: skip
+    assert json.loads(metadata["parent_names"]) == [parent["name"] for parent in parents]
+    assert metadata["source"] == "tokens"
+    assert {"child_names", "form", "estimator", "metric", "shrinkage", "model", "hook", "folds"} <= set(metadata)
+
+    evidence = read_json(finished / "phase1/evidence.json")
+    for part in ("main", "shuffled_rows", "pseudo_parents"):
+        assert set(evidence[part]) >= {
+            "parents", "children", "fraction_z_above_3", "median_z", "fraction_q_below_05", "median_beta", "beta_ci95",
+            "beta_inside", "omega", "omega_ci95", "angles",
+        }  # fmt: skip
+    of_parents = ["name", "n_children", "s_p", "z", "p", "q", "omega"]
+    of_children = ["name", "parent", "beta", "angle_deg"]
+    for table, fields, size in (("parents", of_parents, Q), ("children", of_children, R)):
+        columns = evidence["main"][table]
+        assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(fields, size)
+    assert evidence["main"]["fraction_z_above_3"] >= 0.8
+    assert evidence["shuffled_rows"]["fraction_z_above_3"] <= 0.1
+    assert evidence["shuffled_rows"]["median_beta"] is None
+
+
+def test_results_have_all_arms_and_all_five_targets(finished):
+    results = read_json(finished / "phase4/results.json")
+    assert list(results) == ["model", "hook", "label", "split", "seeds", "arms", "targets"]
+    assert list(results["arms"]) == NAMES
+    assert results["seeds"] == [0]
+    for name, metrics in results["arms"].items():
+        assert set(metrics) >= METRICS
+        assert ("purity_own_slots" in metrics) == (name in [arm["name"] for arm in TEACHER_ARMS])
+        for key, metric in metrics.items():
+            assert set(metric) - {"why"} == {"value", "ci95", "chance", "n"}, key
+            if (name, key) == ("flat_topk", "dead_children"):
+                assert metric["why"] == "a flat model has no children"
+            else:
+                assert metric["value"] is not None, (name, key, metric)
+        assert metrics["purity"]["n"] >= 3
+        assert metrics["steering_unreached"]["value"] < 1
+    assert [target["name"] for target in results["targets"]] == TARGETS
+    for target in results["targets"]:
+        assert set(target) >= {"name", "required", "measured", "ci95", "n", "verdict"}
+        assert target["measured"] is not None
+        assert target["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE")
+
+    ablations = read_json(finished / "phase4/ablations.json")
+    assert ablations["reference"] == "baseline"
+    assert list(ablations["differences"]) == NAMES[1:]
+    for name, differences in ablations["differences"].items():
+        found = results["arms"][name]["ev"]["value"] - results["arms"]["baseline"]["ev"]["value"]
+        assert differences["ev"]["value"] == pytest.approx(found, abs=1e-9)
+    steering = read_json(finished / "phase4/steering.json")
+    assert steering["target_nats"] == 0.3
+    measured = ("alpha", "effect", "steering_leakage", "sibling_kl")
+    for records in steering["arms"].values():
+        assert 0 < len(records) <= 6
+        assert set(records[0]) == {"parent", "latent", *measured, *(f"chance_{key}" for key in measured)}
+        effects = [record["effect"] for record in records if record["effect"] is not None]
+        assert effects == pytest.approx([0.3] * len(effects), abs=0.05)
+
+
+def test_the_flat_model_has_the_baselines_l0_and_atoms(finished):
+    arms = read_json(finished / "phase4/results.json")["arms"]
+    assert arms["flat_topk"]["l0"]["value"] == pytest.approx(arms["baseline"]["l0"]["value"], rel=0.02)
+    flat = SparseAutoencoder.from_pretrained(finished / "phase2/flat_topk/model")
+    hierarchical = SparseAutoencoder.from_pretrained(finished / "phase2/baseline/model")
+    assert flat.n_parents == hierarchical.n_parents * (1 + hierarchical.n_children)
+
+
+def test_metrics_jsonl_has_every_value(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {tuple(line) for line in lines} == {("phase", "arm", "seed", "step", "tokens", "name", "value")}
+    steps: dict[tuple[str, str], list[int]] = {}
+    for line in lines:
+        assert line["tokens"] == 256 * line["step"]
+        steps.setdefault((line["arm"], line["name"]), []).append(line["step"])
+    always = {
+        "loss", "recon", "lr", "penalty_warmup", "grad_norm", "active_parents_per_sample",
+        "active_children_per_sample", "router_temperature", "dead_parents", "encoder_norm",
+    }  # fmt: skip
+    hierarchical = {"recon_top", "dead_children", "projector_norm"}
+    for name in NAMES:
+        for key in always | (hierarchical if name != "flat_topk" else set()):
+            assert steps[name, key] == [4, 8, 12, 16, 20, 24], (name, key)
+        assert steps[name, "val_ev"] == [12, 24]
+    assert steps["baseline", "causal_orth"] == [4, 8, 12, 16, 20, 24]
+    assert steps["teacher", "causal_orth"] == [4, 8]  # its second stage turns it off
+    assert {"l1_parent", "l1_child", "biorth_router", "biorth_child"} <= {key for arm, key in steps if arm == "frozen"}
+    temperatures = [
+        line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "router_temperature")
+    ]
+    assert temperatures == sorted(temperatures, reverse=True)
+    last = {line["arm"]: line["value"] for line in lines if line["name"] == "val_ev"}
+    trained = {name: read_json(folder_of(finished, name) / "train.json") for name in NAMES}
+    assert last == {name: record["validation"]["val_ev"] for name, record in trained.items()}
+    for name, record in trained.items():
+        assert list(record) == [
+            "arm", "identity", "steps", "tokens", "parameters", "teacher_parents", "config", "validation",
+        ]  # fmt: skip
+        assert (record["arm"], record["steps"], record["tokens"]) == (name, 24, 24 * 256)
+        assert (record["teacher_parents"] > 0) == (name in [arm["name"] for arm in TEACHER_ARMS])
+
+
+def test_files_hold_no_path_host_or_time(finished):
+    provenance = read_json(finished / "provenance.json")["phases"]
+    assert list(provenance) == ["phase1", "phase2", "phase3", "phase4"]
+    for record in provenance.values():
+        assert set(record) == {"config", "inputs", "environment", "seconds"}
+    made = [path for path in sorted(finished.rglob("*")) if path.suffix in (".json", ".jsonl")]
+    text = [path for path in made if path.name != "provenance.json"]
+    assert len(text) > 10
+    words = [str(finished), str(Path.home()), str(Path(__file__).parents[1]), "/tmp", time.strftime("%Y-%m"), "seconds"]
+    for path in text:
+        content = path.read_text()
+        found = [word for word in (*words, socket.gethostname()) if word in content]
+        assert not found, (path, found)
+
+
+def test_a_frozen_anchor_holds_the_teachers_rows_bit_for_bit(finished):
+    teacher, _ = read_tensors(finished / "phase1/teacher.safetensors")
+    model, _ = read_tensors(finished / "phase3/frozen/model/model.safetensors")
+    adapted, _ = read_tensors(finished / "phase3/teacher/model/model.safetensors")
+    rows = len(teacher["parent.write"])
+    read = torch.nn.functional.normalize(teacher["parent.read"], dim=1).float()
+    write = torch.nn.functional.normalize(teacher["parent.write"], dim=1).float()
+    assert torch.equal(model["D"][:rows], write)
+    assert not torch.equal(adapted["D"][:rows], write)
+    cosine = torch.nn.functional.cosine_similarity(model["E"][:rows], read)
+    assert torch.allclose(cosine, torch.ones(rows), atol=1e-6)
+    assert not torch.equal(model["E"][:rows], adapted["E"][:rows])
+
+
+# -- skipping, killing, interrupting
+
+
+def test_a_second_run_rewrites_nothing(finished):
+    before = files(finished)
+    answer = hsae("run", *SMOKE, "--out", finished)
+    assert answer.code == 0
+    assert [line for line in answer.out.splitlines() if line.startswith("phase")] == [
+        f"phase {phase}: done before" for phase in (1, 2, 3, 4)
+    ]
+    assert "Targets" in answer.out
+    for name in (*NAMES, *TARGETS):
+        assert name in answer.out
+    assert hsae("run", *SMOKE, "--out", finished, "--quiet") == (0, "", "")
+    assert files(finished) == before
+
+
+def test_a_run_killed_five_times_leaves_the_same_bytes(finished, tmp_path):
+    """kill -9 at five seeded random moments spread over the run.
+
+    A moment is a place in the uninterrupted run's time line: a file that was there, and the seconds since.
+    """
+    draw = random.Random(5)
+    moments = [_moment(finished, (number + draw.random()) / 5) for number in range(5)]
+    run, codes = tmp_path / "run", []
+    for marker, seconds in moments:
+        process = start(tmp_path / "log", "run", *SMOKE, "--out", run)
+        while process.is_alive() and not (run / marker).exists():
+            time.sleep(0.002)
+        process.join(seconds)
+        process.kill()
+        process.join()
+        codes.append(process.exitcode)
+    assert set(codes) <= {0, -signal.SIGKILL}, (tmp_path / "log").read_text()
+    assert codes.count(-signal.SIGKILL) >= 3, (codes, moments)
+    process = start(tmp_path / "log", "run", *SMOKE, "--out", run)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert contents(run) == contents(finished)
+
+
+def _moment(run: Path, share: float) -> tuple[str, float]:
+    """The last file made before this share of the run's time, and the seconds from there."""
+    line = sorted((path.stat().st_mtime, path.relative_to(run).as_posix()) for path in run.rglob("*") if path.is_file())
+    lasting = [(made, name) for made, name in line if name not in ("metrics.jsonl", "provenance.json")]
+    begin, end = lasting[0][0], lasting[-1][0]
+    moment = begin + share * (end - begin)
+    made, name = [entry for entry in lasting if entry[0] <= moment][-1]
+    return name, moment - made
+
+
+def test_what_a_kill_left_half_written_is_removed(finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    parts = ["", "activations", "phase1", "phase2/baseline", "phase2/baseline/checkpoints", "phase3/teacher", "phase4"]
+    for part in parts:
+        (run / part / ".results.json.0a1b2c3d.tmp").write_text("half")
+    (run / "phase3/teacher/.model.0a1b2c3d.tmp").mkdir()
+    (run / "phase3/teacher/.model.0a1b2c3d.tmp/.config.json.0a1b2c3d.tmp").write_text("half")
+    (run / "mine.tmp").touch()
+    assert hsae("run", *SMOKE, "--out", run, "--quiet").code == 0
+    (run / "mine.tmp").unlink()
+    assert list(run.rglob("*.tmp")) == []
+    assert contents(run) == contents(finished)
+
+
+def interrupt(monkeypatch, owner, name: str, call: int, number: signal.Signals) -> None:
+    """Let a method raise a signal in this process at its n-th call."""
+    original, calls = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replacement)
+
+
+def test_signals_during_training_leave_a_checkpoint(finished, tmp_path):
+    run = copy(finished, tmp_path / "run", phases=1)
+    command = ("phase2", *SMOKE, "--out", run)
+    for number, call, arm, step in ((signal.SIGINT, 11, "baseline", 11), (signal.SIGTERM, 18, "flat_topk", 5)):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, HSAETrainer, "train_step", call, number)
+            answer = hsae(*command)
+        assert answer.code == 130
+        assert answer.err == f"interrupted: {number.name} at step {step} of 24; checkpoint written\n"
+        assert (run / f"phase2/{arm}/checkpoints/step-{step:08d}.safetensors").is_file()
+        assert not (run / f"phase2/{arm}/train.json").exists()
+    answer = hsae(*command)
+    assert answer.code == 0
+    assert "flat_topk resumes at step 5" in answer.out
+    assert contents(run, "phase2") == contents(finished, "phase2")
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    assert (run / "metrics.jsonl").read_text().splitlines() == [line for line in lines if '"phase": 2' in line]
+
+
+# -- other configs: an inner hook, beliefs
+
+SMALL = [
+    "corpus.max_tokens=3000", "concepts.max_parents=4", "concepts.min_test_rows=1", "training.val_every=2",
+    "training.checkpoint_every=2", "training.log_every=1", "training.batch_size=128",
+    "training.baseline.stages=[{name: train, steps: 4}]",
+    "training.teacher.stages=[{name: stabilise, steps: 2, freeze: [D, G]}, {name: adapt, steps: 2}]",
+    "eval.lm_contexts=2", "eval.steering.max_concepts=1", "eval.steering.contexts=2",
+    'arms=[{name: baseline}, {name: teacher, init: teacher}, {name: permuted, init: permuted_teacher}]',
+]  # fmt: skip
+
+
+def small(*settings: str) -> list[str]:
+    return ["smoke", *(part for setting in (*SMALL, *settings) for part in ("--set", setting))]
+
+
+def test_an_inner_hook_has_a_teacher_from_activations(tmp_path):
+    run, config = tmp_path / "run", small("model.hook=model.layers.2", "concepts.label=current_token")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, LanguageModel, "capture", 6, signal.SIGINT)
+        answer = hsae("run", *config, "--out", run)
+    assert answer.code == 130
+    assert answer.err == "interrupted\n"
+    assert len(list((run / "activations").glob("*.safetensors"))) >= 1
+    assert not (run / "phase1/teacher.safetensors").exists()
+    answer = hsae("run", *config, "--out", run)
+    assert answer.code == 0, answer.err
+    teacher, metadata = read_tensors(run / "phase1/teacher.safetensors")
+    assert metadata["source"] == "activations"
+    assert metadata["hook"] == "model.layers.2"
+    assert {"rows", "unseen_children"} <= set(metadata)
+    geometry, _ = read_tensors(run / "phase1/geometry.safetensors")
+    assert not torch.allclose(teacher["geometry.sigma_sqrt"], geometry["sigma_sqrt"])
+    assert read_json(run / "phase1/evidence.json")["pseudo_parents"]["why"]  # too few parents for this control
+    results = read_json(run / "phase4/results.json")
+    controls = results["targets"][0]["controls"]
+    assert controls["shuffled_rows"] > 0
+    assert controls["pseudo_parents"] is None
+    assert "degrees" in answer.out
+    assert (results["hook"], results["label"]) == ("model.layers.2", "current_token")
+    assert results["arms"]["teacher"]["ce_recovered"]["value"] is not None
+    assert results["arms"]["teacher"]["purity"]["value"] is not None
+
+
+def test_beliefs_label_rows_at_the_final_residual(tmp_path):
+    config = small("concepts.label=belief", "concepts.belief_threshold=0.1")
+    answer = hsae("run", *config, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    manifest = read_json(tmp_path / "run/activations/manifest.json")
+    assert manifest["belief"] is True
+    assert manifest["concepts_sha256"] is not None
+    columns, _ = read_tensors(tmp_path / "run/activations/test-00000.safetensors")
+    assert (columns["belief_concept"] >= 0).any()
+    assert (columns["belief_prob"][columns["belief_concept"] >= 0] >= 0.1).all()
+    results = read_json(tmp_path / "run/phase4/results.json")
+    assert results["label"] == "belief"
+    assert results["arms"]["teacher"]["purity"]["value"] is not None
+
+
+# -- folders of another config
+
+
+def test_a_folder_of_another_config_is_refused_and_left_alone(finished):
+    before = files(finished)
+    changes = (("eval.bootstrap", 101, 4), ("training.lr", 0.001, 2), ("geometry.shrinkage", 0.1, 1))
+    for setting, value, phase in changes:
+        for command in ("run", f"phase{phase}"):
+            answer = hsae(command, *SMOKE, "--set", f"{setting}={value}", "--out", finished)
+            refused(answer, f"{setting}: found {value}", "--force", "--out")
+    refused(hsae("run", *SMOKE, "--seed", 3, "--out", finished), "run.seed: found 3", "made with 0")
+    assert files(finished) == before
+
+
+def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    before = files(run)
+    changed = [*SMOKE, "--set", "eval.bootstrap=101"]
+    answer = hsae("run", *changed, "--out", run, "--force")
+    assert answer.code == 0, answer.err
+    assert [line for line in answer.out.splitlines() if "done before" in line] == [
+        f"phase {phase}: done before" for phase in (1, 2, 3)
+    ]
+    kept = [name for name in before if name.startswith(("activations", "phase1", "phase2", "phase3", "metrics"))]
+    after = files(run)
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after["phase4/results.json"] != before["phase4/results.json"]
+    assert after["phase4/steering.json"][0] == before["phase4/steering.json"][0]  # it has no intervals
+    assert hsae("run", *changed, "--out", run).code == 0  # the folder is now this config's
+    assert files(run) == after
+
+    before = after
+    answer = hsae("phase2", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
+    assert answer.code == 0, answer.err
+    answer = hsae("phase4", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
+    refused(answer, "training.lr: found 0.001, but phase 3 was made with 0.003", "run phase 3 again first")
+    answer = hsae("run", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
+    assert answer.code == 0, answer.err
+    after = files(run)
+    for name in before:
+        kept = name.startswith(("activations", "phase1")) or name.endswith("model/config.json")
+        assert (after[name][0] == before[name][0]) == kept, name
+        assert not name.startswith(("activations", "phase1")) or after[name] == before[name]
+
+    before = after
+    config = [*changed, "--set", "training.lr=0.001", "--seed", "1"]
+    assert hsae("run", *config, "--out", run, "--force", "--quiet").code == 0
+    after = files(run)
+    same = [name for name in before if after[name][0] == before[name][0]]
+    assert all(name.endswith(("model/config.json", "geometry.safetensors")) for name in same), same
+    assert read_json(run / "phase4/results.json")["seeds"] == [1]
+
+
+def test_an_arm_whose_model_is_gone_is_finished_from_its_checkpoint(finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    (run / "phase2/baseline/model/model.safetensors").unlink()
+    before = files(run, "phase2/flat_topk", "phase3")
+    refused(hsae("phase4", *SMOKE, "--out", run), "phase2/baseline/model/model.safetensors: missing")
+    answer = hsae("phase2", *SMOKE, "--out", run)
+    assert answer.code == 0, answer.err
+    assert "baseline resumes at step 24" in answer.out
+    assert contents(run) == contents(finished)
+    assert files(run, "phase2/flat_topk", "phase3") == before
+
+
+def test_settings_of_phases_that_have_not_begun_may_change(finished, tmp_path):
+    run = copy(finished, tmp_path / "run", phases=1)
+    arms = json.dumps(ARMS[:1])
+    config = ["smoke", "--set", f"arms={arms}", "--set", "training.baseline.stages=[{name: train, steps: 2}]"]
+    answer = hsae("phase2", *config, "--out", run)
+    assert answer.code == 0, answer.err
+    assert read_json(run / "phase2/baseline/train.json")["steps"] == 2
+    refused(hsae("phase2", *SMOKE, "--out", run), "arms.", "--force")
+
+
+# -- bad inputs
+
+
+@pytest.mark.parametrize("kind", ["altered", "truncated", "missing"])
+def test_a_broken_shard_is_named(finished, tmp_path, kind):
+    run = copy(finished, tmp_path / "run", phases=1)
+    shard = run / "activations/train-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    if kind == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(data if kind == "altered" else data[:-1])
+    before = contents(run)
+    refused(hsae("phase2", *SMOKE, "--out", run), "train-00001.safetensors")
+    assert contents(run) == before
+
+
+def test_truncated_tensors_are_named(finished, tmp_path):
+    run = copy(finished, tmp_path / "run", phases=3)
+    model = run / "phase3/teacher/model/model.safetensors"
+    model.write_bytes(model.read_bytes()[:-9])
+    line = "phase3/teacher/model/model.safetensors: not a complete safetensors file"
+    refused(hsae("phase4", *SMOKE, "--out", run), line)
+    assert not (run / "phase4").exists()
+
+    run = copy(finished, tmp_path / "again", phases=2)
+    teacher = run / "phase1/teacher.safetensors"
+    teacher.write_bytes(teacher.read_bytes()[:-9])
+    before = contents(run)
+    refused(hsae("phase3", *SMOKE, "--out", run), "phase1/teacher.safetensors", "not a complete safetensors file")
+    assert contents(run) == before
+
+    run = copy(finished, tmp_path / "finished")
+    teacher = run / "phase1/teacher.safetensors"
+    teacher.write_bytes(teacher.read_bytes()[:-9])
+    refused(hsae("phase3", *SMOKE, "--out", run), "phase1/teacher.safetensors: found '", "but phase 3")
+
+
+def test_a_batch_needs_as_many_rows(finished, tmp_path):
+    run = copy(finished, tmp_path / "run", phases=1)
+    command = ("phase2", *SMOKE, "--out", run)
+    rows = read_json(run / "activations/manifest.json")["rows"]["train"]
+    refused(
+        hsae(*command, "--set", "training.batch_size=100000"),
+        f"training.batch_size: found 100000, allowed: 1 to {rows} (the rows of train)",
+    )
+    assert not (run / "phase2").exists()
+    with pytest.MonkeyPatch.context() as patch:  # nothing holds the corrected command back
+        interrupt(patch, HSAETrainer, "train_step", 1, signal.SIGTERM)
+        assert hsae(*command).code == 130
+
+
+def test_phases_need_the_earlier_ones(finished, tmp_path):
+    for phase in (2, 3, 4):
+        answer = hsae(f"phase{phase}", "smoke", "--out", tmp_path / "new")
+        refused(answer, "new/activations/manifest.json: missing; run the earlier phases first")
+    assert list(files(tmp_path / "new")) == ["config.yaml"]
+    run = copy(finished, tmp_path / "run", phases=2)
+    refused(hsae("phase4", *SMOKE, "--out", run), "phase3/teacher/model/model.safetensors: missing")
+
+
+def test_more_teacher_parents_than_the_model_has(tmp_path):
+    settings = ["--set", "hsae.n_parents=6", "--out", tmp_path / "run"]
+    refused(hsae("run", "smoke", *settings), "hsae.n_parents: found 6, allowed: at least the teacher's 8 parents")
+    assert list(files(tmp_path / "run")) == ["config.yaml"]  # found before the corpus is run
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    settings = ["--set", "model.name=./no-such-model", "--out", tmp_path / "run"]
+    refused(hsae("run", "smoke", *settings), "model.name", "./no-such-model")
+    assert list(files(tmp_path / "run")) == ["config.yaml"]
+    with pytest.MonkeyPatch.context() as patch:  # nothing holds the corrected command back
+        interrupt(patch, LanguageModel, "capture", 1, signal.SIGINT)
+        assert hsae("run", "smoke", "--out", tmp_path / "run").code == 130
