@@ -4,6 +4,7 @@ Imports inside the commands keep `hsae -h` and config errors fast: PyTorch takes
 """
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -98,6 +99,8 @@ def experiment(command: str) -> None:
 
 def main() -> None:
     """Entry point: 0 done, 1 failed, 2 bad input (one line), 130 interrupted after a checkpoint."""
+    # Threads that spin while they wait slow a busy machine down sixfold; this is read when PyTorch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()

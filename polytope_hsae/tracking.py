@@ -54,7 +54,8 @@ class WandbTracker:
         try:
             import wandb
         except ModuleNotFoundError as error:
-            raise ConfigError("tracking.wandb: the package wandb is missing; pip install polytope-hsae[wandb]") from error
+            line = "tracking.wandb: the package wandb is missing; pip install polytope-hsae[wandb]"
+            raise ConfigError(line) from error
         folder.mkdir(parents=True, exist_ok=True)
         self.run: Any = wandb.init(
             project=config.tracking.wandb_project,

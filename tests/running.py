@@ -9,16 +9,18 @@ import io
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from polytope_hsae.cli import main
 
-ARMS = [
+ARMS: list[dict[str, Any]] = [
     {"name": "baseline"},
     {"name": "flat_topk", "kind": "topk", "match_l0": "baseline"},
     {"name": "teacher", "init": "teacher"},
@@ -30,7 +32,8 @@ ARMS = [
         "hsae": {"l1_parent": 1e-3, "l1_child": 1e-3, "biorth_lambda": 1e-4},
     },
 ]
-SMOKE = ("smoke", "--set", f"arms={json.dumps(ARMS)}")
+# One thread: two that wait for each other are several times slower where other processes share the cores.
+SMOKE = ("smoke", "--set", "run.threads=1", "--set", f"arms={json.dumps(ARMS)}")
 TEACHER_ARMS = [arm for arm in ARMS if "init" in arm]
 OF_TIME = {"provenance.json"}  # the only file that holds times and versions
 
@@ -53,12 +56,11 @@ def hsae(*arguments: object) -> Answer:
 
 def script(path: Path, *arguments: object) -> Answer:
     """Run a Python file as `python PATH ARGUMENTS` does, in this process."""
-    import runpy
+    texts = [str(part) for part in arguments]
+    return _answer(texts, lambda: runpy.run_path(str(path), run_name="__main__"), str(path))
 
-    return _answer([str(part) for part in arguments], lambda: runpy.run_path(str(path), run_name="__main__"), str(path))
 
-
-def _answer(arguments, call, program="hsae") -> Answer:
+def _answer(arguments: list[str], call: Callable[[], object], program: str = "hsae") -> Answer:
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     sys.argv, code = [program, *arguments], 0

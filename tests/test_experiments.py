@@ -31,12 +31,15 @@ def test_the_published_commands_refuse_as_hsae_does(tmp_path):
 
 
 TINY = [
-    "corpus.max_tokens=3000", "corpus.context_length=128", "corpus.split=[0.4, 0.3, 0.3]", "geometry.permutations=100",
+    "run.threads=1",
+    "corpus.max_tokens=3000", "corpus.context_length=128", "corpus.split=[0.4, 0.3, 0.3]",
+    "geometry.permutations=100",
     "concepts.max_parents=4", "concepts.max_children_per_parent=6", "concepts.split=[0.5, 0.2, 0.3]",
     "concepts.min_test_rows=1", "hsae.n_parents=16", "hsae.topk_parent=4", "hsae.topk_child_total=4",
     "hsae.n_children_per_parent=4", "hsae.subspace_dim=4", "training.batch_size=64",
     "training.baseline.stages=[{name: train, steps: 2}]", "training.teacher.stages=[{name: adapt, steps: 2}]",
     "eval.bootstrap=100", "eval.lm_contexts=1", "eval.steering.max_concepts=1", "eval.steering.contexts=1",
+    "eval.steering.context_length=4",
 ]  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dic
     return {"model": run.lm.name, "rows_of": embedding, **evidence}
 
 
-def summary(evidence: dict) -> str:  # type: ignore[type-arg]
+def summary(evidence: dict[str, Any]) -> str:
     """One line on what the evidence says."""
     main, shuffled = evidence["main"], evidence["shuffled_rows"]
     strong, chance = main["fraction_z_above_3"], shuffled["fraction_z_above_3"]

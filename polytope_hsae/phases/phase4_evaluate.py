@@ -101,7 +101,7 @@ def evaluate_arm(
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Reconstruction, concept and steering metrics of one arm, and the record of its steering per concept."""
     config, options = run.config, run.config.eval
-    common = {"bootstrap": options.bootstrap, "seed": config.run.seed}
+    common: dict[str, Any] = {"bootstrap": options.bootstrap, "seed": config.run.seed}
     evaluation = evaluate_reconstruction(sae, run.store, options.split, run.train_moments[0], **common)
     label: dict[str, Any] = {
         "label": config.concepts.label,
