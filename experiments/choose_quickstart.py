@@ -26,7 +26,11 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "hard, residual detached": {**PUBLISHED, "gate": "hard", "child_input": "residual", "child_input_detach": True},
     "hard, shared": {"gate": "hard", "child_input": "input", "child_budget": "shared"},
     "hard, residual, shared": {"gate": "hard", "child_input": "residual", "child_budget": "shared"},
-    "straight_through, residual, shared": {"gate": "straight_through", "child_input": "residual", "child_budget": "shared"},
+    "straight_through, residual, shared": {
+        "gate": "straight_through",
+        "child_input": "residual",
+        "child_budget": "shared",
+    },
 }
 HOOKS = [(f"model.layers.{layer}", "current_token") for layer in range(6)]
 HOOKS += [("final_residual_pre_unembed", "belief"), ("final_residual_pre_unembed", "next_token")]
@@ -69,8 +73,10 @@ def rows(folder: Path, label: str) -> list[str]:
     for arm, metrics in results["arms"].items():
         cells = ["-" if metrics[key]["value"] is None else f"{metrics[key]['value']:.3f}" for key in COLUMNS]
         gain = paired.get(arm, {}).get("purity")
-        shown = "-" if gain is None or gain["value"] is None or gain["ci95"] is None else (
-            f"{100 * gain['value']:+.1f} [{100 * gain['ci95'][0]:+.1f}, {100 * gain['ci95'][1]:+.1f}]"
+        shown = (
+            "-"
+            if gain is None or gain["value"] is None or gain["ci95"] is None
+            else (f"{100 * gain['value']:+.1f} [{100 * gain['ci95'][0]:+.1f}, {100 * gain['ci95'][1]:+.1f}]")
         )
         lines.append(f"| {label} | {arm} | " + " | ".join(cells) + f" | {shown} | {metrics['purity']['n']} |")
     return lines

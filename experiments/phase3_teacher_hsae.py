@@ -1,6 +1,6 @@
 """Phase 3, the teacher's models and controls of a config; the same as `hsae phase3`.
 
-    python experiments/phase3_teacher_hsae.py --config configs/quickstart.yaml
+python experiments/phase3_teacher_hsae.py --config configs/quickstart.yaml
 """
 
 from polytope_hsae.cli import experiment

@@ -1,6 +1,6 @@
 """All four phases of a config; the same as `hsae run`.
 
-    python experiments/run_all_phases.py --config configs/quickstart.yaml
+python experiments/run_all_phases.py --config configs/quickstart.yaml
 """
 
 from polytope_hsae.cli import experiment

@@ -15,9 +15,13 @@ from rich.console import Console
 
 from .config import Config, load_config
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Hierarchical sparse autoencoders with teachers from the geometry of language models.",
-                  pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Hierarchical sparse autoencoders with teachers from the geometry of language models.",
+    pretty_exceptions_enable=False,
+)
 
 ConfigArgument = Annotated[
     str, typer.Argument(help="A packaged config (quickstart, smoke, v2-focused) or a YAML file.")
@@ -38,8 +42,13 @@ def _config(name: str, overrides: list[str] | None, device: str | None, seed: in
 
 @app.command("run")
 def run_command(
-    config: ConfigArgument, overrides: SetOption = None, out: OutOption = None, force: ForceOption = False,
-    device: DeviceOption = None, seed: SeedOption = None, quiet: QuietOption = False,
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    out: OutOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """All four phases; resumes what was interrupted and skips what is done."""
     from .phases.run import Run
@@ -51,8 +60,13 @@ def run_command(
 def _add_phase(number: int, help_text: str) -> None:
     @app.command(f"phase{number}", help=help_text)
     def phase_command(
-        config: ConfigArgument, overrides: SetOption = None, out: OutOption = None, force: ForceOption = False,
-        device: DeviceOption = None, seed: SeedOption = None, quiet: QuietOption = False,
+        config: ConfigArgument,
+        overrides: SetOption = None,
+        out: OutOption = None,
+        force: ForceOption = False,
+        device: DeviceOption = None,
+        seed: SeedOption = None,
+        quiet: QuietOption = False,
     ) -> None:
         from .phases.run import Run
         from .phases.run_all import PHASES
@@ -68,7 +82,9 @@ _add_phase(4, "Evaluate all models and judge the targets.")
 
 @app.command("concepts")
 def concepts_command(
-    config: ConfigArgument, overrides: SetOption = None, out: OutOption = None,
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    out: OutOption = None,
 ) -> None:
     """The tree of parents and children with their words, for the config's tokenizer or a finished run."""
     from .data.concepts import Concepts, format_tree

@@ -36,7 +36,12 @@ def _require(field: str, found: Any, condition: bool, allowed: str) -> None:
 
 
 def _check_split(block: Any) -> Any:
-    _require("split", list(block.split), abs(sum(block.split) - 1) < 1e-6 and min(block.split) > 0, "three shares above 0 with sum 1")
+    _require(
+        "split",
+        list(block.split),
+        abs(sum(block.split) - 1) < 1e-6 and min(block.split) > 0,
+        "three shares above 0 with sum 1",
+    )
     return block
 
 
@@ -113,7 +118,9 @@ class GeometryConfig(Block):
 class TeacherConfig(Block):
     init: Literal["dual", "literal"] = Field("dual", description="Read and write directions apart, or one for both.")
     energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
-    anchor: Literal["none", "frozen", "pull", "slow"] = Field("none", description="What holds the teacher's rows of E and D (b_E stays free), in every stage.")
+    anchor: Literal["none", "frozen", "pull", "slow"] = Field(
+        "none", description="What holds the teacher's rows of E and D (b_E stays free), in every stage."
+    )
     anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
     noise_deg: float = Field(0.0, ge=0, le=180, description="Rotation of every teacher vector, degrees.")
@@ -174,13 +181,22 @@ class HSAEConfig(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "HSAEConfig":
-        _require("topk_parent", self.topk_parent, self.topk_parent <= self.n_parents, f"at most n_parents = {self.n_parents}")
+        _require(
+            "topk_parent", self.topk_parent, self.topk_parent <= self.n_parents, f"at most n_parents = {self.n_parents}"
+        )
         C = self.n_children_per_parent
         _require("topk_child", self.topk_child, self.topk_child <= C, f"at most n_children_per_parent = {C}")
         if self.topk_child_total is not None:
-            _require("topk_child_total", self.topk_child_total, self.child_budget == "shared", "null unless child_budget is shared")
+            _require(
+                "topk_child_total",
+                self.topk_child_total,
+                self.child_budget == "shared",
+                "null unless child_budget is shared",
+            )
             limit = self.topk_parent * C
-            _require("topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}")
+            _require(
+                "topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}"
+            )
         return self
 
 
@@ -308,7 +324,9 @@ class Config(Block):
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Initialisation from the teacher.")
     hsae: HSAEConfig = Field(default_factory=HSAEConfig, description="The H-SAE.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Optimisation and stages.")
-    arms: list[ArmConfig] = Field([ArmConfig(**arm) for arm in DEFAULT_ARMS], description="Models trained and compared.")
+    arms: list[ArmConfig] = Field(
+        [ArmConfig(**arm) for arm in DEFAULT_ARMS], description="Models trained and compared."
+    )
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Trackers.")
 
@@ -337,7 +355,9 @@ class Config(Block):
             hsae, teacher = self.arm_hsae(arm), self.arm_teacher(arm)
             where = f"arms.{arm.name}"
             if arm.match_l0 is not None:
-                _require(f"{where}.match_l0", arm.match_l0, arm.match_l0 in names[: names.index(arm.name)], "an earlier arm")
+                _require(
+                    f"{where}.match_l0", arm.match_l0, arm.match_l0 in names[: names.index(arm.name)], "an earlier arm"
+                )
                 _require(f"{where}.match_l0", arm.match_l0, arm.kind == "topk", "null unless kind is topk")
             if arm.kind == "topk":
                 _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
@@ -353,14 +373,26 @@ class Config(Block):
                 weights = stage.loss.apply(hsae)
                 held = {"Up", "G", "D"} <= set(stage.freeze)
                 if weights.causal_ortho_lambda > 0:
-                    _require("hsae.causal_ortho_lambda", hsae.causal_ortho_lambda, hsae.causal_ortho_lambda > 0,
-                             f"above 0, because stage {stage.name} turns it on")
-                    _require(f"stage {stage.name}: freeze", stage.freeze, not held,
-                             "a list without Up, D or G: causal_ortho_lambda needs a gradient")
+                    _require(
+                        "hsae.causal_ortho_lambda",
+                        hsae.causal_ortho_lambda,
+                        hsae.causal_ortho_lambda > 0,
+                        f"above 0, because stage {stage.name} turns it on",
+                    )
+                    _require(
+                        f"stage {stage.name}: freeze",
+                        stage.freeze,
+                        not held,
+                        "a list without Up, D or G: causal_ortho_lambda needs a gradient",
+                    )
         budgets = {arm.name: sum(stage.steps for stage in self.arm_stages(arm)) for arm in self.arms}
         if not self.training.allow_unequal_budget:
-            _require("training stages", f"steps {budgets}", len(set(budgets.values())) <= 1,
-                     "the same number of steps for every arm, or training.allow_unequal_budget: true")
+            _require(
+                "training stages",
+                f"steps {budgets}",
+                len(set(budgets.values())) <= 1,
+                "the same number of steps for every arm, or training.allow_unequal_budget: true",
+            )
         return self
 
 

@@ -139,18 +139,14 @@ class Teacher:
         parent_row = {name: row for row, name in enumerate(self.parent_names)}
         child_row = {
             (self.parent_names[parent], name): row
-            for row, (parent, name) in enumerate(
-                zip(self.child_parent.tolist(), self.child_names, strict=True)
-            )
+            for row, (parent, name) in enumerate(zip(self.child_parent.tolist(), self.child_names, strict=True))
         }
         pairs = [(p, c) for p, names in zip(parent_names, child_names, strict=True) for c in names]
         unknown = [p for p in parent_names if p not in parent_row] + [
             f"{parent}/{child}" for parent, child in pairs if (parent, child) not in child_row
         ]
         if unknown:
-            raise ValueError(
-                f"teacher: found no concept named {', '.join(unknown)}, allowed: the names in its file"
-            )
+            raise ValueError(f"teacher: found no concept named {', '.join(unknown)}, allowed: the names in its file")
         owner = {name: row for row, name in enumerate(parent_names)}
         return Teacher.build(
             parent_names,
@@ -177,17 +173,13 @@ class Teacher:
         """Random directions of the same lengths: the control that knows nothing about the concepts."""
         generator = seeded_generator("random_like", seed)
         parents_Qd, deltas_Rd = (
-            torch.nn.functional.normalize(
-                torch.randn(rows.shape, generator=generator, dtype=torch.float64), dim=-1
-            )
+            torch.nn.functional.normalize(torch.randn(rows.shape, generator=generator, dtype=torch.float64), dim=-1)
             * rows.norm(dim=-1, keepdim=True)
             for rows in (self.parent_unified, self.child_delta_unified)
         )
         return self._rebuilt(parents_Qd, deltas_Rd, estimator="random")
 
-    def projectors(
-        self, subspace_dim: int, n_children: int, energy: float = 0.85, seed: int = 0
-    ) -> Projectors:
+    def projectors(self, subspace_dim: int, n_children: int, energy: float = 0.85, seed: int = 0) -> Projectors:
         """Projectors and child rows for a model with C = `n_children` children per parent (docs/method.md
         §4).
 
@@ -243,9 +235,7 @@ _TENSORS = {
 }
 
 
-def _check_names(
-    parent_names: Sequence[str], child_names: Sequence[str], child_parent: Sequence[int]
-) -> None:
+def _check_names(parent_names: Sequence[str], child_names: Sequence[str], child_parent: Sequence[int]) -> None:
     assert len(child_names) == len(child_parent)
     pairs = [f"{parent_names[p]}/{c}" for p, c in zip(child_parent, child_names, strict=True)]
     for names in (list(parent_names), pairs):
@@ -287,9 +277,7 @@ def extract_teacher(
     child_tokens = concepts.child_tokens(folds=tuple(folds))
     for name, tokens in zip(_child_names(concepts), child_tokens, strict=True):
         if not tokens:
-            raise ValueError(
-                f"concepts: found no tokens of {name} in folds {', '.join(folds)}, allowed: some"
-            )
+            raise ValueError(f"concepts: found no tokens of {name} in folds {', '.join(folds)}, allowed: some")
     parent_tokens: list[list[int]] = [[] for _ in concepts.parents]
     for tokens, parent in zip(child_tokens, child_parent, strict=True):
         parent_tokens[parent] += tokens
@@ -321,9 +309,7 @@ def extract_activation_teacher(
     parents_Qd = stats.parent_differences(child_parent, concepts.n_parents) @ geometry.sigma_sqrt
     for parent, vector_d in zip(concepts.parents, parents_Qd, strict=True):
         if not vector_d.any():
-            raise ValueError(
-                f"activations: found rows of parent {parent.name!r} only, or none, allowed: it and others"
-            )
+            raise ValueError(f"activations: found rows of parent {parent.name!r} only, or none, allowed: it and others")
     deltas_Rd = stats.class_differences() @ geometry.sigma_sqrt - parents_Qd[child_parent]
     unseen_R = stats.counts < max(min_rows, 1)
     unseen = [name for name, few in zip(_child_names(concepts), unseen_R.tolist(), strict=True) if few]

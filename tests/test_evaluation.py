@@ -69,8 +69,7 @@ class FakeConcepts:
 
     def child_tokens(self, folds=("train", "val", "test")):
         return [
-            sorted(token for fold in folds for token in self.tokens[fold][child])
-            for child in range(self.n_children)
+            sorted(token for fold in folds for token in self.tokens[fold][child]) for child in range(self.n_children)
         ]
 
     def token_to_child(self, vocab_size, folds=("train", "val", "test")):
@@ -290,9 +289,7 @@ def test_lm_metrics_count_only_real_tokens(lm, ids):
     part = evaluate_language_model(FakeSAE(16), lm, FINAL_HOOK, ids, mean, mask_NT=mask)
     assert part.units["kl"].denominator_U.tolist() == [4, 4, 4, 8, 8, 8]
     with pytest.raises(ValueError, match="found no position to count"):
-        evaluate_language_model(
-            FakeSAE(16), lm, FINAL_HOOK, ids, mean, mask_NT=(torch.arange(10) < 2).expand_as(ids)
-        )
+        evaluate_language_model(FakeSAE(16), lm, FINAL_HOOK, ids, mean, mask_NT=(torch.arange(10) < 2).expand_as(ids))
     with pytest.raises(ValueError, match=r"found shape \(6, 2\)"):
         evaluate_language_model(FakeSAE(16), lm, FINAL_HOOK, ids[:, :2], mean)
 
@@ -362,9 +359,7 @@ def test_a_perfect_code_and_permuted_labels():
     draws = []
     for _ in range(60):
         metrics = concept_metrics(noisy, rng.permutation(labels), np.arange(5), bootstrap=1).metrics
-        draws.append(
-            [metrics[name].value - metrics[name].chance for name in ("purity", "leakage", "purity_auroc")]
-        )
+        draws.append([metrics[name].value - metrics[name].chance for name in ("purity", "leakage", "purity_auroc")])
     error = np.std(draws, axis=0) / math.sqrt(len(draws))
     assert (np.abs(np.mean(draws, axis=0)) < 3 * error).all()
     assert metrics["purity"].chance == pytest.approx(1 / 5)
@@ -455,9 +450,10 @@ def test_the_map_is_one_to_one_and_needs_rows():
     dense[:, 1] = np.where(labels == 1, 0.1, 0)
     assert map_concepts(sparse(dense), labels, 4, min_rows=20).tolist() == [0, 1, -1, -1]
     assert map_concepts(sparse(dense[:, :1]), labels, 4, min_rows=20).tolist() == [0, -1, -1, -1]
-    assert latent_activations(FakeSAE(3), FakeStore(), "train", np.zeros(0, np.int64)).columns(
-        np.arange(3)
-    ).shape == (0, 3)
+    assert latent_activations(FakeSAE(3), FakeStore(), "train", np.zeros(0, np.int64)).columns(np.arange(3)).shape == (
+        0,
+        3,
+    )
 
 
 # steering
@@ -644,9 +640,7 @@ def test_verdicts():
 
 def arms(gain, leak, fvu):
     rng = np.random.default_rng(0)
-    base = {
-        name: Units.mean(rng.random(50) * 0.02 + 0.5) for name in ("purity", "leakage", "steering_leakage")
-    }
+    base = {name: Units.mean(rng.random(50) * 0.02 + 0.5) for name in ("purity", "leakage", "steering_leakage")}
     base["fvu"] = Units.ratio(rng.random(90) + 3, np.full(90, 10.0))
     teacher = {
         "purity": Units.mean(base["purity"].numerator_U + gain),
@@ -672,9 +666,7 @@ def test_targets_from_two_arms():
     assert passed[1]["required"] == [10.0, None]
     assert passed[4]["required"] == [-0.05, 0.05]
     failed = assess_targets(Metric(60.0, (55.0, 65.0), None, 50), *arms(0.05, 0.1, -0.2))
-    assert [row["verdict"] for row in failed] == ["FAIL"] * 5, (
-        "parity is two-sided: a better fit is no parity either"
-    )
+    assert [row["verdict"] for row in failed] == ["FAIL"] * 5, "parity is two-sided: a better fit is no parity either"
     looser = Thresholds(purity_gain_pp=4.0, reconstruction_parity=0.3)
     verdicts = [row["verdict"] for row in assess_targets(angle, *arms(0.05, 0.1, -0.2), thresholds=looser)]
     assert verdicts == ["PASS", "PASS", "FAIL", "FAIL", "PASS"]
@@ -686,9 +678,7 @@ def test_missing_measurements_are_inconclusive_with_a_reason():
     base["leakage"] = Units.mean([math.nan] * 50)
     rows = {row["name"]: row for row in assess_targets(None, base, teacher)}
     assert rows["median_angle_deg"]["why"] == "no angle was measured"
-    assert (
-        rows["steering_leakage_reduction"]["why"] == "steering_leakage was not measured for the teacher arm"
-    )
+    assert rows["steering_leakage_reduction"]["why"] == "steering_leakage was not measured for the teacher arm"
     assert rows["leakage_reduction"]["why"] == "no units with a value"
     for name in ("median_angle_deg", "steering_leakage_reduction", "leakage_reduction"):
         assert rows[name]["measured"] is None

@@ -22,16 +22,13 @@ NAMES: dict[str, Any] = {
 }
 # Word w of child c: tokens 2(c N_WORDS + w) and the next one, its two forms.
 CHILD_WORDS = [
-    [[2 * (c * N_WORDS + w), 2 * (c * N_WORDS + w) + 1] for w in range(N_WORDS)]
-    for c in range(len(CHILD_PARENT))
+    [[2 * (c * N_WORDS + w), 2 * (c * N_WORDS + w) + 1] for w in range(N_WORDS)] for c in range(len(CHILD_PARENT))
 ]
 POOL = [[token, token + 1] for token in range(0, VOCAB, 2)]
 
 
 def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ) / math.sqrt(WIDTH)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / math.sqrt(WIDTH)
 
 
 def world(kind: str) -> Tensor:
@@ -203,9 +200,7 @@ def test_bad_arguments_are_refused() -> None:
         evidence.pseudo_parents(CHILD_WORDS[:5], [0, 0, 0, 1, 1])
     rows = torch.eye(4)
     with pytest.raises(ValueError, match="names: found 1 parents and 0 children, allowed: 1 and 1"):
-        evidence.collect_evidence(
-            rows, CausalGeometry(rows), [[[1]]], [0], [1], parent_names=["a"], child_names=[]
-        )
+        evidence.collect_evidence(rows, CausalGeometry(rows), [[[1]]], [0], [1], parent_names=["a"], child_names=[])
 
 
 def test_benjamini_hochberg_known_answer() -> None:
@@ -292,9 +287,7 @@ def test_noise_known_answers(noise: ConceptEstimator) -> None:
     assert float(cosines(l_p, l_c).mean()) == pytest.approx(math.sqrt(r), abs=tolerance)
     # Without its words the parent keeps n_p - n_c of them, and the answer is -sqrt(n_c/n_p) again.
     assert float(cosines(l_rest, l_c - l_rest).mean()) == pytest.approx(-math.sqrt(r), abs=tolerance)
-    assert float(cosines(l_other, l_c - l_other).mean()) == pytest.approx(
-        -math.sqrt(r / (1 + r)), abs=tolerance
-    )
+    assert float(cosines(l_other, l_c - l_other).mean()) == pytest.approx(-math.sqrt(r / (1 + r)), abs=tolerance)
 
 
 def test_noise_cross_fit_is_zero(noise: ConceptEstimator) -> None:

@@ -37,17 +37,13 @@ def test_sigma_is_the_shrunk_centred_covariance(unembedding: Tensor, geometry: C
     sigma = 0.95 * cov + 0.05 * cov.trace() / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
     torch.testing.assert_close(geometry.sigma, sigma)
     torch.testing.assert_close(geometry.sigma_sqrt @ geometry.sigma_sqrt, sigma)
-    torch.testing.assert_close(
-        geometry.sigma_sqrt @ geometry.sigma_inv_sqrt, torch.eye(WIDTH, dtype=torch.float64)
-    )
+    torch.testing.assert_close(geometry.sigma_sqrt @ geometry.sigma_inv_sqrt, torch.eye(WIDTH, dtype=torch.float64))
     torch.testing.assert_close(geometry.spectrum, torch.linalg.eigvalsh(sigma))
     assert geometry.condition_number == pytest.approx(float(torch.linalg.cond(sigma)))
     assert geometry.sigma.dtype == torch.float64
 
 
-def test_pairing_is_preserved_and_the_literal_mode_breaks_it(
-    unembedding: Tensor, geometry: CausalGeometry
-) -> None:
+def test_pairing_is_preserved_and_the_literal_mode_breaks_it(unembedding: Tensor, geometry: CausalGeometry) -> None:
     covectors, vectors = randn(7, WIDTH, seed=3), randn(5, WIDTH, seed=4)
     logits = covectors @ vectors.T
     unified = geometry.whiten(covectors, Space.COVECTOR) @ geometry.whiten(vectors, Space.VECTOR).T
@@ -70,9 +66,7 @@ def test_steering_moves_each_logit_by_alpha_times_the_inner_product(
         return centred @ (hidden + step) - centred @ hidden
 
     torch.testing.assert_close(moved(geometry), expected)
-    assert (
-        moved(CausalGeometry(unembedding, literal=True)) - expected
-    ).abs().max() > 0.5 * expected.abs().max()
+    assert (moved(CausalGeometry(unembedding, literal=True)) - expected).abs().max() > 0.5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("space", list(Space))
@@ -93,9 +87,7 @@ def test_metric_of_each_space(geometry: CausalGeometry, space: Space) -> None:
     torch.testing.assert_close(geometry.unwhiten(geometry.whiten(x, space), space), x)
 
 
-def test_mixing_spaces_and_other_bad_inputs_are_refused(
-    unembedding: Tensor, geometry: CausalGeometry
-) -> None:
+def test_mixing_spaces_and_other_bad_inputs_are_refused(unembedding: Tensor, geometry: CausalGeometry) -> None:
     x = randn(WIDTH)
     with pytest.raises(ValueError, match="found covector and vector, allowed: one space"):
         geometry.causal_inner_product(x, x, Space.COVECTOR, Space.VECTOR)
@@ -125,9 +117,7 @@ def test_comparison_metrics(unembedding: Tensor, geometry: CausalGeometry) -> No
     assert torch.equal(random.sigma, CausalGeometry(unembedding, metric="random", seed=3).sigma)
     assert not torch.allclose(random.sigma, CausalGeometry(unembedding, metric="random", seed=4).sigma)
     assert not torch.allclose(random.sigma, geometry.sigma)
-    torch.testing.assert_close(
-        CausalGeometry.from_covariance(centred_covariance(unembedding)).sigma, geometry.sigma
-    )
+    torch.testing.assert_close(CausalGeometry.from_covariance(centred_covariance(unembedding)).sigma, geometry.sigma)
 
 
 def test_residual_covariance_measures_vectors_by_the_inverse(unembedding: Tensor) -> None:
@@ -166,9 +156,7 @@ def test_mean_vectors(unembedding: Tensor, geometry: CausalGeometry) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 9, 400])
-def test_lda_equals_the_pseudo_inverse_of_ledoit_wolf(
-    unembedding: Tensor, geometry: CausalGeometry, n: int
-) -> None:
+def test_lda_equals_the_pseudo_inverse_of_ledoit_wolf(unembedding: Tensor, geometry: CausalGeometry, n: int) -> None:
     rows = (unembedding - unembedding.mean(0)) @ geometry.sigma_inv_sqrt
     mean = rows[:n].mean(0)
     covariance = torch.from_numpy(LedoitWolf().fit(rows[:n].numpy()).covariance_)
@@ -181,9 +169,7 @@ def test_lda_equals_the_pseudo_inverse_of_ledoit_wolf(
 def test_lda_in_one_dimension_is_the_mean() -> None:
     rows = torch.tensor([[1.0], [3.0], [-4.0]], dtype=torch.float64)
     estimator = ConceptEstimator(rows, CausalGeometry(rows, metric="identity"), "lda")
-    torch.testing.assert_close(
-        estimator.concept_vectors([[0, 1]]), torch.tensor([[2.0]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(estimator.concept_vectors([[0, 1]]), torch.tensor([[2.0]], dtype=torch.float64))
 
 
 def test_estimator_refuses_bad_sets(unembedding: Tensor, geometry: CausalGeometry) -> None:
@@ -221,20 +207,14 @@ def test_bases_keep_the_energy_and_complete_orthogonally_to_the_parent() -> None
     parents = randn(2, WIDTH, seed=10)
     directions = torch.linalg.qr(randn(WIDTH, 3, seed=11))[0].T
     # Squared singular values 9, 4 and 1: 0.85 of 14 needs the first two.
-    deltas = torch.cat(
-        [torch.tensor([[3.0], [2.0], [1.0]], dtype=torch.float64) * directions, randn(1, WIDTH)]
-    )
+    deltas = torch.cat([torch.tensor([[3.0], [2.0], [1.0]], dtype=torch.float64) * directions, randn(1, WIDTH)])
     bases = subspace_bases(parents, deltas, [0, 0, 0, 1], 6, 0.85, seed=0)
-    torch.testing.assert_close(
-        bases @ bases.transpose(1, 2), torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
-    )
+    torch.testing.assert_close(bases @ bases.transpose(1, 2), torch.eye(6, dtype=torch.float64).expand(2, 6, 6))
     kept = directions[:2] @ bases[0].T @ bases[0]
     torch.testing.assert_close(kept, directions[:2])
     assert (directions[2] @ bases[0].T).norm() < 0.9
     for parent, rank in ((0, 2), (1, 1)):
-        torch.testing.assert_close(
-            bases[parent, rank:] @ parents[parent], torch.zeros(6 - rank, dtype=torch.float64)
-        )
+        torch.testing.assert_close(bases[parent, rank:] @ parents[parent], torch.zeros(6 - rank, dtype=torch.float64))
     assert torch.equal(bases, subspace_bases(parents, deltas, [0, 0, 0, 1], 6, 0.85, seed=0))
     assert not torch.allclose(bases, subspace_bases(parents, deltas, [0, 0, 0, 1], 6, 0.85, seed=1))
     with pytest.raises(ValueError, match="subspace_dim: found 24, allowed: 1 to 23"):

@@ -54,9 +54,7 @@ def test_biorthogonality_equals_the_naive_form(shape, form, naive):
     E, D = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
     value, expected = form(E, D), naive(E, D)
     assert value.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-10)
-    for mine, theirs in zip(
-        torch.autograd.grad(value, (E, D)), torch.autograd.grad(expected, (E, D)), strict=True
-    ):
+    for mine, theirs in zip(torch.autograd.grad(value, (E, D)), torch.autograd.grad(expected, (E, D)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
 
 
@@ -94,8 +92,12 @@ def test_a_literal_penalty_uses_the_inverse_metric_in_training_too():
     h = normal(5, 6)
     for form in ("atom", "literal"):
         config = HSAEConfig(
-            n_parents=4, topk_parent=2, n_children_per_parent=3, subspace_dim=2,
-            causal_ortho_lambda=1.0, causal_orth_form=form,
+            n_parents=4,
+            topk_parent=2,
+            n_children_per_parent=3,
+            subspace_dim=2,
+            causal_ortho_lambda=1.0,
+            causal_orth_form=form,
         )
         model = HierarchicalSAE(config, 6).double()
         model.set_metric(Geometry.sigma)
@@ -148,7 +150,10 @@ def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
     stage = LossOverrides(causal_ortho_lambda=0.0, biorth_lambda=0.7, top_level_beta=0.0, l1_child=0.2)
     terms = model.loss_terms(output, stage)
     assert {name: weight for name, (weight, _) in terms.items()} == {
-        "recon": 1.0, "l1_child": 0.2, "biorth_router": 0.7, "biorth_child": 0.7,
+        "recon": 1.0,
+        "l1_child": 0.2,
+        "biorth_router": 0.7,
+        "biorth_child": 0.7,
     }
     assert set(terms) - {"recon"} <= set(PENALTIES)
 
@@ -229,8 +234,13 @@ def assert_unit(model, metric=None):
 def test_norms_hold_after_every_step_of_every_stage(norm_metric, normalize_child, tie_projectors):
     metric = spd(6)
     model = small_model(
-        metric=metric, norm_metric=norm_metric, normalize_child=normalize_child, tie_projectors=tie_projectors,
-        causal_ortho_lambda=0.3, biorth_lambda=0.1, l1_child=0.3,
+        metric=metric,
+        norm_metric=norm_metric,
+        normalize_child=normalize_child,
+        tie_projectors=tie_projectors,
+        causal_ortho_lambda=0.3,
+        biorth_lambda=0.1,
+        l1_child=0.3,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
     h = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))

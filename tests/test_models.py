@@ -46,9 +46,7 @@ def assert_same_gradients(value, expected, inputs, expected_inputs):
 
 
 def naive_encode(x, parents, Down, F, b_F):
-    rows = [
-        torch.stack([F[p] @ (Down[p] @ x[i]) + b_F[p] for p in parents[i].tolist()]) for i in range(len(x))
-    ]
+    rows = [torch.stack([F[p] @ (Down[p] @ x[i]) + b_F[p] for p in parents[i].tolist()]) for i in range(len(x))]
     return torch.stack(rows)
 
 
@@ -142,8 +140,15 @@ def dense_soft_mask(logits, mask, temperature):
 def test_binary_router_gradient_is_that_of_the_soft_mask_alone(k):
     B, P, d = 9, 8, 6
     config = HSAEConfig(
-        n_parents=P, topk_parent=k, n_children_per_parent=2, subspace_dim=2, magnitude="binary",
-        child_input="input", child_budget="per_parent", top_level_beta=0.0, use_decoder_bias=False,
+        n_parents=P,
+        topk_parent=k,
+        n_children_per_parent=2,
+        subspace_dim=2,
+        magnitude="binary",
+        child_input="input",
+        child_budget="per_parent",
+        top_level_beta=0.0,
+        use_decoder_bias=False,
     )
     model = HierarchicalSAE(config, d, "none").double().eval()
     model.router_temperature = 0.7
@@ -229,7 +234,11 @@ def test_temperature_runs_over_all_stages_together():
 SHAPE = {"n_parents": 6, "topk_parent": 3, "n_children_per_parent": 4, "subspace_dim": 2}
 WIDTH = 5
 LOSSES = {
-    "top_level_beta": 0.3, "l1_parent": 0.05, "l1_child": 0.07, "biorth_lambda": 0.02, "causal_ortho_lambda": 0.4,
+    "top_level_beta": 0.3,
+    "l1_parent": 0.05,
+    "l1_child": 0.07,
+    "biorth_lambda": 0.02,
+    "causal_ortho_lambda": 0.4,
 }
 
 
@@ -329,10 +338,19 @@ def test_loss_and_all_gradients_equal_a_dense_implementation(child_input, detach
     x = normal(11, WIDTH, seed=3)
     for bias, gate in ((True, "straight_through"), (False, "hard"), (False, "straight_through")):
         model = make_model(
-            **LOSSES, child_input=child_input, child_input_detach=detach, child_budget=budget[0],
-            topk_child_total=budget[1], magnitude=magnitude, gate=gate, use_decoder_bias=bias,
-            use_tied_decoders_parent=tie, use_tied_decoders_child=tie, tie_projectors=tie,
-            l1_scope="all" if bias else "selected", use_offdiag_biorth=gate == "hard",
+            **LOSSES,
+            child_input=child_input,
+            child_input_detach=detach,
+            child_budget=budget[0],
+            topk_child_total=budget[1],
+            magnitude=magnitude,
+            gate=gate,
+            use_decoder_bias=bias,
+            use_tied_decoders_parent=tie,
+            use_tied_decoders_child=tie,
+            tie_projectors=tie,
+            l1_scope="all" if bias else "selected",
+            use_offdiag_biorth=gate == "hard",
             recon_reduction="mean" if bias else "sum",
         )
         model.set_metric(sigma)
@@ -618,7 +636,9 @@ def test_a_teacher_keeps_the_unit_of_codes_whatever_the_norm(norm_metric, seed_p
     model = make_model(norm_metric=norm_metric)
     model.set_metric(roots.sigma)
     model.initialize_from_teacher(
-        {name: normal(WIDTH, seed=i) for i, name in enumerate(names)}, child_inits(names), roots,
+        {name: normal(WIDTH, seed=i) for i, name in enumerate(names)},
+        child_inits(names),
+        roots,
         seed_projectors=seed_projectors,
     )
     assert (model.E * model.D).sum(1)[:2].tolist() == pytest.approx([1, 1], abs=1e-9)
@@ -630,9 +650,14 @@ def test_a_teacher_keeps_the_unit_of_codes_whatever_the_norm(norm_metric, seed_p
     )
 
 
-@pytest.mark.parametrize("off, kept", [
-    ("seed_parent", ("E", "D", "b_E")), ("seed_child", ()), ("seed_projectors", ("Down", "Up")),
-])
+@pytest.mark.parametrize(
+    "off, kept",
+    [
+        ("seed_parent", ("E", "D", "b_E")),
+        ("seed_child", ()),
+        ("seed_projectors", ("Down", "Up")),
+    ],
+)
 def test_each_part_of_a_teacher_can_be_left_out(off, kept):
     names = ["bird", "fish"]
     model, before = make_model(), make_model()
@@ -644,10 +669,7 @@ def test_each_part_of_a_teacher_can_be_left_out(off, kept):
             directions = torch.nn.functional.cosine_similarity(getattr(model, name), getattr(before, name), dim=-1)
             torch.testing.assert_close(directions, torch.ones_like(directions))
         torch.testing.assert_close((model.F * model.G).sum(-1), (before.F * before.G).sum(-1), rtol=0, atol=1e-6)
-    changed = {
-        name for name, tensor in model.tensors().items()
-        if (tensor - before.tensors()[name]).abs().max() > 1e-6
-    }
+    changed = {name for name, tensor in model.tensors().items() if (tensor - before.tensors()[name]).abs().max() > 1e-6}
     assert changed == {"E", "D", "Down", "Up", "F", "G"} - set(kept)
 
 
@@ -668,9 +690,7 @@ def test_teachers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"hsae\.n_parents: found 6, allowed: at least the teacher's 7 parents"):
         make_model().initialize_from_teacher(vectors, child_inits(names))
     with pytest.raises(ValueError, match=r"teacher: found \['c1', 'x'\] in one of"):
-        make_model().initialize_from_teacher(
-            {name: vectors[name] for name in ("c0", "c1")}, child_inits(["c0", "x"])
-        )
+        make_model().initialize_from_teacher({name: vectors[name] for name in ("c0", "c1")}, child_inits(["c0", "x"]))
     tied = make_model(use_tied_decoders_parent=True)
     with pytest.raises(ValueError, match=r"hsae\.use_tied_decoders_parent: found true, allowed: false or init"):
         tied.initialize_from_teacher({"c0": vectors["c0"]}, child_inits(["c0"]), Roots(WIDTH))
@@ -824,8 +844,10 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
 def test_codes_of_a_flat_model_have_no_children():
     codes = Codes(
-        torch.tensor([[3, 1]]), torch.tensor([[0.0, 2.0]]),
-        torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0),
+        torch.tensor([[3, 1]]),
+        torch.tensor([[0.0, 2.0]]),
+        torch.zeros(1, 0, dtype=torch.int64),
+        torch.zeros(1, 0),
     )
     assert codes.l0().tolist() == [1]
     assert codes.dense_parents(4).tolist() == [[0, 2, 0, 0]]

@@ -165,9 +165,7 @@ def test_metrics_jsonl_has_every_value(finished):
     assert steps["baseline", "causal_orth"] == [4, 8, 12, 16, 20, 24]
     assert steps["teacher", "causal_orth"] == [4, 8]  # its second stage turns it off
     assert {"l1_parent", "l1_child", "biorth_router", "biorth_child"} <= {key for arm, key in steps if arm == "frozen"}
-    temperatures = [
-        line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "router_temperature")
-    ]
+    temperatures = [line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "router_temperature")]
     assert temperatures == sorted(temperatures, reverse=True)
     last = {line["arm"]: line["value"] for line in lines if line["name"] == "val_ev"}
     trained = {name: read_json(folder_of(finished, name) / "train.json") for name in NAMES}

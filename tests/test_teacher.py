@@ -56,9 +56,7 @@ def diagonal(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def test_vectors_come_from_train_words(
-    unembedding: Tensor, geometry: CausalGeometry, teacher: Teacher
-) -> None:
+def test_vectors_come_from_train_words(unembedding: Tensor, geometry: CausalGeometry, teacher: Teacher) -> None:
     estimate = ConceptEstimator(unembedding, geometry)
     child = estimate.concept_vectors([[108, 109, 110, 111]])[0]
     parent = estimate.concept_vectors([[100 + 8 * c + t for c in range(4) for t in range(4)]])[0]
@@ -75,13 +73,9 @@ def test_vectors_come_from_train_words(
 
 def test_read_and_write_are_dual(teacher: Teacher, geometry: CausalGeometry) -> None:
     torch.testing.assert_close(teacher.parent_write.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(diagonal(teacher.parent_read, teacher.parent_write), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(
-        diagonal(teacher.parent_read, teacher.parent_write), torch.ones(3, dtype=torch.float64)
-    )
-    torch.testing.assert_close(
-        torch.cosine_similarity(
-            teacher.child_delta_write, teacher.child_delta_unified @ geometry.sigma_inv_sqrt
-        ),
+        torch.cosine_similarity(teacher.child_delta_write, teacher.child_delta_unified @ geometry.sigma_inv_sqrt),
         torch.ones(12, dtype=torch.float64),
     )
     # (E D^T)_ij |l_i|^2 n_j / n_i = <l_i, l_j>
@@ -130,9 +124,7 @@ def test_projectors_with_more_or_fewer_slots_than_room(teacher: Teacher) -> None
     torch.testing.assert_close((few.child_decoder @ few.up)[1], teacher.child_delta_write[3:5])
     many = teacher.projectors(4, 20)
     assert many.seeded.sum(1).tolist() == [3, 4, 5]
-    torch.testing.assert_close(
-        (many.child_decoder @ many.up).norm(dim=-1), torch.ones(3, 20, dtype=torch.float64)
-    )
+    torch.testing.assert_close((many.child_decoder @ many.up).norm(dim=-1), torch.ones(3, 20, dtype=torch.float64))
     assert torch.isfinite(many.child_encoder).all()
 
 
@@ -203,9 +195,7 @@ def test_rotated_teacher_keeps_lengths_and_duality(teacher: Teacher) -> None:
         torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
         cosine = torch.cosine_similarity(before, after)
         torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(math.radians(25))))
-    torch.testing.assert_close(
-        diagonal(turned.parent_read, turned.parent_write), torch.ones(3, dtype=torch.float64)
-    )
+    torch.testing.assert_close(diagonal(turned.parent_read, turned.parent_write), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(
         turned.child_unified, turned.parent_unified[turned.child_parent] + turned.child_delta_unified
     )
@@ -216,9 +206,7 @@ def test_rotated_teacher_keeps_lengths_and_duality(teacher: Teacher) -> None:
 def test_random_teacher_has_the_lengths_only(teacher: Teacher) -> None:
     random = teacher.random_like(seed=2)
     torch.testing.assert_close(random.parent_unified.norm(dim=1), teacher.parent_unified.norm(dim=1))
-    torch.testing.assert_close(
-        random.child_delta_unified.norm(dim=1), teacher.child_delta_unified.norm(dim=1)
-    )
+    torch.testing.assert_close(random.child_delta_unified.norm(dim=1), teacher.child_delta_unified.norm(dim=1))
     assert torch.cosine_similarity(random.parent_unified, teacher.parent_unified).abs().max() < 0.7
     assert torch.equal(random.parent_unified, teacher.random_like(seed=2).parent_unified)
     assert not torch.equal(random.parent_unified, teacher.random_like(seed=3).parent_unified)
@@ -249,9 +237,7 @@ def test_activation_teacher_writes_means_and_reads_by_the_inverse_covariance() -
     torch.testing.assert_close(teacher.parent_write[1], m_p / m_p.norm())
     w = torch.linalg.solve(shrunk, m_p)
     torch.testing.assert_close(teacher.parent_read[1], w / (w @ m_p) * m_p.norm())
-    torch.testing.assert_close(
-        diagonal(teacher.parent_read, teacher.parent_write), torch.ones(3, dtype=torch.float64)
-    )
+    torch.testing.assert_close(diagonal(teacher.parent_read, teacher.parent_write), torch.ones(3, dtype=torch.float64))
     delta = acts[labels == 4].mean(0) - mean - m_p
     torch.testing.assert_close(teacher.child_delta_write[4], delta / delta.norm())
     assert (teacher.metadata["metric"], teacher.metadata["hook"]) == ("residual_covariance", "layers.3")
@@ -276,8 +262,6 @@ def test_words_for_the_evidence_and_missing_folds(unembedding: Tensor, geometry:
     words, child_parent = concept_words(make_concepts(), folds=("val",))
     assert words[:2] == [[[4, 5]], [[12, 13]]]
     assert child_parent == [0] * 3 + [1] * 4 + [2] * 5
-    bare = Concepts(
-        [Parent("p", None, [Child("c", None, {"train": ["a"], "val": [], "test": []}, {"a": [1]})])]
-    )
+    bare = Concepts([Parent("p", None, [Child("c", None, {"train": ["a"], "val": [], "test": []}, {"a": [1]})])])
     with pytest.raises(ValueError, match="found no tokens of p/c in folds val"):
         extract_teacher(unembedding, geometry, bare, folds=("val",))

@@ -88,8 +88,15 @@ def make_model(kind="hsae", **options):
 
 def make_trainer(folder=None, model=None, plan=None, rows=None, teacher=None, n_teacher=0, evaluate=None, **config):
     defaults = {
-        "batch_size": 16, "lr": 0.01, "warmup_steps": 5, "penalty_warmup_steps": 20,
-        "log_every": 3, "checkpoint_every": 17, "val_every": 8, "dead_after": 100, "dead_after_routed": 40,
+        "batch_size": 16,
+        "lr": 0.01,
+        "warmup_steps": 5,
+        "penalty_warmup_steps": 20,
+        "log_every": 3,
+        "checkpoint_every": 17,
+        "val_every": 8,
+        "dead_after": 100,
+        "dead_after_routed": 40,
     }
     store = MemoryStore(planted_rows() if rows is None else rows)
     options = TrainingConfig(**{**defaults, **config})
@@ -144,9 +151,10 @@ def assert_same_run(one, other, folder_one, folder_other):
     assert one.final == other.final != {}
     left, right = folder_one / "metrics.jsonl", folder_other / "metrics.jsonl"
     assert left.read_bytes() == right.read_bytes()
-    assert latest_checkpoint(folder_one / "checkpoints").read_bytes() == latest_checkpoint(
-        folder_other / "checkpoints"
-    ).read_bytes()
+    assert (
+        latest_checkpoint(folder_one / "checkpoints").read_bytes()
+        == latest_checkpoint(folder_other / "checkpoints").read_bytes()
+    )
 
 
 # -- resuming
@@ -188,11 +196,14 @@ def test_temperature_and_warmup_run_on_through_stages(straight):
     assert warmup == pytest.approx({n: min(1, (n - 1) / 20) for n in range(3, 31, 3)})
 
 
-@pytest.mark.parametrize("options", [
-    {"use_tied_decoders_parent": True, "use_tied_decoders_child": True, "tie_projectors": True},
-    {"causal_orth_form": "literal", "gate": "hard"},
-    {"norm_metric": "causal", "use_decoder_bias": False, "project_gradient": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_tied_decoders_parent": True, "use_tied_decoders_child": True, "tie_projectors": True},
+        {"causal_orth_form": "literal", "gate": "hard"},
+        {"norm_metric": "causal", "use_decoder_bias": False, "project_gradient": True},
+    ],
+)
 def test_resume_of_other_models(tmp_path, options):
     plan = stages(12, 18, freeze=["G"])  # D stays free: the literal penalty needs nothing else
     straight = train(tmp_path / "straight", model=make_model(**options), plan=plan)
@@ -305,11 +316,14 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(tmp_path):
 
 
 def test_frozen_tensors_do_not_change_by_one_bit_and_their_optimiser_state_waits():
-    trainer = make_trainer(plan=[
-        StageConfig(name="free", steps=5),
-        StageConfig(name="held", steps=5, freeze=["D", "G", "b_E"]),
-        StageConfig(name="free again", steps=5),
-    ], weight_decay=0.1)
+    trainer = make_trainer(
+        plan=[
+            StageConfig(name="free", steps=5),
+            StageConfig(name="held", steps=5, freeze=["D", "G", "b_E"]),
+            StageConfig(name="free again", steps=5),
+        ],
+        weight_decay=0.1,
+    )
     snapshots = {}
 
     def look(step, total):
@@ -362,7 +376,9 @@ def anchored(kind, n_teacher=3, plan=None, **options):
     model = make_model(**options)
     start = {name: getattr(model, name).detach().clone() for name in ("E", "D")}
     trainer = make_trainer(
-        model=model, plan=plan, n_teacher=n_teacher,
+        model=model,
+        plan=plan,
+        n_teacher=n_teacher,
         teacher=TeacherConfig(anchor=kind, anchor_weight=20.0, anchor_lr_mult=0.05),
     )
     trainer.fit(Records())
@@ -416,8 +432,10 @@ def test_anchored_training_resumes_exactly(tmp_path, kind):
 def test_planted_features_are_found(kind):
     """Sums of 2 of 10 atoms in 6 dimensions: an optimal code explains everything, the mean nothing."""
     rows = planted_rows(600)
-    model = make_model("topk") if kind == "topk" else make_model(
-        topk_parent=2, causal_ortho_lambda=0.0, biorth_lambda=0.0, l1_parent=0.0, l1_child=0.0
+    model = (
+        make_model("topk")
+        if kind == "topk"
+        else make_model(topk_parent=2, causal_ortho_lambda=0.0, biorth_lambda=0.0, l1_parent=0.0, l1_child=0.0)
     )
     mean = rows.mean(0)
     model.set_normalization(mean, (rows - mean).square().sum(1).mean().div(WIDTH).sqrt().item())
@@ -429,9 +447,7 @@ def test_planted_features_are_found(kind):
             return 1 - ((rows - model.reconstruct(rows)).square().sum() / (rows - mean).square().sum()).item()
 
     before = explained()
-    trainer = make_trainer(
-        model=model, rows=rows, plan=stages(250), batch_size=100, lr=0.02, log_every=50
-    )
+    trainer = make_trainer(model=model, rows=rows, plan=stages(250), batch_size=100, lr=0.02, log_every=50)
     records = Records()
     trainer.fit(records)
     assert explained() > 0.9 > 0.7 > before
@@ -443,14 +459,19 @@ def test_metrics_of_a_step():
     records = Records()
     trainer.fit(records)
     assert records.tokens == {10: 320, 20: 640, 30: 960}
-    terms = {"recon": 1.0, "recon_top": 0.1, "l1_parent": 0.01, "l1_child": 0.01, "biorth_router": 0.01,
-             "biorth_child": 0.01, "causal_orth": 0.1}
+    terms = {
+        "recon": 1.0,
+        "recon_top": 0.1,
+        "l1_parent": 0.01,
+        "l1_child": 0.01,
+        "biorth_router": 0.01,
+        "biorth_child": 0.01,
+        "causal_orth": 0.1,
+    }
     value = {name: steps[10] for name, steps in records.values.items()}
     warm = value["penalty_warmup"]
     assert warm == pytest.approx(9 / 20)
-    total = sum(
-        weight * value[name] * (1 if name.startswith("recon") else warm) for name, weight in terms.items()
-    )
+    total = sum(weight * value[name] * (1 if name.startswith("recon") else warm) for name, weight in terms.items())
     assert value["loss"] == pytest.approx(total, rel=1e-5)
     assert "causal_orth" not in {name for name, steps in records.values.items() if 20 in steps}
     assert 0 < value["active_parents_per_sample"] <= 3
@@ -464,9 +485,7 @@ def test_metrics_of_a_step():
 
 
 def one_batch(parents, values, children, child_values):
-    return Codes(
-        torch.tensor(parents), torch.tensor(values), torch.tensor(children), torch.tensor(child_values)
-    )
+    return Codes(torch.tensor(parents), torch.tensor(values), torch.tensor(children), torch.tensor(child_values))
 
 
 def test_dead_counters_known_answer():
@@ -555,7 +574,13 @@ def test_reopening_drops_later_lines_of_the_arm_and_an_unfinished_line(tmp_path)
     write_lines(path, "a", [4], seed=1)
     first = json.loads(path.read_text().splitlines()[0])
     assert first == {
-        "phase": 2, "arm": "a", "seed": 0, "step": 1, "tokens": 8, "name": "loss", "value": 0.5,
+        "phase": 2,
+        "arm": "a",
+        "seed": 0,
+        "step": 1,
+        "tokens": 8,
+        "name": "loss",
+        "value": 0.5,
     }
     with path.open("a") as stream:
         stream.write('{"phase": 2, "arm": "a", "se')  # the process died in the middle of a line

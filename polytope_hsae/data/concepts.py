@@ -310,6 +310,4 @@ def permuted_words(concepts: Concepts, seed: int) -> Concepts:
         own = sorted(word for fold in FOLDS for word in words[fold])
         return replace(child, words=words, tokens={word: tokens[word] for word in own})
 
-    return Concepts(
-        [replace(parent, children=[redealt(c) for c in parent.children]) for parent in concepts.parents]
-    )
+    return Concepts([replace(parent, children=[redealt(c) for c in parent.children]) for parent in concepts.parents])

@@ -161,9 +161,7 @@ def bootstrap_mean(values: ArrayLike, n: int = 1000, seed: int = 0, chance: floa
     return bootstrap_units(Units.mean(values), n, seed, chance)
 
 
-def bootstrap_fraction(
-    count: int, total: int, n: int = 1000, seed: int = 0, chance: float | None = None
-) -> Metric:
+def bootstrap_fraction(count: int, total: int, n: int = 1000, seed: int = 0, chance: float | None = None) -> Metric:
     """Share `count / total` of 0/1 units; resampling those is a binomial draw."""
     if total == 0:
         return unavailable("no units with a value", chance)
@@ -182,9 +180,7 @@ def _compare(first: FloatArray, second: FloatArray, how: Comparison) -> FloatArr
     return (first - second) / first
 
 
-def paired(
-    first: Units, second: Units, how: Comparison = "difference", n: int = 1000, seed: int = 0
-) -> Metric:
+def paired(first: Units, second: Units, how: Comparison = "difference", n: int = 1000, seed: int = 0) -> Metric:
     """Compare two arms on the same resampled units.
 
     With a and b the pooled values of `first` and `second`: `difference` b - a, `ratio` b/a, `relative_change`
@@ -206,9 +202,7 @@ def paired(
     )
 
 
-def summarise(
-    units: dict[str, Units], chance: Mapping[str, float | None], n: int = 1000, seed: int = 0
-) -> Evaluation:
+def summarise(units: dict[str, Units], chance: Mapping[str, float | None], n: int = 1000, seed: int = 0) -> Evaluation:
     """An Evaluation of every named units array, with its chance level where it has one."""
     metrics = {name: bootstrap_units(each, n, seed, chance.get(name)) for name, each in units.items()}
     return Evaluation(metrics, units)

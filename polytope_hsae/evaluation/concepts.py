@@ -103,9 +103,7 @@ def labelled_rows(
     """
     if label not in get_args(Label):
         raise ValueError(f"label: found {label!r}, allowed: {', '.join(get_args(Label))}")
-    child_of_token_V = (
-        concepts.token_to_child(vocab_size=vocab_size, folds=(fold,)).cpu().numpy().astype(np.int64)
-    )
+    child_of_token_V = concepts.token_to_child(vocab_size=vocab_size, folds=(fold,)).cpu().numpy().astype(np.int64)
     parent_R = np.asarray(concepts.child_parent_R, dtype=np.int64)
     column = {"current_token": "token", "next_token": "next_token", "belief": "belief_token"}[label]
     token_N = store.column(split, column).cpu().numpy().astype(np.int64)
@@ -286,9 +284,7 @@ def _checked_mapping(mapping: IntArray, n_parents: int, n_latents: int) -> IntAr
     latent_P = np.asarray(mapping, dtype=np.int64)
     used = latent_P[latent_P >= 0]
     if latent_P.shape != (n_parents,):
-        raise ValueError(
-            f"mapping: found shape {latent_P.shape}, allowed: one latent for each of {n_parents} parents"
-        )
+        raise ValueError(f"mapping: found shape {latent_P.shape}, allowed: one latent for each of {n_parents} parents")
     if len(np.unique(used)) != len(used) or (used >= n_latents).any():
         raise ValueError(f"mapping: found a repeated latent or one >= {n_latents}, allowed: each latent once")
     return latent_P

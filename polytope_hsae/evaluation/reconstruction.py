@@ -199,7 +199,9 @@ def evaluate_language_model(
     return {name: _language_model_metrics(sums, keys, lm.vocab_size, bootstrap, seed) for name, sums in sums_N6.items()}
 
 
-def _language_model_metrics(sums_N6: FloatArray, keys: NDArray[np.int64], vocab_size: int, n: int, seed: int) -> Evaluation:
+def _language_model_metrics(
+    sums_N6: FloatArray, keys: NDArray[np.int64], vocab_size: int, n: int, seed: int
+) -> Evaluation:
     docs_U, doc_of_context_N = np.unique(keys, return_inverse=True)
     sums_U6 = np.zeros((len(docs_U), sums_N6.shape[1]))
     np.add.at(sums_U6, doc_of_context_N, sums_N6)

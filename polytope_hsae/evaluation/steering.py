@@ -208,9 +208,7 @@ def _solve_in_groups(
             probe_G3 = steerer.evaluator(directions_Gd, children_G)(np.arange(len(start_G)), start_G)
             sign_G = torch.from_numpy(np.where(probe_G3[:, EFFECT] < 0, -1.0, 1.0)).to(directions_Gd)
             directions_Gd = sign_G[:, None] * directions_Gd
-        solutions.append(
-            solve_alpha(steerer.evaluator(directions_Gd, children_G), len(directions_Gd), search)
-        )
+        solutions.append(solve_alpha(steerer.evaluator(directions_Gd, children_G), len(directions_Gd), search))
     return Solution(*(np.concatenate(parts) for parts in zip(*solutions, strict=True)))
 
 

@@ -115,7 +115,7 @@ def format_targets(targets: Sequence[Mapping[str, Any]], title: str = "Targets")
     """The target table for the terminal; a missing value shows as -, with its reason under the name."""
     table = Table(title=title)
     for heading in ("target", "required", "measured", "95 % interval", "n", "verdict"):
-        table.add_column(heading, justify="right" if heading in ("measured", "n") else "left")
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("measured", "n") else "left")
     colours = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
     for row in targets:
         name = row["name"] if "why" not in row else f"{row['name']}\n  {row['why']}"

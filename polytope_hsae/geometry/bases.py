@@ -60,9 +60,7 @@ def subspace_bases(
     for row, parent_d in enumerate(parents_Qd):
         kept_rd = _leading_directions(deltas_Rd[(owner_R == row).to(deltas_Rd.device)], subspace_dim, energy)
         fresh = torch.randn(subspace_dim - len(kept_rd), width, generator=generator, dtype=torch.float64)
-        bases.append(
-            torch.cat([kept_rd, orthogonal_to(fresh.to(kept_rd), torch.cat([kept_rd, parent_d[None]]))])
-        )
+        bases.append(torch.cat([kept_rd, orthogonal_to(fresh.to(kept_rd), torch.cat([kept_rd, parent_d[None]]))]))
     return torch.stack(bases)
 
 

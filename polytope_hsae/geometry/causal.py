@@ -48,9 +48,7 @@ def centred_covariance(rows_Vd: Tensor) -> Tensor:
     """Covariance [d, d] of the rows about their mean (divided by V), float64. Raises ValueError on bad shapes
     or values."""
     if rows_Vd.ndim != 2 or rows_Vd.shape[0] < 2:
-        raise ValueError(
-            f"unembedding_matrix: found shape {tuple(rows_Vd.shape)}, allowed: [V, d] with V >= 2"
-        )
+        raise ValueError(f"unembedding_matrix: found shape {tuple(rows_Vd.shape)}, allowed: [V, d] with V >= 2")
     rows_Vd = rows_Vd.detach()
     mean_d = row_mean(rows_Vd)
     cov_dd = mean_d.new_zeros(rows_Vd.shape[1], rows_Vd.shape[1])
@@ -117,9 +115,7 @@ class CausalGeometry:
         return geometry
 
     @classmethod
-    def from_activation_covariance(
-        cls, covariance: Tensor, shrinkage: float = 0.05, literal: bool = False
-    ) -> Self:
+    def from_activation_covariance(cls, covariance: Tensor, shrinkage: float = 0.05, literal: bool = False) -> Self:
         """The residual_covariance metric: Sigma is the inverse of the shrunk covariance S [d, d] of
         activations.
 
@@ -148,9 +144,7 @@ class CausalGeometry:
             vectors_dd = torch.linalg.qr(noise_dd)[0].to(cov_dd)
         self._set(spectrum_d, vectors_dd, shrinkage, metric, literal)
 
-    def _set(
-        self, spectrum_d: Tensor, vectors_dd: Tensor, shrinkage: float, metric: str, literal: bool
-    ) -> None:
+    def _set(self, spectrum_d: Tensor, vectors_dd: Tensor, shrinkage: float, metric: str, literal: bool) -> None:
         self.spectrum = spectrum_d
         self.sigma, self.sigma_sqrt, self.sigma_inv_sqrt = (
             _symmetric((vectors_dd * scale_d) @ vectors_dd.T)
@@ -178,9 +172,7 @@ class CausalGeometry:
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.width:
-            raise ValueError(
-                f"geometry: found a tensor of shape {tuple(x.shape)}, allowed: [..., {self.width}]"
-            )
+            raise ValueError(f"geometry: found a tensor of shape {tuple(x.shape)}, allowed: [..., {self.width}]")
         return x.to(device=self.sigma.device, dtype=torch.float64)
 
     def whiten(self, x: Tensor, space: Space | str) -> Tensor:
@@ -204,18 +196,14 @@ class CausalGeometry:
         """
         space = as_space(space)
         if y_space is not None and as_space(y_space) is not space:
-            raise ValueError(
-                f"space: found {space} and {y_space}, allowed: one space for both (whiten each first)"
-            )
+            raise ValueError(f"space: found {space} and {y_space}, allowed: one space for both (whiten each first)")
         return (self.whiten(x, space) * self.whiten(y, space)).sum(-1)
 
     def causal_norm(self, x: Tensor, space: Space | str) -> Tensor:
         """Length [...] of x [..., d] in the metric of its space."""
         return self.whiten(x, space).norm(dim=-1)
 
-    def causal_angle(
-        self, x: Tensor, y: Tensor, space: Space | str, y_space: Space | str | None = None
-    ) -> Tensor:
+    def causal_angle(self, x: Tensor, y: Tensor, space: Space | str, y_space: Space | str | None = None) -> Tensor:
         """Angle [...] in degrees, 0 to 180. Raises ValueError where a length is zero."""
         lengths = self.causal_norm(x, space) * self.causal_norm(y, space)
         if (lengths == 0).any():
@@ -234,9 +222,7 @@ class CausalGeometry:
     def to(self, device: torch.device | str) -> Self:
         """The same geometry with its tensors on `device`."""
         copy = self.__class__.__new__(self.__class__)
-        copy.__dict__.update(
-            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        )
+        copy.__dict__.update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()})
         return copy
 
     def save(self, path: Path | str) -> None:

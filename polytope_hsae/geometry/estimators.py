@@ -82,9 +82,7 @@ class ConceptEstimator:
         deltas: dict[str, dict[str, Tensor]] = {}
         for parent, children in child_tokens.items():
             if parent not in parent_vectors:
-                raise ValueError(
-                    f"child_tokens: found parent {parent!r}, allowed: the names in parent_vectors"
-                )
+                raise ValueError(f"child_tokens: found parent {parent!r}, allowed: the names in parent_vectors")
             rows = self.concept_vectors(list(children.values())) - parent_vectors[parent]
             deltas[parent] = dict(zip(children, rows, strict=True))
         return deltas
@@ -139,9 +137,7 @@ def _lda_vector(rows_nd: Tensor) -> Tensor:
         direction_d = mean_d - centred_nd.T @ torch.linalg.solve(gram_nn, centred_nd @ mean_d)
     length = direction_d.norm()
     if length == 0:
-        raise ValueError(
-            "estimator lda: found a token set without spread, allowed: sets of differing rows (or mean)"
-        )
+        raise ValueError("estimator lda: found a token set without spread, allowed: sets of differing rows (or mean)")
     direction_d = direction_d / length
     return (direction_d @ mean_d) * direction_d
 

@@ -62,9 +62,7 @@ def hierarchical_orthogonality(
         parents_Qd, deltas_Rd = parent_vectors, child_deltas
     if child_parent is None or len(child_parent) != len(deltas_Rd) or not len(deltas_Rd):
         found = None if child_parent is None else len(child_parent)
-        raise ValueError(
-            f"child_parent: found {found} rows for {len(deltas_Rd)} deltas, allowed: equal, at least one"
-        )
+        raise ValueError(f"child_parent: found {found} rows for {len(deltas_Rd)} deltas, allowed: equal, at least one")
     owner_R = torch.tensor(list(child_parent), dtype=torch.int64)
     matched_Rd = parents_Qd.double()[owner_R.to(parents_Qd.device)]
     cosine_R = torch.cosine_similarity(matched_Rd, deltas_Rd.double(), dim=-1).clamp(-1, 1)
@@ -76,9 +74,7 @@ def hierarchical_orthogonality(
         "median_angle_deg": median,
         "median_ci95": bootstrap_median([angles[owners == p] for p in np.unique(owners)], bootstrap, seed),
         "fraction_above_threshold": float((angles >= threshold_degrees).mean()),
-        "fraction_two_sided": float(
-            ((angles >= threshold_degrees) & (angles <= 180 - threshold_degrees)).mean()
-        ),
+        "fraction_two_sided": float(((angles >= threshold_degrees) & (angles <= 180 - threshold_degrees)).mean()),
         "passes_validation": median >= threshold_degrees,
         "passes_two_sided": threshold_degrees <= median <= 180 - threshold_degrees,
     }
@@ -181,9 +177,7 @@ def collect_evidence(
     return out
 
 
-def _estimator(
-    variant: str, unembedding: Tensor, geometry: CausalGeometry, method: str, seed: int
-) -> ConceptEstimator:
+def _estimator(variant: str, unembedding: Tensor, geometry: CausalGeometry, method: str, seed: int) -> ConceptEstimator:
     """The estimator of a control: rows of U permuted, Gaussian rows of U's shape, or U itself."""
     generator = torch.Generator().manual_seed(seed)
     if variant == "shuffled_rows":
@@ -237,9 +231,7 @@ def _measure(
         },
         "fraction_z_above_3": float((known_z > Z_THRESHOLD).mean()) if len(known_z) else None,
         "median_z": float(np.median(known_z)) if len(known_z) else None,
-        "fraction_q_below_05": float((shared.q[np.isfinite(shared.q)] < 0.05).mean())
-        if len(known_z)
-        else None,
+        "fraction_q_below_05": float((shared.q[np.isfinite(shared.q)] < 0.05).mean()) if len(known_z) else None,
         **ratio,
         **spread,
         "angles": {"estimator": estimate.method, **angles},

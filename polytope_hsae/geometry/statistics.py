@@ -79,9 +79,7 @@ def concept_words(
     sum_Wd, size_W = word_sums([word for words in child_words for word in words], rows)
     counts_R = torch.tensor([len(words) for words in child_words])
     child_W = torch.repeat_interleave(torch.arange(len(child_words)), counts_R).to(sum_Wd.device)
-    return ConceptWords(
-        sum_Wd, size_W, child_W, torch.tensor(list(child_parent), dtype=torch.int64).to(sum_Wd.device)
-    )
+    return ConceptWords(sum_Wd, size_W, child_W, torch.tensor(list(child_parent), dtype=torch.int64).to(sum_Wd.device))
 
 
 def benjamini_hochberg(p_values: Floats) -> Floats:
@@ -122,9 +120,7 @@ class _Sampler:
         self.generator = np.random.default_rng(seed)
         sizes = size_M.cpu().numpy().astype(np.int64)
         self.decks = {
-            int(size): np.repeat(
-                np.flatnonzero(sizes == size).astype(np.int32)[:, None], permutations, axis=1
-            )
+            int(size): np.repeat(np.flatnonzero(sizes == size).astype(np.int32)[:, None], permutations, axis=1)
             for size in np.unique(sizes)
         }
 
@@ -208,9 +204,7 @@ def _strong(words: ConceptWords, z: Floats) -> list[int]:
     return [parent for parent, value in enumerate(z) if value > Z_THRESHOLD and children_Q[parent] >= 3]
 
 
-def orthogonality_ratio(
-    words: ConceptWords, z: Floats, *, bootstrap: int = 1000, seed: int = 0
-) -> dict[str, Any]:
+def orthogonality_ratio(words: ConceptWords, z: Floats, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """beta_c = mean_j <l_c, l_j> / mean_{i,j != c} <l_i, l_j> over children of parents with z > 3 and at
     least 3 children.
 

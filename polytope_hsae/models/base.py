@@ -54,10 +54,10 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("data_mean", torch.zeros(width))
         self.register_buffer("data_scale", torch.ones(()))
 
-    # -- the part that each kind writes ---------------------------------------------------------------------------
+    # the part that each kind writes
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
-        """One pass over raw rows; routing noise, where there is any, is drawn from `generator` in training mode only."""
+        """One pass over raw rows; routing noise, if any, is drawn from `generator`, in training mode only."""
         raise NotImplementedError
 
     def decode_normalized(self, codes: Codes) -> Tensor:
@@ -84,7 +84,7 @@ class SparseAutoencoder(nn.Module):
         """Unit-norm decoder rows, the parents' write directions in raw coordinates: [P, d]."""
         return torch.nn.functional.normalize(self.D.detach(), dim=1)
 
-    # -- coordinates ----------------------------------------------------------------------------------------------
+    # coordinates
 
     def set_normalization(self, mean_d: Tensor, scale: float) -> None:
         """Set the train mean and scale of `rms`; ignored by the other normalisations."""
@@ -119,7 +119,7 @@ class SparseAutoencoder(nn.Module):
         """decode(encode(h)): [B, d]."""
         return self.decode(self.encode(h_Bd))
 
-    # -- training ---------------------------------------------------------------------------------------------------
+    # training
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze exactly the named tensors; the others become trainable. Tied tensors freeze together."""
@@ -137,7 +137,7 @@ class SparseAutoencoder(nn.Module):
     def update_router_temperature(self, step: int, total_steps: int) -> None:
         """Set the temperature of step 0 <= step < total_steps; models without routing have nothing to set."""
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    # files
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors; the folder appears whole or not at all."""

@@ -23,7 +23,7 @@ def atom_norms(Up: Tensor, G: Tensor, metric: Tensor | None) -> Tensor:
 def restore_gram(Up: Tensor, reference_gram: Tensor, metric: Tensor | None) -> Tensor:
     """The Up nearest in this sense: M Up with M = L_ref L^-1, which has the reference Gram matrix again.
 
-    While G is frozen this is what keeps every atom at the norm it had, whatever the optimiser did to Up. float64 inside.
+    While G is frozen this keeps every atom at the norm it had, whatever the optimiser did to Up (float64 inside).
     """
     wide = Up.double()
     L = torch.linalg.cholesky(gram(wide, None if metric is None else metric.double()))

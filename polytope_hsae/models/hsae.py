@@ -1,7 +1,8 @@
 """The hierarchical sparse autoencoder (docs/method.md sections 1 and 4).
 
-One activation's way: x -> router logits E x' -> k parents -> their codes a -> what the parents leave of x -> each routed
-parent's subspace Down_p -> its children F_p -> the largest child codes c -> x_hat = b_dec + sum a D_p + sum c Up_p^T G_pj.
+One activation's way: x -> router logits E x' -> k parents -> their codes a -> what the parents leave of x -> each
+routed parent's subspace Down_p -> its children F_p -> the largest child codes c ->
+x_hat = b_dec + sum a D_p + sum c Up_p^T G_pj.
 
 Shapes: B rows, d residual width, P parents, k active parents, C children per parent, K active children per row,
 s subspace width, Q teacher parents.
@@ -96,7 +97,7 @@ class HierarchicalSAE(SparseAutoencoder):
     def _needs_metric(self) -> bool:
         return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
 
-    # -- the way through the model ------------------------------------------------------------------------------------
+    # the way through the model
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
@@ -160,7 +161,7 @@ class HierarchicalSAE(SparseAutoencoder):
         """Child atoms Up_p^T G_pc of the given parents [n]: [n, C, d]."""
         return self.G[parents] @ self.Up[parents]
 
-    # -- training -------------------------------------------------------------------------------------------------------
+    # training
 
     def update_router_temperature(self, step: int, total_steps: int) -> None:
         """tau = start + (end - start) step / total_steps, for 0 <= step < total_steps over all stages together."""
@@ -261,9 +262,13 @@ class HierarchicalSAE(SparseAutoencoder):
             raise ValueError(f"hsae.n_parents: found {self.n_parents}, allowed: at least the teacher's {Q} parents")
         if set(parent_vectors) != set(child_projectors):
             odd = sorted(set(parent_vectors) ^ set(child_projectors))
-            raise ValueError(f"teacher: found {odd} in one of parent_vectors and child_projectors, allowed: equal names")
+            raise ValueError(
+                f"teacher: found {odd} in one of parent_vectors and child_projectors, allowed: equal names"
+            )
         if geometry is not None and seed_parent and self.E is self.D:
-            raise ValueError("hsae.use_tied_decoders_parent: found true, allowed: false or init (the dual form reads and writes apart)")
+            raise ValueError(
+                "hsae.use_tied_decoders_parent: found true, allowed: false or init (dual reads and writes apart)"
+            )
         unified = torch.stack(list(parent_vectors.values())).double()
         if geometry is None:
             read = write = torch.nn.functional.normalize(unified, dim=1)

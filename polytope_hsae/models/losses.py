@@ -82,6 +82,8 @@ def loss_terms(
         terms["biorth_router"] = (config.biorth_lambda, form(parameters["E"], parameters["D"]))
         terms["biorth_child"] = (config.biorth_lambda, form(parameters["F"], parameters["G"]))
     if config.causal_ortho_lambda > 0:
-        value = causal_orthogonality(parameters["D"], parameters["Up"], parameters["G"], metric, config.causal_orth_form)
+        value = causal_orthogonality(
+            parameters["D"], parameters["Up"], parameters["G"], metric, config.causal_orth_form
+        )
         terms["causal_orth"] = (config.causal_ortho_lambda, value)
     return terms

@@ -62,7 +62,7 @@ class _RowsToSlots(torch.autograd.Function):
         return rows_Bi.index_select(0, plan.pair_of_slot // k)
 
     @staticmethod
-    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:
         return _sum_slots(grad_slots, ctx.plan, ctx.k), None, None
 
 
@@ -78,7 +78,7 @@ class _SlotsToRows(torch.autograd.Function):
         return _sum_slots(slots, plan, k)
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         return grad_rows.index_select(0, ctx.plan.pair_of_slot // ctx.k), None, None
 
 
@@ -96,7 +96,7 @@ class _SlotsToPairs(torch.autograd.Function):
         return slots.index_select(0, plan.slot_of_pair)
 
     @staticmethod
-    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:
         grad_slots = grad_pairs.new_zeros(len(ctx.plan.pair_of_slot), grad_pairs.shape[-1])
         return grad_slots.index_copy_(0, ctx.plan.slot_of_pair, grad_pairs), None
 
@@ -111,7 +111,7 @@ class _PairsToSlots(torch.autograd.Function):
         return slots.index_copy_(0, plan.slot_of_pair, pairs)
 
     @staticmethod
-    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None]:
         return grad_slots.index_select(0, ctx.plan.slot_of_pair), None
 
 

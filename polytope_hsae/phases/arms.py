@@ -74,16 +74,19 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
         trackers.close()
     model.save_pretrained(folder / "model")
     final = validation_metrics(run, model)
-    write_json(folder / "train.json", {
-        "arm": arm.name,
-        "identity": identity,
-        "steps": trainer.total,
-        "tokens": trainer.total * trainer.rows_per_step,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "teacher_parents": n_teacher,
-        "config": model.config.model_dump(mode="json"),
-        "validation": final,
-    })
+    write_json(
+        folder / "train.json",
+        {
+            "arm": arm.name,
+            "identity": identity,
+            "steps": trainer.total,
+            "tokens": trainer.total * trainer.rows_per_step,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "teacher_parents": n_teacher,
+            "config": model.config.model_dump(mode="json"),
+            "validation": final,
+        },
+    )
     run.say(f"phase {arm.phase}: {arm.name}: validation EV {final['val_ev']:.3f}, L0 {final['val_l0']:.1f}")
 
 

@@ -43,8 +43,15 @@ def run_phase4(run: Run) -> None:
     }
     held_out = HeldOut(run)
     arms = evaluate_language_model(
-        saes, run.lm, run.config.model.hook, held_out.ids, run.train_moments[0],
-        documents=held_out.documents, mask_NT=held_out.mask, bootstrap=resamples, seed=seed,
+        saes,
+        run.lm,
+        run.config.model.hook,
+        held_out.ids,
+        run.train_moments[0],
+        documents=held_out.documents,
+        mask_NT=held_out.mask,
+        bootstrap=resamples,
+        seed=seed,
     )
     steering: dict[str, list[dict[str, Any]]] = {}
     with run.progress("phase 4", "arms") as ticker:
@@ -69,8 +76,11 @@ class HeldOut:
     def __init__(self, run: Run):
         config = run.config
         documents = load_documents(
-            config.corpus.source, config.corpus.path, run.lm.tokenizer,
-            max_tokens=config.corpus.max_tokens, context_length=config.corpus.context_length,
+            config.corpus.source,
+            config.corpus.path,
+            run.lm.tokenizer,
+            max_tokens=config.corpus.max_tokens,
+            context_length=config.corpus.context_length,
             tokenizer_sha256=run.lm.tokenizer_sha256,
         )
         split = split_documents(documents.n_documents, config.corpus.split, config.run.seed)[config.eval.split]
@@ -120,8 +130,16 @@ def evaluate_arm(
         metrics = {f"{key}_own_slots": metric for key, metric in slots.metrics.items()}
         evaluation |= Evaluation(metrics, {f"{key}_own_slots": units for key, units in slots.units.items()})
     steered: SteeringEvaluation = evaluate_steering(
-        sae, run.lm, config.model.hook, run.concepts, concepts.parents_Q, concepts.latent_P, held_out.steering_ids,
-        target_nats=options.steering.target_nats, max_concepts=options.steering.max_concepts, **common,
+        sae,
+        run.lm,
+        config.model.hook,
+        run.concepts,
+        concepts.parents_Q,
+        concepts.latent_P,
+        held_out.steering_ids,
+        target_nats=options.steering.target_nats,
+        max_concepts=options.steering.max_concepts,
+        **common,
     )
     return evaluation | steered.result, steered.records
 
@@ -144,8 +162,11 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
     config = run.config
     limits = config.eval.targets
     thresholds = Thresholds(
-        limits.angle_deg, limits.purity_gain_pp, limits.leakage_reduction,
-        limits.steering_leakage_reduction, limits.reconstruction_parity,
+        limits.angle_deg,
+        limits.purity_gain_pp,
+        limits.leakage_reduction,
+        limits.steering_leakage_reduction,
+        limits.reconstruction_parity,
     )
     evidence = read_json(run.phase(1) / "evidence.json")
     angles = evidence["main"]["angles"]
@@ -153,8 +174,12 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
     empty: dict[str, Units] = {}
     units = {name: arms[name].units if name in arms else empty for name in ("baseline", "teacher")}
     targets = assess_targets(
-        angle, units["baseline"], units["teacher"],
-        thresholds=thresholds, bootstrap=config.eval.bootstrap, seed=config.run.seed,
+        angle,
+        units["baseline"],
+        units["teacher"],
+        thresholds=thresholds,
+        bootstrap=config.eval.bootstrap,
+        seed=config.run.seed,
     )
     targets[0]["of"] = f"{evidence['rows_of']}, {angles['estimator']} of all words"
     measured = {name: evidence[name].get("angles") for name in ANGLE_CONTROLS}  # few parents: no pseudo-parents

@@ -80,7 +80,7 @@ class Run:
             if phase == 1 or any(arm.phase == phase for arm in self.config.arms):
                 self.provenance.require(phase, self.config)
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    # files
 
     @property
     def activations(self) -> Path:
@@ -100,7 +100,7 @@ class Run:
                 raise ConfigError(f"{path}: missing; run the earlier phases first (hsae run does them in order)")
         return {path.relative_to(self.folder).as_posix(): sha256_file(path) for path in paths}
 
-    # -- contents, loaded once ----------------------------------------------------------------------------------------
+    # contents, loaded once
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -126,7 +126,7 @@ class Run:
     def at_final_residual(self) -> bool:
         return self.config.model.hook == FINAL_HOOK
 
-    # -- talking to the user ------------------------------------------------------------------------------------------
+    # talking to the user
 
     def say(self, message: str) -> None:
         """One line for the user."""
@@ -145,8 +145,15 @@ class Ticker:
 
     def __init__(self, console: Console, what: str, unit: str):
         self.console, self.what, self.unit = console, what, unit
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                   TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal or console.quiet, transient=True)
         self.task = self.bar.add_task(what, total=None, rate="")
         self.tenth = -1

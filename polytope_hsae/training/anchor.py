@@ -1,4 +1,4 @@
-"""What holds a teacher's rows of E and D while everything else trains (docs/method.md section 4). It acts in every stage."""
+"""What holds a teacher's rows of E and D while all else trains, in every stage (docs/method.md section 4)."""
 
 import torch
 from torch import Tensor

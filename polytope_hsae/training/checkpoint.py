@@ -45,7 +45,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
     return {f"{name}.{key}": entry[key] for name, entry in state.items() for key in OPTIMIZER_STATE}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, Tensor]
+) -> None:
     """Inverse of `optimizer_tensors`."""
     optimizer.state.clear()
     for name, parameter in names.items():

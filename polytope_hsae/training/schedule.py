@@ -1,4 +1,4 @@
-"""Everything that is a function of the step: stages, learning rate, penalty warm-up. All count over all stages together."""
+"""Functions of the step: stages, learning rate, penalty warm-up. Steps count over all stages together."""
 
 import math
 from typing import NamedTuple
@@ -24,7 +24,7 @@ def stage_at(stages: list[StageConfig], step: int) -> Stage:
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
-    """Linear warm-up from 1/warmup_steps, then constant, or a cosine from lr to lr * lr_end_fraction at the last step."""
+    """Linear warm-up from 1/warmup_steps, then constant, or a cosine to lr * lr_end_fraction at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -91,7 +91,9 @@ class HSAETrainer:
                 log = self.train_step(stage.config)
                 last = self.step == self.total
                 if last or self.step % self.config.log_every == 0:
-                    tracker.log({name: float(value) for name, value in log().items()}, self.step, self.step * self.rows_per_step)
+                    tracker.log(
+                        {name: float(value) for name, value in log().items()}, self.step, self.step * self.rows_per_step
+                    )
                 if self.evaluate and (last or self.step % self.config.val_every == 0):
                     values = self.evaluate(self.model)
                     tracker.log(values, self.step, self.step * self.rows_per_step)
@@ -135,8 +137,12 @@ class HSAETrainer:
         self.anchor.after_step()
         self.step += 1
         return lambda: {
-            "loss": loss.detach(), **{name: value.detach() for name, (_, value) in terms.items()},
-            "lr": rate, "penalty_warmup": warmup, "grad_norm": grad_norm, **self._usage_log(output),
+            "loss": loss.detach(),
+            **{name: value.detach() for name, (_, value) in terms.items()},
+            "lr": rate,
+            "penalty_warmup": warmup,
+            "grad_norm": grad_norm,
+            **self._usage_log(output),
         }
 
     def _require_finite(self, what: str, value: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
@@ -165,7 +171,7 @@ class HSAETrainer:
             values["projector_norm"] = self.parameters["Up"].norm(dim=-1).mean()
         return values
 
-    # -- resuming -------------------------------------------------------------------------------------------------------
+    # resuming
 
     def save(self) -> None:
         """Write a checkpoint of everything that resuming needs."""

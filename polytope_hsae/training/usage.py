@@ -7,7 +7,7 @@ from ..models.codes import Codes
 
 
 class Usage:
-    """Counts, for every parent, tokens since it was last active; for every child, routed tokens of its parent since then.
+    """Counts, for every parent, tokens since it was last active; for every child, its parent's routed tokens since.
 
     idle_parent [P] and idle_child [P*C], int64.
     """
