@@ -359,6 +359,8 @@ class Config(Block):
                     f"{where}.match_l0", arm.match_l0, arm.match_l0 in names[: names.index(arm.name)], "an earlier arm"
                 )
                 _require(f"{where}.match_l0", arm.match_l0, arm.kind == "topk", "null unless kind is topk")
+                random = self.arm(arm.match_l0).phase == 2
+                _require(f"{where}.match_l0", arm.match_l0, random, "an arm with init random, which is trained before")
             if arm.kind == "topk":
                 _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
             if arm.init != "random" and teacher.init == "dual":

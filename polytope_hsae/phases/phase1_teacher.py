@@ -11,7 +11,7 @@ from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
 from ..data.corpus import load_documents
 from ..data.harvest import harvest
 from ..data.store import ActivationStore
-from ..fileio import read_tensors, write_json
+from ..fileio import read_tensors, sha256_file, write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
@@ -24,7 +24,8 @@ def run_phase1(run: Run) -> None:
     folder = run.phase(1)
     names = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
     outputs = [run.activations / "manifest.json", *(folder / name for name in names)]
-    if run.provenance.is_done(1, run.config, {}, outputs, run.force):
+    inputs = source_files(run.config)
+    if run.provenance.is_done(1, run.config, inputs, outputs, run.force):
         run.say("phase 1: done before")
         return
     started = time.monotonic()
@@ -43,7 +44,13 @@ def run_phase1(run: Run) -> None:
     evidence = make_evidence(run, concepts, geometry)
     write_json(folder / "evidence.json", evidence)
     run.say(f"phase 1: {summary(evidence)}")
-    run.provenance.record(1, run.config, {}, run.device, time.monotonic() - started)
+    run.provenance.record(1, run.config, inputs, run.device, time.monotonic() - started)
+
+
+def source_files(config: Config) -> dict[str, str]:
+    """sha256 of the files outside the run folder that the config names: the corpus and the ontology."""
+    named = {"corpus.path": config.corpus.path, "concepts.ontology": config.concepts.ontology}
+    return {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
 
 
 def make_concepts(config: Config, tokenizer: Any) -> Concepts:

@@ -1,0 +1,67 @@
+"""Trackers beside metrics.jsonl, against stand-ins for the packages they need."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from polytope_hsae.config import ConfigError, load_config
+from polytope_hsae.phases.phase1_teacher import source_files
+from polytope_hsae.tracking import open_trackers
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for wandb that remembers what it was told."""
+    told = {"logged": [], "finished": 0}
+
+    def init(**options):
+        told["options"] = options
+        return SimpleNamespace(
+            log=lambda values, step: told["logged"].append((step, values)),
+            finish=lambda: told.update(finished=told["finished"] + 1),
+        )
+
+    module = ModuleType("wandb")
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
+
+
+def test_wandb_gets_the_same_numbers_and_offline_needs_no_account(tmp_path, wandb):
+    config = load_config("smoke", ["tracking.wandb=offline"])
+    trackers = open_trackers(config, tmp_path, 2, "baseline", 0)
+    trackers.log({"loss": 0.5}, step=3, tokens=24)
+    trackers.close()
+    assert wandb["options"]["mode"] == "offline"
+    assert wandb["options"]["name"] == "smoke-phase2-baseline"
+    assert wandb["options"]["config"]["run"]["name"] == "smoke"
+    assert wandb["logged"] == [(3, {"loss": 0.5, "tokens": 24})]
+    assert wandb["finished"] == 1
+    assert '"name": "loss", "value": 0.5' in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "package"), [("tracking.wandb=online", "wandb"), ("tracking.tensorboard=true", "tensorboard")]
+)
+def test_a_missing_tracker_is_one_clear_line(tmp_path, monkeypatch, field, package):
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"pip install polytope-hsae\[{package}\]"):
+        open_trackers(load_config("smoke", [field]), tmp_path, 2, "baseline", 0)
+
+
+def test_source_files_follow_the_bytes_of_corpus_and_ontology(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    config = load_config("smoke", ["corpus.source=text", f"corpus.path={text}"])
+    before = source_files(config)
+    text.write_text("two")
+    assert set(before) == {"corpus.path"}
+    assert source_files(config) != before
+
+
+def test_match_l0_names_an_arm_trained_before(tmp_path):
+    arms = "arms=[{name: baseline}, {name: teacher, init: teacher}, {name: flat, kind: topk, match_l0: teacher}]"
+    with pytest.raises(ConfigError, match=r"arms\.flat\.match_l0: found teacher, allowed: an arm with init random"):
+        load_config("smoke", [arms])
