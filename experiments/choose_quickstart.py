@@ -39,7 +39,7 @@ COLUMNS = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_
 
 
 def structure_arms() -> list[dict[str, Any]]:
-    """One arm per form of the model, all random at the start, and flat TopK at the published form's L0."""
+    """One arm per form of the model, all random at the start, and flat TopK at the chosen form's L0."""
     arms: list[dict[str, Any]] = [{"name": _slug(name), "hsae": fields} for name, fields in STRUCTURE.items()]
     arms.append({"name": "flat_topk", "kind": "topk", "match_l0": _slug("hard, residual, shared")})
     return [{"name": "baseline"}, *arms]
@@ -50,7 +50,7 @@ def hook_arms() -> list[dict[str, Any]]:
     arms: list[dict[str, Any]] = [{"name": "baseline"}, {"name": "flat_topk", "kind": "topk", "match_l0": "baseline"}]
     for anchor in ANCHORS:
         arms.append({"name": f"teacher-{anchor}", "init": "teacher", "teacher": {"anchor": anchor}})
-    for anchor in ("none", "frozen"):
+    for anchor in ("none", "frozen", "pull"):
         arms.append({"name": f"permuted-{anchor}", "init": "permuted_teacher", "teacher": {"anchor": anchor}})
     for init in ("teacher", "permuted_teacher"):
         name = f"{init.removesuffix('_teacher')}-frozen-one_stage"

@@ -109,7 +109,7 @@ def config_schema_command() -> None:
 
 def experiment(command: str) -> None:
     """Entry point of experiments/*.py: `--config FILE` instead of a positional argument, the rest as for `hsae`."""
-    sys.argv[1:] = [command, *(part for part in sys.argv[1:] if part != "--config")]
+    sys.argv[1:] = [command, *(part.removeprefix("--config=") for part in sys.argv[1:] if part != "--config")]
     main()
 
 

@@ -1,9 +1,18 @@
 """What several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
 from running import SMOKE, hsae
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigint_is_heard():
+    """A background shell leaves SIGINT ignored; the tests of Ctrl-C need Python's own handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
 from ..models.flat import TopKConfig, TopKSAE
 from ..models.hsae import ChildInit, HierarchicalSAE
+from ..provenance import NOT_IN_RESULTS
 from ..teacher import Teacher
 from ..tracking import open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
@@ -97,7 +98,7 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
         "seed": config.run.seed,
         "normalize": config.data.normalize,
         "hsae": config.arm_hsae(arm).model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", exclude={"checkpoint_every", "baseline", "teacher"}),
+        "training": config.training.model_dump(mode="json", exclude=set(NOT_IN_RESULTS)),
         "stages": [stage.model_dump(mode="json") for stage in config.arm_stages(arm)],
         "arm": arm.model_dump(mode="json"),
     }

@@ -41,7 +41,7 @@ class HSAETrainer:
         stream: yields [batch_size, d] float32 rows and can be resumed.
         stages, config: what to do.
         folder: checkpoints/ lies here; None = no checkpoints.
-        tracker: receives metrics; evaluate: validation metrics of the model, called every `val_every` steps.
+        evaluate: validation metrics of the model, called every `val_every` steps.
         teacher, n_teacher: the anchor and how many rows it holds.
         seed: of the routing noise.
     """
