@@ -59,7 +59,8 @@ class ModelConfig(Block):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision the language model runs in.")
     hook: str = Field(
         "final_residual_pre_unembed",
-        description="final_residual_pre_unembed (after the final norm) or any module name, e.g. model.layers.2.",
+        description="final_residual_pre_unembed (after the final norm), layers.N (N-th block, negative from the end), "
+        "or any module name, e.g. model.layers.2.",
     )
 
 

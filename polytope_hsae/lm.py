@@ -7,6 +7,7 @@ of each.
 
 import copy
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ class LanguageModel:
                 "and nothing that needs logits is available",
                 stacklevel=2,
             )
+        self.n_layers: int = text_config.num_hidden_layers
         scale = _logit_scale(text_config) if has_head else 1.0
         source: Any = self.head if self.head is not None else model.get_input_embeddings()
         bias = getattr(source, "bias", None)
@@ -114,6 +116,27 @@ class LanguageModel:
         if self._tokenizer_sha256 is None:
             self._tokenizer_sha256 = sha256_json(self.tokenizer.get_vocab())
         return self._tokenizer_sha256
+
+    def resolve_hook(self, hook: str) -> str:
+        """The module's own name for `layers.N`, the N-th block whatever the model calls it (N < 0 from the end).
+
+        Any other hook is returned as it is. Raises ValueError for a block that the model does not have.
+        """
+        match = re.fullmatch(r"layers\.(-?\d+)", hook)
+        if match is None or hook in self._modules:
+            return hook
+        number = int(match[1])
+        found = [
+            name
+            for name, module in self._modules.items()
+            if isinstance(module, nn.ModuleList) and len(module) == self.n_layers
+        ]
+        if len(found) != 1:
+            raise ValueError(f"model.hook: found {hook!r}, but {self.name} has no single list of blocks; name a module")
+        if not -self.n_layers <= number < self.n_layers:
+            allowed = f"layers.{-self.n_layers} to layers.{self.n_layers - 1} for {self.name}"
+            raise ValueError(f"model.hook: found {hook!r}, allowed: {allowed}")
+        return f"{found[0]}.{number % self.n_layers}"
 
     def logits_from_final(self, acts_d: Tensor) -> Tensor:
         """softcap(U h + b) in float32: [..., d] -> [..., V]."""

@@ -37,7 +37,7 @@ def run_phase1(run: Run) -> None:
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
     store = make_activations(run, concepts)
     rows = ", ".join(f"{store.n_rows(split):,} {split}" for split in ("train", "val", "test"))
-    run.say(f"phase 1: activations of {run.config.model.hook}: {rows} rows of width {store.width}")
+    run.say(f"phase 1: activations of {run.hook}: {rows} rows of width {store.width}")
     geometry = token_geometry(run)
     geometry.save(folder / "geometry.safetensors")
     make_teacher(run, concepts, store, geometry).save(folder / "teacher.safetensors")
@@ -95,12 +95,12 @@ def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
             documents,
             concepts,
             run.activations,
-            hook=config.model.hook,
+            hook=run.hook,
             context_length=config.corpus.context_length,
             batch_tokens=config.data.batch_tokens,
             shard_rows=config.data.shard_rows,
             dtype=config.data.dtype,
-            belief=config.concepts.label == "belief",
+            belief=run.label == "belief",
             belief_threshold=config.concepts.belief_threshold,
             seed=config.run.seed,
             split=config.corpus.split,
@@ -117,7 +117,7 @@ def token_geometry(run: Run) -> CausalGeometry:
 def make_teacher(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> Teacher:
     """The teacher from train words: from tokens at the final residual, from activations at an inner hook."""
     lm, options = run.lm, run.config.geometry
-    metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.config.model.hook}
+    metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.hook}
     if run.at_final_residual:
         return extract_teacher(lm.unembedding, geometry, concepts, estimator=options.estimator, metadata=metadata)
     stats = class_statistics(concepts, store, lm.vocab_size)

@@ -45,7 +45,7 @@ def run_phase4(run: Run) -> None:
     arms = evaluate_language_model(
         saes,
         run.lm,
-        run.config.model.hook,
+        run.hook,
         held_out.ids,
         run.train_moments[0],
         documents=held_out.documents,
@@ -114,7 +114,7 @@ def evaluate_arm(
     common: dict[str, Any] = {"bootstrap": options.bootstrap, "seed": config.run.seed}
     evaluation = evaluate_reconstruction(sae, run.store, options.split, run.train_moments[0], **common)
     label: dict[str, Any] = {
-        "label": config.concepts.label,
+        "label": run.label,
         "vocab_size": run.lm.vocab_size,
         "fold": options.split,
         "belief_threshold": config.concepts.belief_threshold,
@@ -132,7 +132,7 @@ def evaluate_arm(
     steered: SteeringEvaluation = evaluate_steering(
         sae,
         run.lm,
-        config.model.hook,
+        run.hook,
         run.concepts,
         concepts.parents_Q,
         concepts.latent_P,
@@ -186,8 +186,8 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
     targets[0]["controls"] = {name: found and found["median_angle_deg"] for name, found in measured.items()}
     return {
         "model": run.lm.name,
-        "hook": config.model.hook,
-        "label": config.concepts.label,
+        "hook": run.hook,
+        "label": run.label,
         "split": config.eval.split,
         "seeds": [config.run.seed],
         "arms": {

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
 from ..data.store import ActivationStore
+from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
@@ -121,6 +122,16 @@ class Run:
     def train_moments(self) -> tuple[Tensor, float]:
         """Mean [d] (float64) of the train rows and their mean squared distance from it."""
         return self.store.moments("train")
+
+    @property
+    def hook(self) -> str:
+        """The module that is read, by its own name (`layers.-2` of the config is a different one in every model)."""
+        return self.lm.resolve_hook(self.config.model.hook)
+
+    @property
+    def label(self) -> Label:
+        """Which concept a row carries; always `current_token` for a model that predicts nothing."""
+        return self.config.concepts.label if self.lm.has_head else "current_token"
 
     @property
     def at_final_residual(self) -> bool:
