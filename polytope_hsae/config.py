@@ -5,7 +5,7 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,7 +15,13 @@ FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tie = Literal[False, True, "init"]
 TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec"]
-
+TensorGroup = Literal["router", "decoders", "projectors", "children"]
+GROUPS: dict[str, tuple[str, ...]] = {
+    "router": ("E", "b_E"),
+    "decoders": ("D", "G"),
+    "projectors": ("Down", "Up"),
+    "children": ("F", "b_F"),
+}
 
 BlockT = TypeVar("BlockT", bound="Block")
 
@@ -105,6 +111,9 @@ class DataConfig(Block):
     normalize: Literal["rms", "unit_row", "none"] = Field(
         "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
     )
+    bias_rows: int | None = Field(
+        4096, ge=1, description="Train rows whose geometric median starts b_dec; null = all of them, read as a stream."
+    )
 
 
 class GeometryConfig(Block):
@@ -142,7 +151,11 @@ class HSAEConfig(Block):
     )
     subspace_dim: int = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
-    magnitude: Literal["relu", "binary"] = Field("relu", description="Size of a code; binary = the gate alone.")
+    magnitude: Literal["relu", "binary", "leaky_offset"] = Field(
+        "relu",
+        description="Size of a code: relu; binary = the gate alone; leaky_offset = the logit from 1/sqrt(d) up, "
+        "below that 0 for a parent and a hundredth of it for a child.",
+    )
     router_noise: Literal["relative", "absolute"] = Field(
         "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
     )
@@ -158,7 +171,11 @@ class HSAEConfig(Block):
     use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     use_tied_decoders_child: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     tie_projectors: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    use_encoder_bias: bool = Field(True, description="Learn b_E and b_F, started at 0.")
     use_decoder_bias: bool = Field(True, description="Learn b_dec, started at the geometric median.")
+    initial: Literal["unit", "he_uniform"] = Field(
+        "unit", description="Random start: unit rows and orthonormal subspaces, or He-uniform with D left unnormalised."
+    )
     normalize_decoder: bool = Field(True, description="Keep decoder rows and atoms at unit norm.")
     normalize_child: Literal["atom", "decoder"] = Field("atom", description="What has unit norm: the atom or G's row.")
     norm_metric: Literal["euclidean", "causal"] = Field("euclidean", description="Norm of the constraint.")
@@ -169,9 +186,55 @@ class HSAEConfig(Block):
     l1_child: float = Field(0.0, ge=0, description="Weight of the children's L1.")
     l1_scope: Literal["selected", "all"] = Field("selected", description="Codes that the L1 covers.")
     biorth_lambda: float = Field(0.0, ge=0, description="Weight of bi-orthogonality.")
-    use_offdiag_biorth: bool = Field(False, description="Unit rows and off-diagonal entries only.")
+    use_offdiag_biorth: Literal[False, True, "jax"] = Field(
+        False,
+        description="false: |E D^T - I|^2; true: unit rows, off-diagonal entries only; jax: as in the published code.",
+    )
+    gram_lambda: float = Field(0.0, ge=0, description="Weight of the overlap of decoder rows with each other.")
     causal_ortho_lambda: float = Field(0.0, ge=0, description="Weight of parent-child causal orthogonality.")
     causal_orth_form: Literal["atom", "literal"] = Field("atom", description="Atom itself, or atom minus parent.")
+    aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead parents and children rebuild.")
+    aux_k_parent: int = Field(32, ge=1, description="Dead parents used per row, at most.")
+    aux_k_child: int = Field(8, ge=1, description="Dead children of active parents used per row, at most.")
+
+    @classmethod
+    def jax_compat(
+        cls,
+        n_parents: int = 16_384,
+        n_children_per_parent: int = 16,
+        subspace_dim: int = 4,
+        topk_parent: int = 32,
+        tied: Tie = "init",
+    ) -> Self:
+        """The published JAX H-SAE, number for number (docs/method.md section 6); use it with normalize `unit_row`.
+
+        `tied`: `init` as its code does (equal at the start only), true as the paper describes it.
+        """
+        return cls(
+            n_parents=n_parents,
+            topk_parent=topk_parent,
+            n_children_per_parent=n_children_per_parent,
+            topk_child=1,
+            subspace_dim=subspace_dim,
+            gate="hard",
+            magnitude="leaky_offset",
+            child_input="input",
+            child_budget="per_parent",
+            use_tied_decoders_parent=tied,
+            use_tied_decoders_child=tied,
+            tie_projectors=tied,
+            use_encoder_bias=False,
+            use_decoder_bias=False,
+            initial="he_uniform",
+            normalize_child="decoder",
+            project_gradient=True,
+            top_level_beta=0.1,
+            l1_parent=1e-3,
+            l1_child=1e-3,
+            l1_scope="all",
+            biorth_lambda=0.1,
+            use_offdiag_biorth="jax",
+        )
 
     @property
     def active_children(self) -> int:
@@ -207,8 +270,10 @@ class LossOverrides(Block):
     l1_parent: float | None = Field(None, ge=0, description="See hsae.l1_parent.")
     l1_child: float | None = Field(None, ge=0, description="See hsae.l1_child.")
     biorth_lambda: float | None = Field(None, ge=0, description="See hsae.biorth_lambda.")
+    gram_lambda: float | None = Field(None, ge=0, description="See hsae.gram_lambda.")
     causal_ortho_lambda: float | None = Field(None, ge=0, description="See hsae.causal_ortho_lambda.")
     top_level_beta: float | None = Field(None, ge=0, description="See hsae.top_level_beta.")
+    aux_weight: float | None = Field(None, ge=0, description="See hsae.aux_weight.")
 
     def apply(self, hsae: HSAEConfig) -> HSAEConfig:
         """The model's config with this stage's weights."""
@@ -220,7 +285,11 @@ class StageConfig(Block):
     steps: int = Field(ge=1, description="Optimiser steps.")
     freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
     loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
-    lr_mult: dict[TensorName, Annotated[float, Field(ge=0)]] = Field({}, description="Rate multipliers by tensor.")
+    lr_mult: dict[TensorName | TensorGroup, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        description="Rate multipliers by tensor or group (router: E, b_E; decoders: D, G; projectors: Down, Up; "
+        "children: F, b_F); a tensor's own entry goes before its group's.",
+    )
 
 
 class PhaseStages(Block):
@@ -237,7 +306,9 @@ class TrainingConfig(Block):
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
+    lr_start: float | None = Field(None, ge=0, description="Rate of step 0 of the warm-up; null = lr / warmup_steps.")
     lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Cosine ends at this share of lr.")
+    schedule_steps: int | None = Field(None, ge=1, description="Step at which the cosine ends; null = the last one.")
     warmup_steps: int = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
     penalty_warmup_steps: int = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")

@@ -199,17 +199,17 @@ def test_geometric_median_against_a_minimiser():
         return float(np.linalg.norm(x.numpy() - point, axis=1).sum())
 
     best = minimize(summed_distance, x.mean(0).numpy(), tol=1e-10)
-    median = geometric_median(x, iterations=1000, tolerance=1e-10)
+    median = geometric_median([x], iterations=1000, tolerance=1e-10)
     np.testing.assert_allclose(median.numpy(), best.x, atol=1e-4)
-    assert summed_distance(geometric_median(x).numpy()) <= best.fun * (1 + 1e-6)
+    assert summed_distance(geometric_median([x]).numpy()) <= best.fun * (1 + 1e-6)
 
 
 def test_geometric_median_known_answers():
     square = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) + 5
-    torch.testing.assert_close(geometric_median(square), torch.tensor([5.0, 5.0]))
-    torch.testing.assert_close(geometric_median(torch.ones(3, 2)), torch.ones(2))
+    torch.testing.assert_close(geometric_median([square]), torch.tensor([5.0, 5.0]).double())
+    torch.testing.assert_close(geometric_median([torch.ones(3, 2)]), torch.ones(2).double())
     line = torch.tensor([[-3.0], [0.0], [1.0], [1.0], [1.0]])  # its mean, 0, is one of the points and not the median
-    torch.testing.assert_close(geometric_median(line), torch.tensor([1.0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(geometric_median([line]), torch.tensor([1.0]).double(), rtol=0, atol=1e-3)
 
 
 def small_model(width=6, metric=None, **options):

@@ -510,9 +510,9 @@ def test_the_bias_starts_at_the_median_in_normalised_coordinates():
     h = torch.tensor([[1.0, 1, 0, 0, 0], [3.0, 1, 0, 0, 0], [1.0, 3, 0, 0, 0], [3.0, 3, 0, 0, 0]]).double()
     model = make_model(normalize="rms")
     model.set_normalization(torch.ones(WIDTH, dtype=torch.float64), 2.0)
-    model.initialize_bias(h)
+    model.initialize_bias([h])
     torch.testing.assert_close(model.b_dec.detach(), torch.tensor([0.5, 0.5, -0.5, -0.5, -0.5]).double())
-    make_model(use_decoder_bias=False).initialize_bias(h)  # nothing to do
+    make_model(use_decoder_bias=False).initialize_bias([h])  # nothing to do
 
 
 # -- cost of a step

@@ -366,7 +366,7 @@ def test_learning_rate_multipliers_and_loss_overrides_of_a_stage():
     records = Records()
     trainer.fit(records)
     assert torch.equal(trainer.model.E, before)
-    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    rates = {group["names"][0]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates["Up"] == pytest.approx(2 * rates["D"])
     assert "l1_parent" not in records.values
     assert set(records.values) >= {"loss", "recon", "recon_top", "l1_child", "biorth_router", "causal_orth"}
@@ -439,7 +439,7 @@ def test_planted_features_are_found(kind):
     )
     mean = rows.mean(0)
     model.set_normalization(mean, (rows - mean).square().sum(1).mean().div(WIDTH).sqrt().item())
-    model.initialize_bias(rows)
+    model.initialize_bias([rows])
 
     def explained():
         model.eval()

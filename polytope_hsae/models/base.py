@@ -6,7 +6,7 @@ Shapes: B rows, d residual width, P parents (a flat SAE's latents).
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import Block, LossOverrides
 from ..fileio import PICKLE_SUFFIXES, read_json, read_tensors, write_json, write_tensors
-from .codes import Codes, ModelOutput
+from .codes import Codes, Dead, ModelOutput
 
 UNIT_ROW_EPS = 1e-6
 NORMALIZATIONS = ("rms", "unit_row", "none")
@@ -72,12 +72,17 @@ class SparseAutoencoder(nn.Module):
         """Remove the gradients' components along constrained rows."""
         raise NotImplementedError
 
-    def loss_terms(self, output: ModelOutput, overrides: LossOverrides) -> dict[str, tuple[float, Tensor]]:
-        """Every loss term that is on, by name: (weight, value)."""
+    def loss_terms(
+        self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Every loss term that is on, by name: (weight, value). `dead` takes part in auxiliary terms."""
         raise NotImplementedError
 
-    def initialize_bias(self, h_Bd: Tensor) -> None:
-        """Start b_dec, where there is one, at the geometric median of a sample of raw rows."""
+    def initialize_bias(self, batches: Iterable[Tensor]) -> None:
+        """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d].
+
+        The batches are gone through many times: a list, or an object whose `iter` starts anew.
+        """
         raise NotImplementedError
 
     def write_directions(self) -> Tensor:
@@ -104,6 +109,10 @@ class SparseAutoencoder(nn.Module):
         if row_scale_B is not None:
             return x_Bd * row_scale_B[:, None]
         return x_Bd * self.data_scale + self.data_mean
+
+    def normalized_batches(self, batches: Iterable[Tensor]) -> "NormalizedBatches":
+        """The batches in normalised coordinates, as often as they are gone through."""
+        return NormalizedBatches(self, batches)
 
     def encode(self, h_Bd: Tensor) -> Codes:
         """Sparse codes of raw rows [B, d] (without noise in eval mode). Raises ValueError on another width."""
@@ -195,6 +204,17 @@ class SparseAutoencoder(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
         return model.to(device).eval()
+
+
+class NormalizedBatches:
+    """Batches of raw rows in a model's normalised coordinates, on its device; as re-iterable as they are."""
+
+    def __init__(self, model: SparseAutoencoder, batches: Iterable[Tensor]):
+        self.model, self.batches = model, batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for h_Bd in self.batches:
+            yield self.model.to_normalized(h_Bd.to(self.model.data_mean))[0]
 
 
 def without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ class Codes(NamedTuple):
     parent_index [B,k] int64 and parent_value [B,k] >= 0: the active parents (a flat SAE's latents).
     child_index [B,K] int64, flat as parent * C + child, and child_value [B,K] >= 0 (K = 0 for a flat SAE).
     row_scale [B] or None: norms of the input rows, which data.normalize = unit_row divides by.
-    A slot whose value is 0 is not in use.
+    A slot whose value is 0 is not in use. With `magnitude: leaky_offset` a child's value may be slightly negative; it
+    takes part in decoding and is not counted as active.
     """
 
     parent_index: Tensor
@@ -28,6 +29,13 @@ class Codes(NamedTuple):
         """Parent codes as [B, P]; built on request only."""
         dense = self.parent_value.new_zeros(len(self.parent_value), n_parents)
         return dense.scatter_add(1, self.parent_index, self.parent_value)
+
+
+class Dead(NamedTuple):
+    """Masks of what has not been in use for too long: parents [P] (a flat SAE's latents), children [P*C]."""
+
+    parents: Tensor
+    children: Tensor
 
 
 class ModelOutput(NamedTuple):

@@ -1,5 +1,7 @@
 """Unit norms of decoder rows and atoms, and the gradient projection that goes with them (docs/method.md section 2)."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -31,27 +33,43 @@ def restore_gram(Up: Tensor, reference_gram: Tensor, metric: Tensor | None) -> T
     return (L_ref @ torch.linalg.solve_triangular(L, wide, upper=False)).to(Up.dtype)
 
 
-def project_out(gradient: Tensor, rows: Tensor) -> Tensor:
-    """The gradient without its component along the current rows [..., d] (normalised for the purpose)."""
-    unit = torch.nn.functional.normalize(rows, dim=-1)
+def project_out(gradient: Tensor, normal: Tensor) -> Tensor:
+    """The gradient without its component along `normal` [..., d] (normalised for the purpose).
+
+    The normal of a row's norm constraint is the row itself, in a metric M the row times M.
+    """
+    unit = torch.nn.functional.normalize(normal, dim=-1)
     return gradient - (gradient * unit).sum(-1, keepdim=True) * unit
 
 
-def geometric_median(x_Bd: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """Point with the least summed distance to the rows, by Weiszfeld's iteration in float64: [d].
+def geometric_median(batches: Iterable[Tensor], iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """Point with the least summed distance to the rows of all batches [B, d], by Weiszfeld's iteration in float64: [d].
 
-    An iterate that lands on a row moves on unless the other rows pull less than the rows that lie there (Vardi and
-    Zhang, 2000); the plain iteration would stay for ever.
+    `batches` is gone through once per iteration, so the rows need not fit into memory: a list, or any object whose
+    `iter` starts anew. An iterate that lands on a row moves on unless the other rows pull less than the rows that lie
+    there (Vardi and Zhang, 2000); the plain iteration would stay for ever. Raises ValueError where there is no row.
     """
-    x = x_Bd.double()
-    median = x.mean(0)
+    total_d, rows = None, 0
+    for x_Bd in batches:
+        summed_d = x_Bd.double().sum(0)
+        total_d, rows = summed_d if total_d is None else total_d + summed_d, rows + len(x_Bd)
+    if total_d is None or rows == 0:
+        raise ValueError("geometric median: found no rows, allowed: at least one")
+    median_d = total_d / rows
     for _ in range(iterations):
-        distance = (x - median).norm(dim=1, keepdim=True)
-        weight = torch.where(distance > 1e-12, 1 / distance, 0.0)
-        pull = ((x - median) * weight).sum(0).norm()
-        stay = ((distance <= 1e-12).sum() / pull.clamp_min(1e-12)).clamp_max(1)
-        new = stay * median + (1 - stay) * (x * weight).sum(0) / weight.sum().clamp_min(1e-12)
-        if (new - median).norm() <= tolerance * (1 + median.norm()):
-            return new.to(x_Bd.dtype)
-        median = new
-    return median.to(x_Bd.dtype)
+        pull_d, weighted_d = torch.zeros_like(median_d), torch.zeros_like(median_d)
+        weights, here = median_d.new_zeros(()), median_d.new_zeros(())
+        for x_Bd in batches:
+            x_Bd = x_Bd.double()
+            distance_B1 = (x_Bd - median_d).norm(dim=1, keepdim=True)
+            weight_B1 = torch.where(distance_B1 > 1e-12, 1 / distance_B1, 0.0)
+            pull_d += ((x_Bd - median_d) * weight_B1).sum(0)
+            weighted_d += (x_Bd * weight_B1).sum(0)
+            weights += weight_B1.sum()
+            here += (distance_B1 <= 1e-12).sum()
+        stay = (here / pull_d.norm().clamp_min(1e-12)).clamp_max(1)
+        new_d = stay * median_d + (1 - stay) * weighted_d / weights.clamp_min(1e-12)
+        if (new_d - median_d).norm() <= tolerance * (1 + median_d.norm()):
+            return new_d
+        median_d = new_d
+    return median_d

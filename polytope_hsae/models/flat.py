@@ -3,6 +3,7 @@
 Shapes: B rows, d width, P latents, k active latents.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..config import Block, LossOverrides
 from ..ops import reference as ops
 from .base import SparseAutoencoder
-from .codes import Codes, ModelOutput
+from .codes import Codes, Dead, ModelOutput
 from .constraints import geometric_median, project_out, row_norms
 from .hsae import unit_rows
 from .losses import reconstruction_error
@@ -62,7 +63,9 @@ class TopKSAE(SparseAutoencoder):
         """x_hat [B, d]."""
         return ops.weighted_row_sum(self.D, codes.parent_index, codes.parent_value) + self.b_dec
 
-    def loss_terms(self, output: ModelOutput, overrides: LossOverrides) -> dict[str, tuple[float, Tensor]]:
+    def loss_terms(
+        self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+    ) -> dict[str, tuple[float, Tensor]]:
         """The reconstruction error; a flat SAE has no other term to override."""
         return {"recon": (1.0, reconstruction_error(output.x, output.x_hat, self.config.recon_reduction))}
 
@@ -79,6 +82,6 @@ class TopKSAE(SparseAutoencoder):
             self.D.grad.copy_(project_out(self.D.grad, self.D))
 
     @torch.no_grad()
-    def initialize_bias(self, h_Bd: Tensor) -> None:
-        """Start b_dec at the geometric median of a sample of raw rows."""
-        self.b_dec.copy_(geometric_median(self.to_normalized(h_Bd)[0]))
+    def initialize_bias(self, batches: Iterable[Tensor]) -> None:
+        """Start b_dec at the geometric median of raw rows, given as batches [B, d]."""
+        self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))

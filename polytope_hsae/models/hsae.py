@@ -8,7 +8,7 @@ Shapes: B rows, d residual width, P parents, k active parents, C children per pa
 s subspace width, Q teacher parents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -18,10 +18,11 @@ from ..config import HSAEConfig, LossOverrides
 from ..geometry.bases import dual_rows
 from ..ops import reference as ops
 from .base import SparseAutoencoder
-from .codes import Codes, ModelOutput
+from .codes import Codes, Dead, ModelOutput
 from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from .losses import causal_orthogonality, loss_terms
-from .routing import routing_noise, straight_through_gate
+from .magnitude import child_code, parent_code
+from .routing import routing_noise, straight_through_gate, topk_lowest
 
 
 class ChildInit(NamedTuple):
@@ -54,6 +55,11 @@ def orthonormal_rows(shape: tuple[int, int, int], generator: torch.Generator) ->
     return torch.linalg.qr(torch.randn(P, d, s, generator=generator)).Q.mT.contiguous()
 
 
+def he_uniform_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform within +-sqrt(6 / fan_in), fan_in the length of a row."""
+    return (2 * torch.rand(shape, generator=generator) - 1) * (6 / shape[-1]) ** 0.5
+
+
 class HierarchicalSAE(SparseAutoencoder):
     """A router over P parents, each of which opens a sub-SAE of C children in an s-dimensional subspace.
 
@@ -72,6 +78,7 @@ class HierarchicalSAE(SparseAutoencoder):
     sigma: Tensor | None
     sigma_inv: Tensor | None
     gram_reference: Tensor | None
+    threshold: Tensor | None
 
     def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
         super().__init__(config, width, normalize)
@@ -80,19 +87,22 @@ class HierarchicalSAE(SparseAutoencoder):
             raise ValueError(f"hsae.subspace_dim: found {s}, allowed: at most the residual width {width}")
         self.n_parents, self.n_children = P, C
         generator = torch.Generator().manual_seed(seed)
-        self.D = nn.Parameter(unit_rows((P, width), generator))
-        self.Up = nn.Parameter(orthonormal_rows((P, s, width), generator))
-        self.G = nn.Parameter(unit_rows((P, C, s), generator))
-        self.E = _tie(config.use_tied_decoders_parent, self.D, unit_rows((P, width), generator))
-        self.Down = _tie(config.tie_projectors, self.Up, orthonormal_rows((P, s, width), generator))
-        self.F = _tie(config.use_tied_decoders_child, self.G, unit_rows((P, C, s), generator))
-        self.b_E = nn.Parameter(torch.zeros(P))
-        self.b_F = nn.Parameter(torch.zeros(P, C))
+        start = _Start(config.initial, generator)
+        self.D = nn.Parameter(start.router((P, width)))
+        self.Up = nn.Parameter(start.projectors((P, s, width)))
+        self.G = nn.Parameter(start.children((P, C, s)))
+        self.E = _tie(config.use_tied_decoders_parent, self.D, start.router((P, width)))
+        self.Down = _tie(config.tie_projectors, self.Up, start.projectors((P, s, width)))
+        self.F = _tie(config.use_tied_decoders_child, self.G, start.children((P, C, s)))
+        self.b_E = nn.Parameter(torch.zeros(P)) if config.use_encoder_bias else None
+        self.b_F = nn.Parameter(torch.zeros(P, C)) if config.use_encoder_bias else None
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
         self.router_temperature = config.router_temp_start
         self.register_buffer("sigma", torch.eye(width) if self._needs_metric() else None)
         self.register_buffer("sigma_inv", torch.eye(width) if config.causal_orth_form == "literal" else None)
         self.register_buffer("gram_reference", None)
+        offset = torch.tensor(width**-0.5) if config.magnitude == "leaky_offset" else None
+        self.register_buffer("threshold", offset)
 
     def _needs_metric(self) -> bool:
         return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
@@ -120,12 +130,16 @@ class HierarchicalSAE(SparseAutoencoder):
         config = self.config
         logits_BP = torch.nn.functional.linear(x_Bd, self.E, self.b_E)
         choice_BP = logits_BP.detach()
+        if config.magnitude == "leaky_offset":  # the published code chooses among codes, many of which are 0
+            choice_BP = parent_code(choice_BP, config.magnitude, self.threshold)
         straight_through = config.gate == "straight_through"
         if straight_through and self.training:
             choice_BP = choice_BP + routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
-        index_Bk = torch.topk(choice_BP, config.topk_parent, dim=1).indices
-        selected_Bk = logits_BP.gather(1, index_Bk)
-        value_Bk = torch.relu(selected_Bk) if config.magnitude == "relu" else torch.ones_like(selected_Bk)
+        if config.magnitude == "leaky_offset":
+            index_Bk = topk_lowest(choice_BP, config.topk_parent)
+        else:
+            index_Bk = torch.topk(choice_BP, config.topk_parent, dim=1).indices
+        value_Bk = parent_code(logits_BP.gather(1, index_Bk), config.magnitude, self.threshold)
         if straight_through:
             value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.router_temperature)
         return index_Bk, value_Bk, logits_BP
@@ -145,9 +159,12 @@ class HierarchicalSAE(SparseAutoencoder):
             index = torch.topk(score_BkC.flatten(1), config.active_children, dim=1).indices
         else:
             offset = (torch.arange(k, device=parent_Bk.device) * C).view(1, k, 1)
-            index = (torch.topk(score_BkC, config.topk_child, dim=2).indices + offset).flatten(1)
-        pre = pre_BkC.flatten(1).gather(1, index)
-        value = torch.relu(pre) if config.magnitude == "relu" else torch.ones_like(pre)
+            if config.topk_child == 1:
+                best_Bkc = score_BkC.argmax(dim=2, keepdim=True)  # the first of equal ones
+            else:
+                best_Bkc = torch.topk(score_BkC, config.topk_child, dim=2).indices
+            index = (best_Bkc + offset).flatten(1)
+        value = child_code(pre_BkC.flatten(1).gather(1, index), config.magnitude, self.threshold)
         value = value * open_BkC.flatten(1).gather(1, index)
         return flat_BkC.flatten(1).gather(1, index), value, pre_BkC
 
@@ -210,20 +227,27 @@ class HierarchicalSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Remove the gradients' components along the rows of D and G."""
-        for rows in (self.D, self.G):
-            if rows.grad is not None:
-                rows.grad.copy_(project_out(rows.grad, rows))
+        """Remove from the gradients of D and G what would change a constrained norm at first order."""
+        metric = self._norm_metric()
+        if self.D.grad is not None:
+            normal_Pd = self.D if metric is None else self.D @ metric
+            self.D.grad.copy_(project_out(self.D.grad, normal_Pd))
+        if self.G.grad is not None:
+            normal_PCs = self.G @ gram(self.Up, metric) if self.config.normalize_child == "atom" else self.G
+            self.G.grad.copy_(project_out(self.G.grad, normal_PCs))
 
     @torch.no_grad()
-    def initialize_bias(self, h_Bd: Tensor) -> None:
-        """Start b_dec, where there is one, at the geometric median of a sample of raw rows."""
+    def initialize_bias(self, batches: Iterable[Tensor]) -> None:
+        """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d]."""
         if self.b_dec is not None:
-            self.b_dec.copy_(geometric_median(self.to_normalized(h_Bd)[0]))
+            self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))
 
-    def loss_terms(self, output: ModelOutput, overrides: LossOverrides) -> dict[str, tuple[float, Tensor]]:
+    def loss_terms(
+        self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+    ) -> dict[str, tuple[float, Tensor]]:
         """Every loss term that is on, by name: (weight, value)."""
-        return loss_terms(output, overrides.apply(self.config), self.tensors(), self._penalty_metric())
+        config = overrides.apply(self.config)
+        return loss_terms(output, config, self.tensors(), self._penalty_metric(), self.threshold, dead)
 
     def _penalty_metric(self) -> Tensor | None:
         return self.sigma_inv if self.config.causal_orth_form == "literal" else self.sigma
@@ -276,7 +300,8 @@ class HierarchicalSAE(SparseAutoencoder):
             read, write = dual_rows(unified, geometry.sigma_sqrt.to(unified), geometry.sigma_inv_sqrt.to(unified))
         if seed_parent:
             self.E[:Q], self.D[:Q] = read.to(self.E), write.to(self.D)
-            self.b_E[:Q] = 0
+            if self.b_E is not None:
+                self.b_E[:Q] = 0
         for row, name in enumerate(parent_vectors):
             child = child_projectors[name]
             if seed_projectors:
@@ -301,6 +326,25 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.normalize_child == "atom":
             return atom_norms(self.Up, self.G, self._norm_metric(geometry))
         return row_norms(self.G, None)
+
+
+class _Start:
+    """Random starts of the three kinds of tensors, drawn in the order they are asked for."""
+
+    def __init__(self, kind: str, generator: torch.Generator):
+        self.he, self.generator = kind == "he_uniform", generator
+
+    def router(self, shape: tuple[int, int]) -> Tensor:
+        return (he_uniform_rows if self.he else unit_rows)(shape, self.generator)
+
+    def projectors(self, shape: tuple[int, int, int]) -> Tensor:
+        return self._unit_uniform(shape) if self.he else orthonormal_rows(shape, self.generator)
+
+    def children(self, shape: tuple[int, int, int]) -> Tensor:
+        return self._unit_uniform(shape) if self.he else unit_rows(shape, self.generator)
+
+    def _unit_uniform(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.nn.functional.normalize(he_uniform_rows(shape, self.generator), dim=-1)
 
 
 def _tie(tie: bool | str, decoder: nn.Parameter, independent: Tensor) -> nn.Parameter:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..config import HSAEConfig
-from .codes import ModelOutput
+from ..ops import reference as ops
+from .codes import Dead, ModelOutput
+from .magnitude import child_code, parent_code
 
-PENALTIES = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "causal_orth")
+PENALTIES = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "gram", "causal_orth")
+JAX_EPS = 1e-6
 
 
 def reconstruction_error(x_Bd: Tensor, x_hat_Bd: Tensor, reduction: str) -> Tensor:
@@ -44,6 +47,23 @@ def biorth_offdiag(E: Tensor, D: Tensor) -> Tensor:
     return (total - diagonal) / (E.numel() // (n * m) * (n * n - n))
 
 
+def biorth_jax(E: Tensor, D: Tensor) -> Tensor:
+    """|M - 1 diag(M)^T|_F / (P^2 - P) with M_ij = D_i . E_j of unit rows [P, d]: the published code's penalty.
+
+    It subtracts the diagonal from every *row* of M, which is a slip (`biorth_offdiag` is what was meant). With
+    m_j = M_jj and the column sums 1^T M = E (sum_i D_i) the square is |M|^2 - 2 sum_j m_j (1^T M)_j + P |m|^2, so M
+    is never built for P > d.
+    """
+    P, d = E.shape
+    if P == 1:
+        return E.new_zeros(())
+    E, D = (rows / (rows.norm(dim=1, keepdim=True) + JAX_EPS) for rows in (E, D))
+    total = (D @ E.T).square().sum() if d >= P else ((D.T @ D) * (E.T @ E)).sum()
+    diagonal_P, column_P = (E * D).sum(1), E @ D.sum(0)
+    squared = total - 2 * (diagonal_P * column_P).sum() + P * diagonal_P.square().sum()
+    return squared.clamp_min(torch.finfo(E.dtype).tiny).sqrt() / (P * P - P)
+
+
 def causal_orthogonality(D: Tensor, Up: Tensor, G: Tensor, sigma: Tensor | None, form: str) -> Tensor:
     """Mean over children of the squared causal inner product of a parent's row and its child's atom.
 
@@ -57,33 +77,75 @@ def causal_orthogonality(D: Tensor, Up: Tensor, G: Tensor, sigma: Tensor | None,
     return inner_PC.square().mean()
 
 
+def aux_parent(output: ModelOutput, D: Tensor, dead_P: Tensor, k: int, reduction: str) -> Tensor:
+    """Error of rebuilding what x_hat leaves of x from the k dead parents with the largest logits; 0 if none is dead.
+
+    Dead parents get a gradient although the router never chooses them (Gao et al., arXiv 2406.04093, section A.2).
+    """
+    error_Bd = (output.x - output.x_hat).detach()
+    dead_BP = output.router_logits.masked_fill(~dead_P, -torch.inf)
+    logit_Bk, index_Bk = torch.topk(dead_BP, min(k, dead_BP.shape[1]), dim=1)
+    rebuilt_Bd = ops.weighted_row_sum(D, index_Bk, torch.relu(logit_Bk))
+    return reconstruction_error(error_Bd, rebuilt_Bd, reduction) * dead_P.any()
+
+
+def aux_child(output: ModelOutput, Up: Tensor, G: Tensor, dead_R: Tensor, k: int, reduction: str) -> Tensor:
+    """The same from dead children of the row's active parents; 0 if no child is dead."""
+    codes, C = output.codes, G.shape[1]
+    flat_BkC = codes.parent_index.unsqueeze(2) * C + torch.arange(C, device=G.device)
+    open_BkC = dead_R[flat_BkC] & (codes.parent_value > 0).unsqueeze(2)
+    score_BN = output.child_pre.masked_fill(~open_BkC, -torch.inf).flatten(1)
+    pre_BK, place_BK = torch.topk(score_BN, min(k, score_BN.shape[1]), dim=1)
+    error_Bd = (output.x - output.x_hat).detach()
+    rebuilt_Bd = ops.decode_children(flat_BkC.flatten(1).gather(1, place_BK), torch.relu(pre_BK), Up, G)
+    return reconstruction_error(error_Bd, rebuilt_Bd, reduction) * dead_R.any()
+
+
+def l1(codes: Tensor) -> Tensor:
+    """Summed sizes of a row's codes, mean over rows."""
+    return codes.abs().flatten(1).sum(1).mean()
+
+
 def loss_terms(
     output: ModelOutput,
     config: HSAEConfig,
     parameters: dict[str, Tensor],
     metric: Tensor | None,
+    threshold: Tensor | None = None,
+    dead: Dead | None = None,
 ) -> dict[str, tuple[float, Tensor]]:
     """Every term that is on, by name: (weight, value). The loss is the sum of weight * value.
 
-    parameters: the model's tensors by name; metric: of the causal penalty [d, d], None = Euclidean.
+    parameters: the model's tensors by name; metric: of the causal penalty [d, d], None = Euclidean; threshold: of
+    leaky_offset codes; dead: who takes part in the auxiliary terms, None = nobody.
     """
-    terms = {"recon": (1.0, reconstruction_error(output.x, output.x_hat, config.recon_reduction))}
+    codes, reduction = output.codes, config.recon_reduction
+    size = "relu" if config.magnitude == "binary" else config.magnitude
+    every_code = config.l1_scope == "all"
+    terms = {"recon": (1.0, reconstruction_error(output.x, output.x_hat, reduction))}
     if config.top_level_beta > 0:
-        top = reconstruction_error(output.x, output.x_hat_top, config.recon_reduction)
-        terms["recon_top"] = (config.top_level_beta, top)
+        terms["recon_top"] = (config.top_level_beta, reconstruction_error(output.x, output.x_hat_top, reduction))
     if config.l1_parent > 0:
-        covered = output.codes.parent_value if config.l1_scope == "selected" else torch.relu(output.router_logits)
-        terms["l1_parent"] = (config.l1_parent, covered.sum(1).mean())
+        covered = parent_code(output.router_logits, size, threshold) if every_code else codes.parent_value
+        terms["l1_parent"] = (config.l1_parent, l1(covered))
     if config.l1_child > 0:
-        covered = output.codes.child_value if config.l1_scope == "selected" else torch.relu(output.child_pre).flatten(1)
-        terms["l1_child"] = (config.l1_child, covered.sum(1).mean())
-    if config.biorth_lambda > 0:
+        covered = child_code(output.child_pre, size, threshold) if every_code else codes.child_value
+        terms["l1_child"] = (config.l1_child, l1(covered))
+    if config.biorth_lambda > 0 and config.use_offdiag_biorth == "jax":
+        terms["biorth_router"] = (config.biorth_lambda, biorth_jax(parameters["E"], parameters["D"]))
+    elif config.biorth_lambda > 0:
         form: Callable[[Tensor, Tensor], Tensor] = biorth_offdiag if config.use_offdiag_biorth else biorth_identity
         terms["biorth_router"] = (config.biorth_lambda, form(parameters["E"], parameters["D"]))
         terms["biorth_child"] = (config.biorth_lambda, form(parameters["F"], parameters["G"]))
+    if config.gram_lambda > 0:
+        terms["gram"] = (config.gram_lambda, biorth_offdiag(parameters["D"], parameters["D"]))
     if config.causal_ortho_lambda > 0:
-        value = causal_orthogonality(
-            parameters["D"], parameters["Up"], parameters["G"], metric, config.causal_orth_form
-        )
+        D, Up, G = parameters["D"], parameters["Up"], parameters["G"]
+        value = causal_orthogonality(D, Up, G, metric, config.causal_orth_form)
         terms["causal_orth"] = (config.causal_ortho_lambda, value)
+    if config.aux_weight > 0 and dead is not None:
+        D, Up, G = parameters["D"], parameters["Up"], parameters["G"]
+        of_parents = aux_parent(output, D, dead.parents, config.aux_k_parent, reduction)
+        of_children = aux_child(output, Up, G, dead.children, config.aux_k_child, reduction)
+        terms |= {"aux_parent": (config.aux_weight, of_parents), "aux_child": (config.aux_weight, of_children)}
     return terms

@@ -25,3 +25,16 @@ def straight_through_gate(logits_BP: Tensor, index_Bk: Tensor, temperature: floa
     else:
         soft_Bk = torch.softmax(scaled_BP.gather(1, index_Bk), dim=1)
     return 1.0 + (soft_Bk - soft_Bk.detach())
+
+
+def topk_lowest(value_BP: Tensor, k: int) -> Tensor:
+    """Indices [B, k] of the k largest entries of every row; among equal ones the lowest index comes first.
+
+    `torch.topk` promises nothing about ties. They matter where many entries are exactly 0.
+    """
+    value_Bk, index_Bk = torch.topk(value_BP, k, dim=1)
+    tied_B = (value_BP >= value_Bk[:, -1:]).sum(1) > k
+    tied_B |= (value_Bk[:, 1:] == value_Bk[:, :-1]).any(1)
+    if bool(tied_B.any()):
+        index_Bk[tied_B] = torch.sort(value_BP[tied_B], dim=1, descending=True, stable=True).indices[:, :k]
+    return index_Bk

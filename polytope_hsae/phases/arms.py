@@ -1,6 +1,7 @@
 """Training one arm: phases 2 and 3 differ only in how a model starts and in its stages."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from ..config import ArmConfig, HSAEConfig, TeacherConfig
 from ..data.concepts import permuted_words
+from ..data.store import ActivationStore
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
@@ -20,7 +22,7 @@ from ..training.trainer import HSAETrainer, discard_checkpoints
 from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
 from .run import Run
 
-BIAS_SAMPLE = 4096
+BIAS_BATCH = 8192
 OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
@@ -126,9 +128,22 @@ def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
         model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
     mean, spread = run.train_moments
     model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
-    rows = torch.randperm(store.n_rows("train"), generator=torch.Generator().manual_seed(seed))[:BIAS_SAMPLE]
-    model.initialize_bias(store.acts("train", rows))
+    model.initialize_bias(BiasSample(store, config.data.bias_rows, seed))
     return model.to(run.device)
+
+
+class BiasSample:
+    """Batches of `n_rows` random train rows (None: all, in order), read anew each time they are gone through."""
+
+    def __init__(self, store: ActivationStore, n_rows: int | None, seed: int):
+        rows = torch.arange(store.n_rows("train"))
+        if n_rows is not None:
+            rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]
+        self.store, self.rows = store, rows
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for rows in self.rows.split(BIAS_BATCH):
+            yield self.store.acts("train", rows)
 
 
 def flat_config(run: Run, arm: ArmConfig, hsae: HSAEConfig) -> TopKConfig:

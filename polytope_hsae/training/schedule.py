@@ -1,9 +1,10 @@
 """Functions of the step: stages, learning rate, penalty warm-up. Steps count over all stages together."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ..config import StageConfig, TrainingConfig
+from ..config import GROUPS, StageConfig, TrainingConfig
 
 
 class Stage(NamedTuple):
@@ -24,14 +25,36 @@ def stage_at(stages: list[StageConfig], step: int) -> Stage:
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
-    """Linear warm-up from 1/warmup_steps, then constant, or a cosine to lr * lr_end_fraction at the last step."""
+    """Linear warm-up, then constant, or a cosine that reaches lr * lr_end_fraction at `schedule_steps`.
+
+    The warm-up goes from lr / warmup_steps at step 0 to lr at its last step; with `lr_start`, from that at step 0 to lr
+    at the first step after it (optax's convention). Without `schedule_steps` the cosine ends at the last step.
+    """
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        if config.lr_start is None:
+            return config.lr * (step + 1) / config.warmup_steps
+        return config.lr_start + (config.lr - config.lr_start) * step / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, total - 1 - config.warmup_steps)
+    end = total - 1 if config.schedule_steps is None else config.schedule_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
     low = config.lr_end_fraction
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def rate_multiplier(names: Sequence[str], lr_mult: Mapping[Any, float]) -> float:
+    """The stage's multiplier for a parameter with these names (a tied one has two): a tensor's own, else its group's.
+
+    Raises ValueError when the names of one parameter ask for different rates.
+    """
+    of_groups = {name: rate for group, rate in lr_mult.items() for name in GROUPS.get(group, ())}
+    for rates in ({name: lr_mult[name] for name in names if name in lr_mult}, of_groups):
+        found = {rates[name] for name in names if name in rates}
+        if len(found) > 1:
+            raise ValueError(f"lr_mult: found {sorted(found)} for the tied {' and '.join(names)}, allowed: one rate")
+        if found:
+            return found.pop()
+    return 1.0
 
 
 def penalty_warmup(config: TrainingConfig, step: int) -> float:

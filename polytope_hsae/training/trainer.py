@@ -3,8 +3,9 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..models.losses import PENALTIES
 from ..tracking import Tracker
 from .anchor import Anchor
 from .checkpoint import latest_checkpoint, load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from .schedule import learning_rate, penalty_warmup, stage_at
+from .schedule import learning_rate, penalty_warmup, rate_multiplier, stage_at
 from .usage import Usage
 
 Evaluate = Callable[[SparseAutoencoder], dict[str, float]]
@@ -65,7 +66,13 @@ class HSAETrainer:
         self.total = sum(stage.steps for stage in stages)
         self.step = 0
         self.parameters = dict(model.named_parameters())
-        groups = [{"params": [parameter], "name": name} for name, parameter in self.parameters.items()]
+        tensors = model.tensors().items()
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter], "names": [name for name, tensor in tensors if tensor is parameter]}
+            for parameter in self.parameters.values()
+        ]
+        for stage, group in product(stages, groups):
+            rate_multiplier(group["names"], stage.lr_mult)  # a contradiction shows before the first step
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.usage = Usage(model.n_parents, model.n_children, self.device)
@@ -116,7 +123,7 @@ class HSAETrainer:
         warmup = penalty_warmup(config, self.step)
         for _ in range(config.accumulate):
             output = model(self.stream.next().to(self.device), self.generator)
-            terms = model.loss_terms(output, stage.loss) | self.anchor.terms()
+            terms = model.loss_terms(output, stage.loss, self.usage.dead(config)) | self.anchor.terms()
             weighted = [w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
             self._require_finite("loss", loss, terms)
@@ -124,12 +131,11 @@ class HSAETrainer:
             self.usage.update(output.codes)
         if model.config.project_gradient:
             model.project_gradients()
-        limit = config.grad_clip if config.grad_clip is not None else float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        grad_norm = clip_gradients(list(self.parameters.values()), config.grad_clip)
         self._require_finite("gradient norm", grad_norm, terms)
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * stage.lr_mult.get(group["name"], 1.0)
+            group["lr"] = rate * rate_multiplier(group["names"], stage.lr_mult)
         self.anchor.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -223,6 +229,21 @@ class HSAETrainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Tensor], limit: float | None) -> Tensor:
+    """Scale all gradients so that their global norm is at most `limit` (None: leave them); returns the norm before.
+
+    Exactly g * limit / |g|, where `torch.nn.utils.clip_grad_norm_` adds 1e-6 to |g|.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+    if limit is not None:
+        scale = (limit / norm).clamp_max(1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm
 
 
 def discard_checkpoints(folder: Path) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..models.codes import Codes
+from ..config import TrainingConfig
+from ..models.codes import Codes, Dead
 
 
 class Usage:
@@ -35,6 +36,10 @@ class Usage:
     def dead_children(self, after_routed: int) -> Tensor:
         """Mask [P*C] of children whose parent was active for `after_routed` tokens without them."""
         return self.idle_child >= after_routed
+
+    def dead(self, config: TrainingConfig) -> Dead:
+        """Both masks, by the config's two limits."""
+        return Dead(self.dead_parents(config.dead_after), self.dead_children(config.dead_after_routed))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"idle_parent": self.idle_parent, "idle_child": self.idle_child}
