@@ -8,22 +8,34 @@ import torch
 from scipy.optimize import minimize
 
 from polytope_hsae.config import HSAEConfig, LossOverrides
-from polytope_hsae.models.codes import Codes, ModelOutput
+from polytope_hsae.models.codes import Codes, Dead, ModelOutput
 from polytope_hsae.models.constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE, freeze_decoder_weights, unfreeze_decoder_weights
 from polytope_hsae.models.losses import (
+    JAX_EPS,
     PENALTIES,
+    aux_child,
+    aux_parent,
     biorth_identity,
+    biorth_jax,
     biorth_offdiag,
     causal_orthogonality,
     loss_terms,
     reconstruction_error,
 )
+from polytope_hsae.models.magnitude import child_code, parent_code
+from polytope_hsae.models.routing import topk_lowest
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hierarchical(width=6, **options):
+    """A float64 model of 5 parents with 3 children, in training mode, and rows for it."""
+    shape = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 3, "subspace_dim": 2, "gate": "hard"}
+    return HierarchicalSAE(HSAEConfig(**{**shape, **options}), width, seed=3).double(), normal(40, width, seed=4)
 
 
 def spd(d, seed=9):
@@ -56,6 +68,35 @@ def test_biorthogonality_equals_the_naive_form(shape, form, naive):
     assert value.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-10)
     for mine, theirs in zip(torch.autograd.grad(value, (E, D)), torch.autograd.grad(expected, (E, D)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+def naive_jax(E, D):
+    """|M - 1 diag(M)^T|_F / (P^2 - P), entry by entry."""
+    E, D = (rows / (rows.norm(dim=1, keepdim=True) + JAX_EPS) for rows in (E, D))
+    P, total = len(E), 0.0
+    for i, j in itertools.product(range(P), repeat=2):
+        total = total + (D[i] @ E[j] - D[j] @ E[j]) ** 2
+    return total.sqrt() / (P * P - P)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (9, 4), (2, 3), (40, 6)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_jax_penalty_equals_its_naive_form(shape, tied):
+    E, D = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
+    inputs = (D,) if tied else (E, D)
+    value, expected = (form(*(inputs * 2)[:2]) for form in (biorth_jax, naive_jax))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+    pairs = zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_the_jax_penalty_is_not_the_form_it_was_meant_to_be():
+    """Orthonormal rows have no off-diagonal entries, and the published form still charges for them."""
+    rows = torch.eye(4, 6, dtype=torch.float64)
+    assert biorth_offdiag(rows, rows) == 0
+    assert float(biorth_jax(rows, rows)) == pytest.approx(np.sqrt(12) / 12, rel=1e-5)
+    assert biorth_jax(rows[:1], rows[:1]) == 0
 
 
 def test_biorthogonality_of_a_single_row():
@@ -191,6 +232,39 @@ def test_restoring_a_gram_matrix_keeps_the_row_space(metric):
     torch.testing.assert_close(restore_gram(Up, gram(Up, metric), metric), Up)
 
 
+@pytest.mark.parametrize("norm_metric", ["euclidean", "causal"])
+@pytest.mark.parametrize("normalize_child", ["atom", "decoder"])
+@pytest.mark.parametrize("tie", [True, "init"])
+def test_a_projected_gradient_changes_no_constrained_norm_at_first_order(norm_metric, normalize_child, tie):
+    options = {"norm_metric": norm_metric, "normalize_child": normalize_child, "causal_ortho_lambda": 0.1}
+    ties = {"use_tied_decoders_parent": tie, "use_tied_decoders_child": tie, "tie_projectors": tie}
+    model, h = hierarchical(**options, **ties)
+    model.set_metric(spd(6))
+    model.normalize_decoder_weights()
+    sum(weight * value for weight, value in model.loss_terms(model(h), LossOverrides()).values()).backward()
+    model.project_gradients()
+    metric = model._norm_metric()
+    of_children = (
+        (lambda G: atom_norms(model.Up, G, metric)) if normalize_child == "atom" else (lambda G: row_norms(G, None))
+    )
+    for rows, norms in ((model.D, lambda D: row_norms(D, metric)), (model.G, of_children)):
+        assert rows.grad.norm() > 1e-6
+        with torch.no_grad():
+            step = 1e-4 * rows.grad / rows.grad.norm()
+            change = (norms(rows + step) - norms(rows - step)).abs().max()
+        assert change < 1e-12
+    if tie is True:
+        assert model.E.grad is model.D.grad
+
+
+def test_geometric_median_streams():
+    x = normal(31, 3)
+    whole = geometric_median([x])
+    torch.testing.assert_close(geometric_median(list(x.split(7))), whole, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="found no rows"):
+        geometric_median([])
+
+
 def test_geometric_median_against_a_minimiser():
     x = normal(31, 3)
     x[:4] += 40  # outliers that would drag the mean by five units
@@ -318,3 +392,98 @@ def test_freezing_names_exactly_what_is_frozen():
     assert {name for name, tensor in model.tensors().items() if not tensor.requires_grad} == {"b_E"}
     unfreeze_decoder_weights(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# -- codes, ties, auxiliary terms
+
+
+def test_leaky_offset_codes_known_answer():
+    logit, threshold = torch.tensor([-2.0, 0.0, 0.49, 0.5, 3.0]), torch.tensor(0.5)
+    assert parent_code(logit, "leaky_offset", threshold).tolist() == [0, 0, 0, 0.5, 3]
+    torch.testing.assert_close(
+        child_code(logit, "leaky_offset", threshold), torch.tensor([-0.02, 0.0, 0.0049, 0.5, 3.0])
+    )
+    assert parent_code(logit, "relu", None).tolist() == [0, 0, logit[2], 0.5, 3]
+    assert child_code(logit, "binary", None).tolist() == [1.0] * 5
+
+
+def test_ties_go_to_the_lowest_index():
+    rows = torch.tensor([[0.0, 2.0, 0.0, 0.0, 1.0], [1.0, 1.0, 3.0, 1.0, 3.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert topk_lowest(rows, 3).tolist() == [[1, 4, 0], [2, 4, 0], [0, 1, 2]]
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 5, 16):
+        many = torch.randint(0, 4, (50, 16), generator=generator).double()
+        stable = many.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(topk_lowest(many, k), stable)
+
+
+def test_leaky_offset_models_choose_codes_and_keep_small_negative_children():
+    model, _ = hierarchical(magnitude="leaky_offset", use_encoder_bias=False, use_decoder_bias=False)
+    with torch.no_grad():
+        model.E.copy_(0.01 * model.E)  # every logit is below the threshold
+    codes = model.eval().encode(normal(7, 6))
+    assert (codes.parent_value == 0).all()
+    assert codes.parent_index.tolist() == [[0, 1]] * 7
+    assert (codes.child_value == 0).all()
+    with torch.no_grad():
+        model.E.copy_(100 * model.D)
+        model.F.copy_(-model.F)
+    codes = model.encode(normal(40, 6))
+    assert (codes.child_value < 0).any()
+    assert model.threshold.item() == pytest.approx(6**-0.5)
+    assert codes.l0().tolist() == ((codes.parent_value > 0).sum(1) + (codes.child_value > 0).sum(1)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["parents", "children"])
+def test_auxiliary_terms_equal_a_loop_and_teach_the_dead_alone(kind):
+    model, h = hierarchical()
+    output = model(h)
+    dead = Dead(torch.tensor([True, False, False, True, True]), torch.arange(15) % 3 > 0)
+    error, k = (output.x - output.x_hat).detach(), 2
+    rebuilt = []
+    for b in range(len(h)):
+        found = []
+        if kind == "parents":
+            for p in range(5):
+                if dead.parents[p]:
+                    found.append((output.router_logits[b, p], model.D[p]))
+        else:
+            for slot, p in enumerate(output.codes.parent_index[b].tolist()):
+                if output.codes.parent_value[b, slot] > 0:
+                    atoms = model.Up[p].T @ model.G[p].T
+                    pre = output.child_pre[b, slot]
+                    found += [(pre[c], atoms[:, c]) for c in range(3) if dead.children[3 * p + c]]
+        best = sorted(found, key=lambda pair: -pair[0].item())[:k]
+        rebuilt.append(sum((value.relu() * row for value, row in best), torch.zeros(6, dtype=torch.float64)))
+    expected = (error - torch.stack(rebuilt)).square().sum(1).mean()
+    if kind == "parents":
+        value, tensors = aux_parent(output, model.D, dead.parents, k, "sum"), (model.D, model.E)
+    else:
+        value, tensors = aux_child(output, model.Up, model.G, dead.children, k, "sum"), (model.G, model.F)
+    torch.testing.assert_close(value, expected)
+    grads = torch.autograd.grad(value, tensors, retain_graph=True)
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, tensors), strict=True):
+        torch.testing.assert_close(mine, theirs)
+        alive = ~dead.parents if kind == "parents" else ~dead.children
+        assert (mine.flatten(0, mine.ndim - 2)[alive] == 0).all()
+        assert mine.norm() > 0
+
+
+def test_auxiliary_terms_are_zero_where_nothing_is_dead_and_absent_where_off():
+    model, h = hierarchical(aux_weight=0.5)
+    nobody = Dead(torch.zeros(5, dtype=torch.bool), torch.zeros(15, dtype=torch.bool))
+    terms = model.loss_terms(model(h), LossOverrides(), nobody)
+    assert terms["aux_parent"][1] == 0
+    assert terms["aux_child"][1] == 0
+    assert terms["aux_child"][0] == 0.5
+    off = model.loss_terms(model(h), LossOverrides(aux_weight=0.0), nobody)
+    assert not {"aux_parent", "aux_child"} & set(off)
+
+
+def test_the_gram_term_is_the_overlap_of_decoder_rows():
+    model, h = hierarchical(gram_lambda=0.3)
+    weight, value = model.loss_terms(model(h), LossOverrides())["gram"]
+    overlaps = [(model.D[i] @ model.D[j]) ** 2 for i in range(5) for j in range(5) if i != j]
+    assert weight == 0.3
+    torch.testing.assert_close(value, torch.stack(overlaps).mean())
+    assert "gram" in PENALTIES

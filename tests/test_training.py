@@ -14,8 +14,8 @@ from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.tracking import JsonlTracker, Trackers
 from polytope_hsae.training.checkpoint import latest_checkpoint, load_checkpoint
-from polytope_hsae.training.schedule import learning_rate, penalty_warmup, stage_at
-from polytope_hsae.training.trainer import Diverged, HSAETrainer, Interrupted, discard_checkpoints
+from polytope_hsae.training.schedule import learning_rate, penalty_warmup, rate_multiplier, stage_at
+from polytope_hsae.training.trainer import Diverged, HSAETrainer, Interrupted, clip_gradients, discard_checkpoints
 from polytope_hsae.training.usage import Usage
 
 WIDTH = 6
@@ -536,6 +536,57 @@ def test_learning_rate_at_its_corners():
     assert [learning_rate(constant, step, 101) for step in (0, 9, 10, 100)] == pytest.approx([0.2, 2, 2, 2])
     assert learning_rate(TrainingConfig(lr=2.0, warmup_steps=0), 0, 1) == pytest.approx(2.0)
     assert learning_rate(TrainingConfig(lr=2.0, warmup_steps=9), 3, 4) == pytest.approx(8 / 9)
+
+
+def test_the_learning_rate_of_the_published_schedule():
+    """optax.warmup_cosine_decay_schedule: from lr_start at step 0 to lr after the warm-up, then to 10 % at step 100."""
+    config = TrainingConfig(lr=5e-4, lr_start=1e-11, warmup_steps=10, schedule_steps=100)
+    rates = [learning_rate(config, step, 60) for step in range(160)]
+    assert rates[0] == 1e-11
+    assert rates[5] == pytest.approx(1e-11 + (5e-4 - 1e-11) / 2)
+    assert rates[10] == 5e-4
+    assert rates[55] == pytest.approx(0.55 * 5e-4)
+    assert rates[100] == pytest.approx(5e-5)
+    assert rates[100:] == [rates[100]] * 60
+
+
+def test_rates_by_tensor_and_by_group():
+    assert rate_multiplier(["E"], {"router": 0.5, "D": 2.0}) == 0.5
+    assert rate_multiplier(["D"], {"decoders": 0.5, "D": 2.0}) == 2.0
+    assert rate_multiplier(["b_dec"], {"router": 0.5}) == 1.0
+    assert rate_multiplier(["D", "E"], {"router": 0.5}) == 0.5
+    with pytest.raises(ValueError, match=r"found \[0.5, 2.0\] for the tied D and E, allowed: one rate"):
+        rate_multiplier(["D", "E"], {"router": 0.5, "decoders": 2.0})
+    plan = [StageConfig(name="one", steps=2, lr_mult={"router": 0.5, "decoders": 2.0})]
+    make_trainer(plan=plan)
+    with pytest.raises(ValueError, match="tied"):
+        make_trainer(plan=plan, model=make_model(use_tied_decoders_parent=True))
+
+
+def test_clipping_is_exact():
+    parameters = [torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    parameters[0].grad, parameters[1].grad = (torch.tensor([3.0, 0, 0]).double(), torch.tensor([0, 4.0, 0]).double())
+    assert clip_gradients(parameters, 10.0) == 5
+    assert clip_gradients(parameters, None) == 5
+    assert parameters[0].grad.tolist() == [3, 0, 0]
+    assert clip_gradients(parameters, 0.75) == 5
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0, 0.6, 0], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+def test_dead_parents_and_children_come_back_with_the_auxiliary_terms():
+    def trained(weight):
+        off = {"l1_parent": 0.0, "l1_child": 0.0, "biorth_lambda": 0.0, "causal_ortho_lambda": 0.0}
+        model = make_model(aux_weight=weight, gate="hard", n_parents=40, topk_parent=1, **off)
+        with torch.no_grad():
+            model.E[:4] *= 0.01  # never chosen, so that nothing else gives them a gradient
+        plan = [StageConfig(name="train", steps=60)]
+        trainer = make_trainer(model=model, plan=plan, dead_after=100, dead_after_routed=50, lr=0.05)
+        before = model.D.detach().clone()
+        trainer.fit(Records())
+        return (model.D.detach() - before)[:4].abs().max()
+
+    assert trained(0.0) < 1e-3
+    assert trained(1.0) > 1e-2
 
 
 def test_penalty_warmup():
