@@ -4,6 +4,7 @@
 `key.path=value` overrides and validates. Bad input raises ConfigError with one line: field, found, allowed.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -324,16 +325,83 @@ class TrainingConfig(Block):
     allow_unequal_budget: bool = Field(False, description="Allow arms with different numbers of steps.")
 
 
+class FlatConfig(Block):
+    """What every flat SAE has (docs/method.md section 1)."""
+
+    n_latents: int = Field(ge=1, description="P: latents.")
+    k: float = Field(gt=0, description="Active latents per row, on average.")
+    recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
+    project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
+    aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")
+    aux_k: int = Field(32, ge=1, description="Dead latents used per row, at most.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require("k", self.k, self.k <= self.n_latents, f"at most n_latents = {self.n_latents}")
+        return self
+
+
+class TopKConfig(FlatConfig):
+    k: int = Field(ge=1, description="Active latents per row.")
+
+
+class BatchTopKConfig(FlatConfig):
+    threshold_decay: float = Field(
+        0.99, ge=0, lt=1, description="Memory of the running mean of the smallest kept activation, per batch."
+    )
+
+
+class MatryoshkaConfig(BatchTopKConfig):
+    fractions: tuple[float, ...] = Field(
+        (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), description="Prefixes that rebuild the row, as shares of the latents."
+    )
+
+    @model_validator(mode="after")
+    def _nested(self) -> Self:
+        rising = all(a < b for a, b in pairwise((0.0, *self.fractions)))
+        allowed = "rising shares above 0, the last one 1"
+        _require("fractions", list(self.fractions), rising and self.fractions[-1:] == (1.0,), allowed)
+        return self
+
+
+class JumpReLUConfig(FlatConfig):
+    bandwidth: float = Field(
+        0.1, gt=0, description="Width of the rectangle around a threshold inside which it gets a gradient, units of x."
+    )
+    l0_weight: float = Field(
+        1.0, ge=0, description="Weight of (L0/k - 1)^2, as a multiple of the error of an empty code."
+    )
+    initial_threshold: float | None = Field(
+        None, gt=0, description="Every latent's threshold at the start; null = where the bias sample's L0 is k."
+    )
+
+
+FLAT_KINDS: dict[str, type[FlatConfig]] = {
+    "topk": TopKConfig,
+    "batchtopk": BatchTopKConfig,
+    "jumprelu": JumpReLUConfig,
+    "matryoshka": MatryoshkaConfig,
+}
+MATCHED_BY = {"l0": "k", "params": "n_latents", "flops": "n_latents"}
+
+
 class ArmConfig(Block):
     name: str = Field(description="Name of the arm.", pattern=FOLDER_NAME)
-    kind: Literal["hsae", "topk"] = Field("hsae", description="Hierarchical, or one flat TopK dictionary.")
+    kind: Literal["hsae", "topk", "batchtopk", "jumprelu", "matryoshka"] = Field(
+        "hsae", description="Hierarchical, or one flat dictionary."
+    )
     init: Literal["random", "teacher", "permuted_teacher", "random_teacher"] = Field(
         "random", description="Where the parameters start; anything but random belongs to phase 3."
     )
     stages: Literal["baseline", "teacher"] | None = Field(None, description="Which stages; null = by init.")
     hsae: dict[str, Any] = Field({}, description="Fields of hsae that this arm replaces.")
     teacher: dict[str, Any] = Field({}, description="Fields of teacher that this arm replaces.")
-    match_l0: str | None = Field(None, description="Flat arms: k follows this arm's measured validation L0.")
+    flat: dict[str, Any] = Field(
+        {}, description="Fields of a flat arm's config: n_latents, k, recon_reduction, ...; the rest follow hsae."
+    )
+    match: dict[Literal["l0", "params", "flops"], str] = Field(
+        {}, description="Flat arms: the arm whose measured L0 sizes k, or whose parameters or FLOPs size n_latents."
+    )
 
     @property
     def phase(self) -> int:
@@ -378,7 +446,7 @@ class TrackingConfig(Block):
 
 DEFAULT_ARMS = [
     {"name": "baseline"},
-    {"name": "flat_topk", "kind": "topk", "match_l0": "baseline"},
+    {"name": "flat_topk", "kind": "topk", "match": {"l0": "baseline"}},
     {"name": "teacher", "init": "teacher"},
     {"name": "permuted_teacher", "init": "permuted_teacher"},
 ]
@@ -414,6 +482,33 @@ class Config(Block):
         """The teacher config with this arm's replacements."""
         return _merged(TeacherConfig, self.teacher, arm.teacher, f"arms.{arm.name}.teacher")
 
+    def arm_flat(self, arm: ArmConfig, k: float | None = None, n_latents: int | None = None) -> FlatConfig:
+        """A flat arm's config: its H-SAE's P (1 + C) latents and k + K_c active ones where its own fields are silent.
+
+        k, n_latents: what the matched arm asks for, once it is trained; until then its own k stands for its L0.
+        """
+        hsae = self.arm_hsae(arm)
+        if k is None:
+            k = self._codes(self.arm(arm.match["l0"])) if "l0" in arm.match else hsae.topk_parent + hsae.active_children
+        sizes = {
+            "n_latents": hsae.n_parents * (1 + hsae.n_children_per_parent) if n_latents is None else n_latents,
+            "k": max(1, round(k)) if arm.kind == "topk" else k,
+        }
+        options = {
+            "recon_reduction": hsae.recon_reduction,
+            "project_gradient": hsae.project_gradient,
+            "aux_weight": hsae.aux_weight,
+            "aux_k": hsae.aux_k_parent,
+        }
+        return _validated(FLAT_KINDS[arm.kind], {**sizes, **options, **arm.flat}, f"arms.{arm.name}.flat")
+
+    def _codes(self, arm: ArmConfig) -> float:
+        """Active parents and children per row that an arm asks for."""
+        if arm.kind != "hsae":
+            return self.arm_flat(arm).k
+        hsae = self.arm_hsae(arm)
+        return hsae.topk_parent + hsae.active_children
+
     def arm_stages(self, arm: ArmConfig) -> list[StageConfig]:
         """The stages that this arm trains through."""
         key = arm.stages or ("baseline" if arm.init == "random" else "teacher")
@@ -425,16 +520,7 @@ class Config(Block):
         _require("arms", names, len(set(names)) == len(names), "names that differ")
         for arm in self.arms:
             hsae, teacher = self.arm_hsae(arm), self.arm_teacher(arm)
-            where = f"arms.{arm.name}"
-            if arm.match_l0 is not None:
-                _require(
-                    f"{where}.match_l0", arm.match_l0, arm.match_l0 in names[: names.index(arm.name)], "an earlier arm"
-                )
-                _require(f"{where}.match_l0", arm.match_l0, arm.kind == "topk", "null unless kind is topk")
-                random = self.arm(arm.match_l0).phase == 2
-                _require(f"{where}.match_l0", arm.match_l0, random, "an arm with init random, which is trained before")
-            if arm.kind == "topk":
-                _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
+            self._check_flat(arm, names[: names.index(arm.name)])
             if arm.init != "random" and teacher.init == "dual":
                 for key, seeded in (
                     ("use_tied_decoders_parent", teacher.seed_parent),
@@ -469,10 +555,35 @@ class Config(Block):
             )
         return self
 
+    def _check_flat(self, arm: ArmConfig, earlier: list[str]) -> None:
+        """What only flat arms may have, and what they may not."""
+        where = f"arms.{arm.name}"
+        if arm.kind == "hsae":
+            _require(f"{where}.flat", arm.flat, not arm.flat, "nothing unless kind is flat: topk, batchtopk, ...")
+            _require(f"{where}.match", arm.match, not arm.match, "nothing unless kind is flat: topk, batchtopk, ...")
+            return
+        _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
+        both = {"params", "flops"} <= set(arm.match)
+        _require(f"{where}.match", "params and flops", not both, "one of them: both set n_latents")
+        one = len(set(arm.match.values())) <= 1
+        _require(f"{where}.match", arm.match, one, "one arm for all quantities")
+        for quantity, other in arm.match.items():
+            field = f"{where}.match.{quantity}"
+            _require(field, other, other in earlier, "an earlier arm")
+            random = self.arm(other).phase == 2
+            _require(field, other, random, "an arm with init random, which is trained before")
+            size = MATCHED_BY[quantity]
+            _require(f"{where}.flat.{size}", arm.flat.get(size), size not in arm.flat, f"nothing: {quantity} sets it")
+        self.arm_flat(arm)
+
 
 def _merged(block: type[BlockT], base: BlockT, overrides: dict[str, Any], where: str) -> BlockT:
+    return _validated(block, {**base.model_dump(), **overrides}, where)
+
+
+def _validated(block: type[BlockT], fields: dict[str, Any], where: str) -> BlockT:
     try:
-        return block.model_validate({**base.model_dump(), **overrides})
+        return block.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"{where}.{_first_line(error, block)}") from error
 

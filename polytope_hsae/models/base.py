@@ -39,7 +39,8 @@ class SparseAutoencoder(nn.Module):
     n_children: int
 
     def __init_subclass__(cls) -> None:
-        SparseAutoencoder.registry[cls.__name__] = cls
+        if hasattr(cls, "config_block"):  # else it is not a kind of its own
+            SparseAutoencoder.registry[cls.__name__] = cls
 
     def __init__(self, config: Any, width: int, normalize: str = "rms"):
         super().__init__()

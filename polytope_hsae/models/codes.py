@@ -43,7 +43,8 @@ class ModelOutput(NamedTuple):
 
     x, x_hat, x_hat_top [B,d]: input, reconstruction, reconstruction by the parents alone; codes as encode returns them.
     router_logits [B,P] before selection; child_pre [B,k,C] pre-activations of the routed parents' children.
-    A flat SAE has x_hat_top = x_hat and child_pre of width 0.
+    A flat SAE has x_hat_top = x_hat, child_pre of width 0, and prefixes [n,B,d]: reconstructions by prefixes of its
+    latents, the last one x_hat (n = 1 but for Matryoshka).
     """
 
     x: Tensor
@@ -52,3 +53,4 @@ class ModelOutput(NamedTuple):
     codes: Codes
     router_logits: Tensor
     child_pre: Tensor
+    prefixes: Tensor | None = None

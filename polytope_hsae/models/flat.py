@@ -1,47 +1,34 @@
-"""The flat TopK autoencoder, the baseline an H-SAE is compared with (Gao et al., arXiv 2406.04093).
+"""Flat autoencoders, the baselines an H-SAE is compared with: what they share, and TopK (Gao et al., arXiv 2406.04093).
 
-Shapes: B rows, d width, P latents, k active latents.
+Shapes: B rows, d width, P latents, k' slots of a row's codes.
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import Block, LossOverrides
+from ..config import LossOverrides
+from ..config import TopKConfig as TopKConfig
 from ..ops import reference as ops
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import geometric_median, project_out, row_norms
 from .hsae import unit_rows
-from .losses import reconstruction_error
+from .losses import aux_parent, reconstruction_error
 
 
-class TopKConfig(Block):
-    """Shape of a flat TopK SAE."""
+class FlatSAE(SparseAutoencoder):
+    """x_hat = b_dec + the chosen latents' codes times D, chosen by logits r = E (x - b_dec) + b_E.
 
-    n_latents: int = Field(ge=1, description="P: latents.")
-    k: int = Field(ge=1, description="Active latents per row.")
-    recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
-    project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
+    E starts equal to D; rows of D have unit norm. A kind says which latents are chosen, in `select`.
+    """
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.k > self.n_latents:
-            raise ValueError(f"k: found {self.k}, allowed: at most n_latents = {self.n_latents}")
-        return self
-
-
-class TopKSAE(SparseAutoencoder):
-    """x_hat = b_dec + sum of relu(r_p) D_p over the k largest r = E (x - b_dec) + b_E; rows of D have unit norm."""
-
-    config_block = TopKConfig
     tensor_names = ("E", "b_E", "D", "b_dec")
     n_children = 0
 
-    def __init__(self, config: TopKConfig, width: int, normalize: str = "rms", seed: int = 0):
+    def __init__(self, config: Any, width: int, normalize: str = "rms", seed: int = 0):
         super().__init__(config, width, normalize)
         self.n_parents = config.n_latents
         self.D = nn.Parameter(unit_rows((config.n_latents, width), torch.Generator().manual_seed(seed)))
@@ -49,25 +36,58 @@ class TopKSAE(SparseAutoencoder):
         self.b_E = nn.Parameter(torch.zeros(config.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(width))
 
+    # the part that each kind writes
+
+    def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices [B, k'], distinct within a row, and codes [B, k'] >= 0; a slot of code 0 is not in use."""
+        raise NotImplementedError
+
+    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
+        """Set the thresholds, where a kind has them, at which raw rows [B, d] have `target_l0` active latents on average.
+
+        The batches may be gone through more than once: a list, or an object whose `iter` starts anew.
+        """
+
+    # the way through the model
+
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
         x, row_scale = self.to_normalized(h_Bd)
-        logits = torch.nn.functional.linear(x - self.b_dec, self.E, self.b_E)
-        selected, index = torch.topk(logits, self.config.k, dim=1)
+        logits = self.logits(x)
+        index, value = self.select(logits)
         empty = index.new_zeros(len(index), 0)
-        codes = Codes(index, torch.relu(selected), empty, empty.to(x.dtype), row_scale)
-        x_hat = self.decode_normalized(codes)
-        return ModelOutput(x, x_hat, x_hat, codes, logits, x.new_zeros(len(x), self.config.k, 0))
+        codes = Codes(index, value, empty, empty.to(x.dtype), row_scale)
+        prefixes = self.decode_prefixes(codes)
+        x_hat = prefixes[-1]
+        return ModelOutput(x, x_hat, x_hat, codes, logits, x.new_zeros(*index.shape, 0), prefixes)
+
+    def logits(self, x_Bd: Tensor) -> Tensor:
+        """r [B, P] of normalised rows."""
+        return nn.functional.linear(x_Bd - self.b_dec, self.E, self.b_E)
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d]."""
         return ops.weighted_row_sum(self.D, codes.parent_index, codes.parent_value) + self.b_dec
 
+    def decode_prefixes(self, codes: Codes) -> Tensor:
+        """Reconstructions [n, B, d] by the first latents, by more, ..., by all; the loss is their mean error."""
+        return self.decode_normalized(codes).unsqueeze(0)
+
+    # training
+
     def loss_terms(
         self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
     ) -> dict[str, tuple[float, Tensor]]:
-        """The reconstruction error; a flat SAE has no other term to override."""
-        return {"recon": (1.0, reconstruction_error(output.x, output.x_hat, self.config.recon_reduction))}
+        """The reconstruction error and, with `aux_weight`, what dead latents make of the error."""
+        config = self.config
+        assert output.prefixes is not None
+        errors = [reconstruction_error(output.x, x_hat, config.recon_reduction) for x_hat in output.prefixes]
+        terms = {"recon": (1.0, torch.stack(errors).mean())}
+        aux_weight = config.aux_weight if overrides.aux_weight is None else overrides.aux_weight
+        if aux_weight > 0 and dead is not None:
+            rebuilt = aux_parent(output, self.D, dead.parents, config.aux_k, config.recon_reduction)
+            terms["aux_parent"] = (aux_weight, rebuilt)
+        return terms
 
     @torch.no_grad()
     def normalize_decoder_weights(self, geometry: Any = None) -> None:
@@ -85,3 +105,14 @@ class TopKSAE(SparseAutoencoder):
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
         """Start b_dec at the geometric median of raw rows, given as batches [B, d]."""
         self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))
+
+
+class TopKSAE(FlatSAE):
+    """The k largest logits of every row."""
+
+    config_block = TopKConfig
+
+    def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and codes [B, k]; a chosen latent with a logit below 0 has code 0."""
+        selected_Bk, index_Bk = torch.topk(logits_BP, self.config.k, dim=1)
+        return index_Bk, torch.relu(selected_Bk)

@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, HSAEConfig, TeacherConfig
+from ..config import ArmConfig, TeacherConfig
 from ..data.concepts import permuted_words
 from ..data.store import ActivationStore
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
-from ..models.flat import TopKConfig, TopKSAE
+from ..models.flat import FlatSAE
+from ..models.flops import training_flops
 from ..models.hsae import ChildInit, HierarchicalSAE
 from ..provenance import NOT_IN_RESULTS
 from ..teacher import Teacher
 from ..tracking import open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
+from .flat_arms import flat_model, match_line, match_record
 from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
 from .run import Run
 
-BIAS_BATCH = 8192
+SAMPLE_BATCH = 8192
+CALIBRATION_ROWS = 32_768
 OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
@@ -75,22 +78,26 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
             trainer.fit(trackers, ticker)
     finally:
         trackers.close()
+    if isinstance(model, FlatSAE):
+        model.calibrate(TrainSample(run.store, CALIBRATION_ROWS, run.config.run.seed), model.config.k)
     model.save_pretrained(folder / "model")
     final = validation_metrics(run, model)
-    write_json(
-        folder / "train.json",
-        {
-            "arm": arm.name,
-            "identity": identity,
-            "steps": trainer.total,
-            "tokens": trainer.total * trainer.rows_per_step,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "teacher_parents": n_teacher,
-            "config": model.config.model_dump(mode="json"),
-            "validation": final,
-        },
-    )
+    record = {
+        "arm": arm.name,
+        "identity": identity,
+        "steps": trainer.total,
+        "tokens": trainer.total * trainer.rows_per_step,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops_per_row": training_flops(model.config, model.width),
+        "teacher_parents": n_teacher,
+        "config": model.config.model_dump(mode="json"),
+        "validation": final,
+    }
+    match = match_record(run, arm, record)
+    write_json(folder / "train.json", {**record, "match": match})
     run.say(f"phase {arm.phase}: {arm.name}: validation EV {final['val_ev']:.3f}, L0 {final['val_l0']:.1f}")
+    if match:
+        run.say(f"phase {arm.phase}: {match_line(arm, match)}")
 
 
 def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
@@ -110,29 +117,29 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
     if arm.init != "random":
         settings["teacher"] = config.arm_teacher(arm).model_dump(mode="json")
         inputs["teacher"] = sha256_file(run.phase(1) / "teacher.safetensors")
-    if arm.match_l0 is not None:
-        inputs[arm.match_l0] = sha256_file(run.arm_folder(arm.match_l0) / "train.json")
+    for other in set(arm.match.values()):
+        inputs[f"match {other}"] = sha256_file(run.arm_folder(other) / "train.json")
     return {"settings": sha256_json(settings), **inputs}
 
 
 def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
     """The arm's model on the run's device, with the data's normalisation and its bias at the median of a sample."""
     config, store = run.config, run.store
-    hsae, seed = config.arm_hsae(arm), config.run.seed
+    seed = config.run.seed
     model: SparseAutoencoder
-    if arm.kind == "topk":
-        model = TopKSAE(flat_config(run, arm, hsae), store.width, config.data.normalize, seed=seed)
-    else:
-        model = HierarchicalSAE(hsae, store.width, config.data.normalize, seed=seed)
+    if arm.kind == "hsae":
+        model = HierarchicalSAE(config.arm_hsae(arm), store.width, config.data.normalize, seed=seed)
         sigma = load_geometry(run).sigma
         model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
+    else:
+        model = flat_model(run, arm)
     mean, spread = run.train_moments
     model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
-    model.initialize_bias(BiasSample(store, config.data.bias_rows, seed))
+    model.initialize_bias(TrainSample(store, config.data.bias_rows, seed))
     return model.to(run.device)
 
 
-class BiasSample:
+class TrainSample:
     """Batches of `n_rows` random train rows (None: all, in order), read anew each time they are gone through."""
 
     def __init__(self, store: ActivationStore, n_rows: int | None, seed: int):
@@ -142,22 +149,8 @@ class BiasSample:
         self.store, self.rows = store, rows
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for rows in self.rows.split(BIAS_BATCH):
+        for rows in self.rows.split(SAMPLE_BATCH):
             yield self.store.acts("train", rows)
-
-
-def flat_config(run: Run, arm: ArmConfig, hsae: HSAEConfig) -> TopKConfig:
-    """A flat model of as many atoms as the H-SAE has, and of its k + K_c codes or the measured L0 of another arm."""
-    k: float = hsae.topk_parent + hsae.active_children
-    if arm.match_l0 is not None:
-        k = read_json(run.arm_folder(arm.match_l0) / "train.json")["validation"]["val_l0"]
-    atoms = hsae.n_parents * (1 + hsae.n_children_per_parent)
-    return TopKConfig(
-        n_latents=atoms,
-        k=max(1, round(k)),
-        recon_reduction=hsae.recon_reduction,
-        project_gradient=hsae.project_gradient,
-    )
 
 
 def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig) -> Teacher:

@@ -1,0 +1,55 @@
+"""BatchTopK (Bussmann et al., arXiv 2412.06410): rows share a batch's budget of codes.
+
+Shapes: B rows, d width, P latents, k' slots of a row's codes.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import BatchTopKConfig
+from .flat import FlatSAE
+from .selection import level_for_l0, pack
+
+
+class BatchTopKSAE(FlatSAE):
+    """In training the B k largest positive logits of the batch; afterwards, row by row, those above one threshold.
+
+    The threshold is a running mean of the smallest kept activation until `calibrate` sets it. `batches` counts those
+    that went into it: the first ones weigh alike.
+    """
+
+    config_block = BatchTopKConfig
+    threshold: Tensor
+    batches: Tensor
+
+    def __init__(self, config: Any, width: int, normalize: str = "rms", seed: int = 0):
+        super().__init__(config, width, normalize, seed)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and codes [B, k'], k' the largest row's number of codes."""
+        if not self.training:
+            return pack(logits_BP, logits_BP > self.threshold)
+        budget = round(self.config.k * len(logits_BP))
+        kept = torch.topk(logits_BP.detach().flatten(), budget, sorted=False)
+        keep_BP = torch.zeros_like(logits_BP, dtype=torch.bool)
+        keep_BP.view(-1)[kept.indices] = kept.values > 0
+        if budget:
+            self._remember(kept.values.min().clamp_min(0))
+        return pack(logits_BP, keep_BP)
+
+    @torch.no_grad()
+    def _remember(self, smallest: Tensor) -> None:
+        """Take the smallest activation that was kept (0: all positive ones were) into the running mean."""
+        self.batches += 1
+        self.threshold.lerp_(smallest, (1 / self.batches).clamp_min(1 - self.config.threshold_decay).to(smallest))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
+        """Set the threshold at which raw rows [B, d] have `target_l0` active latents on average, or 0 if none is."""
+        rows = self.normalized_batches(batches)
+        self.threshold.fill_(max(0.0, level_for_l0(lambda: map(self.logits, rows), target_l0)))

@@ -1,0 +1,67 @@
+"""Parameters and training FLOPs of a model, from its shape alone (docs/method.md section 1).
+
+Counted are the products that one row's forward and backward pass needs, a multiply-add as 2. A logit's gradient counts
+only where it can differ from 0: for the selected codes, or for all where an L1 over all codes (or the softmax of a
+straight-through gate with k = 1) reaches every logit. Not counted: additions, activations, selection, norms, and what a
+step does once for all of its rows (penalties on weights, constraints, the optimiser).
+
+Shapes: d width, P parents or latents, k active ones, C children per parent, K active children, s subspace width.
+"""
+
+from collections.abc import Callable
+
+from ..config import FlatConfig, HSAEConfig, JumpReLUConfig
+
+
+def training_flops(config: HSAEConfig | FlatConfig, width: int) -> int:
+    """FLOPs of training on one row, forward and backward."""
+    if isinstance(config, FlatConfig):
+        aux = config.aux_k if config.aux_weight > 0 else 0
+        return round(_encode(config.n_latents, config.k + aux, width, True) + _decode(config.k + aux, width))
+    return round(_parents(config, width) + _children(config, width))
+
+
+def parameter_count(config: FlatConfig, width: int) -> int:
+    """Parameters of a flat model: E, D, b_E, b_dec, and JumpReLU's thresholds."""
+    return config.n_latents * (2 * width + 1 + isinstance(config, JumpReLUConfig)) + width
+
+
+def latents_for(size: Callable[[int], int], wanted: int) -> int:
+    """The number of latents whose `size`, which is linear in it, is nearest to `wanted`; below 1 where there is none."""
+    one, two = size(1), size(2)
+    return 1 + round((wanted - one) / (two - one))
+
+
+def _encode(P: int, reached: float, d: int, input_gradient: bool) -> float:
+    """All P logits, 2Pd; for each one that a gradient reaches 2d for E and, where x - b_dec needs one, 2d for that."""
+    return 2 * P * d + (4 if input_gradient else 2) * reached * d
+
+
+def _decode(k: float, d: int) -> float:
+    """k rows of D: 2kd forward, 2kd for D and 2kd for the codes backward."""
+    return 6 * k * d
+
+
+def _parents(config: HSAEConfig, d: int) -> float:
+    P, k = config.n_parents, config.topk_parent
+    aux = config.aux_k_parent if config.aux_weight > 0 else 0
+    all_codes = config.l1_parent > 0 and config.l1_scope == "all"
+    reaches_all = all_codes or (config.gate == "straight_through" and k == 1)
+    return _encode(P, P if reaches_all else k + aux, d, config.use_decoder_bias) + _decode(k + aux, d)
+
+
+def _children(config: HSAEConfig, d: int) -> float:
+    """Down_p x and F_p for k parents, 2ksd + 2kCs; Up_p^T G for K children of at most min(k, K) parents, thrice.
+
+    Backward through F and Down go only children that a gradient reaches, and their parents. Codes of one parent are
+    added up in its subspace, so that a parent is the unit of what Down and Up cost.
+    """
+    k, C, s = config.topk_parent, config.n_children_per_parent, config.subspace_dim
+    K = config.active_children + (config.aux_k_child if config.aux_weight > 0 else 0)
+    reached = k * C if config.l1_child > 0 and config.l1_scope == "all" else K
+    residual_gradient = config.child_input == "residual" and not config.child_input_detach
+    input_gradient = config.use_decoder_bias or residual_gradient
+    forward = 2 * k * s * d + 2 * k * C * s
+    backward = 4 * reached * s + (4 if input_gradient else 2) * min(k, reached) * s * d
+    decode = 3 * (2 * K * s + 2 * min(k, K) * s * d)
+    return forward + backward + decode
