@@ -41,13 +41,16 @@ COLUMNS = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_
 def structure_arms() -> list[dict[str, Any]]:
     """One arm per form of the model, all random at the start, and flat TopK at the chosen form's L0."""
     arms: list[dict[str, Any]] = [{"name": _slug(name), "hsae": fields} for name, fields in STRUCTURE.items()]
-    arms.append({"name": "flat_topk", "kind": "topk", "match_l0": _slug("hard, residual, shared")})
+    arms.append({"name": "flat_topk", "kind": "topk", "match": {"l0": _slug("hard, residual, shared")}})
     return [{"name": "baseline"}, *arms]
 
 
 def hook_arms() -> list[dict[str, Any]]:
     """Baseline, flat TopK, the teacher under each anchor, permuted teachers, and both without the freeze stage."""
-    arms: list[dict[str, Any]] = [{"name": "baseline"}, {"name": "flat_topk", "kind": "topk", "match_l0": "baseline"}]
+    arms: list[dict[str, Any]] = [
+        {"name": "baseline"},
+        {"name": "flat_topk", "kind": "topk", "match": {"l0": "baseline"}},
+    ]
     for anchor in ANCHORS:
         arms.append({"name": f"teacher-{anchor}", "init": "teacher", "teacher": {"anchor": anchor}})
     for anchor in ("none", "frozen", "pull"):

@@ -444,7 +444,7 @@ class TrackingConfig(Block):
         return "off" if value is False else value
 
 
-DEFAULT_ARMS = [
+DEFAULT_ARMS: list[dict[str, Any]] = [
     {"name": "baseline"},
     {"name": "flat_topk", "kind": "topk", "match": {"l0": "baseline"}},
     {"name": "teacher", "init": "teacher"},

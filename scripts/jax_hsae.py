@@ -233,8 +233,8 @@ def train(
 ) -> tuple[HSAE, dict[str, np.ndarray], dict[int, dict[str, HSAE]]]:
     """Train on the raw rows [B, d] that `next_rows(model, step)` returns.
 
-    Returns the model, the log (name -> [steps]) and the gradients at `config.gradient_steps`. Numbers of a step are
-    those before its update: gradient, projection, clipping, Adam, unit decoder rows.
+    Returns the model, the log (name -> [steps]) and, at `config.gradient_steps`, the parameters before the step and its
+    gradients. Numbers of a step are those before its update: gradient, projection, clipping, Adam, unit decoder rows.
     """
     schedule = learning_rate(config)
     adam = optax.adam(schedule, b1=0.9, b2=0.999, eps=1e-8)
@@ -253,11 +253,12 @@ def train(
         x = unit_rows(jnp.array(next_rows(model, step), dtype))
         warmup = jnp.array(min(step / config.warmup_steps, 1), dtype)
         extra = {"warmup": warmup, "lr": jnp.array(schedule(step), dtype), "margin": margins(model, x).min()}
+        before = model
         model, state, numbers, found = update(model, state, x, warmup)
         for name, value in (numbers | extra).items():
             log.setdefault(name, []).append(np.asarray(value))
         if step in config.gradient_steps:
-            kept[step] = found
+            kept[step] = {"parameters": before, **found}
     return model, {name: np.stack(values) for name, values in log.items()}, kept
 
 

@@ -10,7 +10,8 @@ What lies in the file (leaf: a dotted name of the published tree, see jax_hsae.p
 - `{variant}/{dtype}/{name}` [steps]: the loss parts without their weights, `warmup` (their weight's factor), `loss`,
   `grad_norm` (before clipping), `lr`, and `margin`: how far the nearest row is from another choice of codes;
 - `{variant}/{dtype}/end/{leaf}`: the parameters after the last step;
-- `{variant}/float64/gradients/{step}/{raw, projected, clipped}/{leaf}`;
+- `{variant}/float64/gradients/{step}/{parameters, raw, projected, clipped}/{leaf}`: what the step starts from, and its
+  gradients;
 - `ties/parameters/{leaf}`, `ties/x` (in the model's units) and the codes that are selected where codes tie exactly.
 
 The header's `fixture` holds the sizes, the weights and the versions as JSON.

@@ -22,7 +22,7 @@ from polytope_hsae.cli import main
 
 ARMS: list[dict[str, Any]] = [
     {"name": "baseline"},
-    {"name": "flat_topk", "kind": "topk", "match_l0": "baseline"},
+    {"name": "flat_topk", "kind": "topk", "match": {"l0": "baseline"}},
     {"name": "teacher", "init": "teacher"},
     {"name": "permuted_teacher", "init": "permuted_teacher"},
     {

@@ -112,19 +112,6 @@ def test_an_empty_file_gives_the_defaults(load):
         ({"arms": [{"name": "a", "hsae": {"topk_parent": 999}}]}, "arms.a.hsae.topk_parent", "999", "at most n_p"),
         ({"arms": [{"name": "a", "hsae": {"topkparent": 1}}]}, "arms.a.hsae.topkparent", "an unknown key", "n_parents"),
         ({"arms": [{"name": "a", "teacher": {"anchor": 1}}]}, "arms.a.teacher.anchor", "1", "input should be 'none'"),
-        ({"arms": [{"name": "f", "kind": "topk", "match_l0": "b"}]}, "arms.f.match_l0", "b", "an earlier arm"),
-        (
-            {"arms": [{"name": "a"}, {"name": "b", "match_l0": "a"}]},
-            "arms.b.match_l0",
-            "a",
-            "null unless kind is topk",
-        ),
-        (
-            {"arms": [{"name": "f", "kind": "topk", "init": "teacher"}]},
-            "arms.f.init",
-            "teacher",
-            "random for a flat arm",
-        ),
         ({"tracking": {"wandb": "maybe"}}, "tracking.wandb", "'maybe'", "input should be 'off', 'online' or 'offline'"),
     ],
 )

@@ -4,6 +4,7 @@ Sizes, tolerances and what lies in the file are in that script; both of its vari
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from polytope_hsae.config import HSAEConfig, LossOverrides, StageConfig, TrainingConfig, load_config
-from polytope_hsae.interop.jax_hsae import LEAVES, model_of_tree, tensors_of_tree
+from polytope_hsae.interop.jax_hsae import LEAVES, import_jax, model_of_tree, tensors_of_tree
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.training.schedule import learning_rate, penalty_warmup
 from polytope_hsae.training.trainer import HSAETrainer, clip_gradients
@@ -40,15 +41,15 @@ class Fixture:
     def __init__(self):
         with safe_open(str(FIXTURE), framework="pt") as file:
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.header = {name: json.loads(value) for name, value in file.metadata().items()}
+            self.header = json.loads(file.metadata()["fixture"])
 
     def below(self, prefix):
         """Leaves by dotted name."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
-    def model(self, variant, dtype):
+    def model(self, variant, dtype, where="start"):
         k = self.header["configs"][variant]["k"]
-        return model_of_tree(self.below(f"{variant}/start/"), k).to(DTYPES[dtype]).train()
+        return model_of_tree(self.below(f"{variant}/{where}/"), k).to(DTYPES[dtype]).train()
 
     def log(self, variant, dtype, name):
         return self.tensors[f"{variant}/{dtype}/{name}"].tolist()
@@ -141,19 +142,18 @@ def test_every_loss_part_of_the_first_step(fixture, variant, dtype):
 
 @both
 @variants
-@pytest.mark.parametrize("step", [0, 7])
+@pytest.mark.parametrize("step", [0, 13])
 def test_every_gradient_before_and_after_projection_and_clipping(fixture, variant, dtype, step):
-    trainer = fixture.trainer(variant, dtype, 20)
-    for _ in range(step):
-        trainer.train_step(trainer.stages[0])
-    model, config = trainer.model, trainer.config
-    terms = model.loss_terms(model(trainer.stream.next()), LossOverrides())
+    where = f"float64/gradients/{step}"
+    config = fixture.trainer(variant, dtype, 20).config
+    model = fixture.model(variant, dtype, f"{where}/parameters")
+    terms = model.loss_terms(model(fixture.rows(variant, dtype)[step]), LossOverrides())
     warmup = penalty_warmup(config, step)
     free = ("recon", "recon_top")
     sum(w * (1.0 if name in free else warmup) * value for name, (w, value) in terms.items()).backward()
 
     def compare(stage):
-        expected = tensors_of_tree(fixture.below(f"{variant}/float64/gradients/{step}/{stage}/"))
+        expected = tensors_of_tree(fixture.below(f"{variant}/{where}/{stage}/"))
         for name in LEAVES:
             error = relative(getattr(model, name).grad, expected[name])
             assert error <= TOLERANCE[dtype]["gradient"], (stage, name, error)
@@ -227,6 +227,76 @@ def test_the_tree_is_checked(fixture):
         tensors_of_tree({name: leaf for name, leaf in leaves.items() if name != "W_up"})
     with pytest.raises(ValueError, match=r"found W_up of shape \(16, 3, 24\), allowed: one that fits P=16, d=24, s=3"):
         tensors_of_tree(leaves | {"W_up": leaves["W_down"]})
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The JAX implementation and the orbax writer can be imported; the tests are skipped where JAX is missing."""
+    for module in ("jax", "equinox", "optax", "orbax.checkpoint"):
+        pytest.importorskip(module)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+
+
+@both
+def test_live_jax_from_another_start(fixture, scripts, dtype):
+    import jax_hsae
+
+    config = jax_hsae.Config(P=30, k=5, seed=11, steps=8, gradient_steps=())
+    rows = torch.randn(8, config.B, config.d, generator=torch.Generator().manual_seed(3))
+    with jax_hsae.precision(dtype):
+        start = jax_hsae.init(config, dtype)
+        end, log, _ = jax_hsae.train(start, lambda model, step: rows[step].numpy(), config)
+        before, after = ({n: torch.tensor(a) for n, a in jax_hsae.leaves(m).items()} for m in (start, end))
+    trainer = fixture.trainer("narrow", dtype, 8)  # the same schedule and batch size
+    fresh = model_of_tree(before, config.k).train()
+    trainer = HSAETrainer(fresh, Batches(rows.to(DTYPES[dtype])), trainer.stages, trainer.config)
+    mine = Log()
+    trainer.fit(mine)
+    assert mine.values["loss"] == pytest.approx(log["loss"].tolist(), rel=TOLERANCE[dtype]["change"])
+    expected, first = tensors_of_tree(after), tensors_of_tree(before)
+    for name in LEAVES:
+        change = getattr(fresh, name).detach() - first[name]
+        assert relative(change, expected[name] - first[name]) <= TOLERANCE[dtype]["change"], name
+
+
+@pytest.mark.parametrize("layout", ["single", "manager", "zarr"])
+def test_published_weights_become_a_model_of_this_package(fixture, scripts, tmp_path, layout):
+    import jax_hsae
+    import make_orbax_checkpoint
+
+    made = jax_hsae.init(jax_hsae.Config(seed=4), "float32")
+    make_orbax_checkpoint.save(made, tmp_path / "checkpoint", layout)
+    import_jax(tmp_path / "checkpoint", tmp_path / "out")
+    model = HierarchicalSAE.from_pretrained(tmp_path / "out")
+    assert model.config == HSAEConfig.jax_compat(16, 4, 3, 4)
+    expected = tensors_of_tree({name: torch.tensor(leaf) for name, leaf in jax_hsae.leaves(made).items()})
+    for name, tensor in expected.items():
+        assert torch.equal(getattr(model, name), tensor), name
+    rows = fixture.rows("narrow", "float32")[0]
+    found = jax_hsae.encode(made, jax_hsae.unit_rows(rows.numpy()))
+    assert torch.equal(model.encode(rows).parent_index, torch.tensor(found["parents"].tolist()))
+    _, x_hat = jax_hsae.decode(made, found)
+    norms = rows.norm(dim=1, keepdim=True) + 1e-6
+    torch.testing.assert_close(model.reconstruct(rows), torch.tensor(x_hat.tolist()) * norms)
+
+
+def test_checkpoints_that_are_none(scripts, tmp_path):
+    import jax_hsae
+    import make_orbax_checkpoint
+
+    with pytest.raises(ValueError, match="found no checkpoint, allowed"):
+        import_jax(tmp_path, tmp_path / "out")
+    for name in ("one", "two"):
+        make_orbax_checkpoint.save(jax_hsae.init(jax_hsae.Config(), "float32"), tmp_path / name, "single")
+    with pytest.raises(ValueError, match="found 2: "):
+        import_jax(tmp_path, tmp_path / "out")
+    assert import_jax(tmp_path / "one", tmp_path / "out", topk_parent=7).config.topk_parent == 7
+
+
+def test_without_orbax_one_line_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ValueError, match=r'import-jax needs orbax: pip install "polytope-hsae\[jax\]"'):
+        import_jax(tmp_path, tmp_path / "out")
 
 
 def test_the_packaged_config_is_the_published_one():

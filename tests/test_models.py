@@ -771,9 +771,10 @@ def test_loading_another_architecture(folder):
     message = load_error(folder, TopKSAE)
     assert message.endswith("config.json: architecture: found 'HierarchicalSAE', allowed: TopKSAE")
     edit_header(folder, architecture="Transformer")
-    assert "found 'Transformer', allowed: HierarchicalSAE, TopKSAE" in load_error(folder)
+    kinds = "BatchTopKSAE, HierarchicalSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE"
+    assert f"found 'Transformer', allowed: {kinds}" in load_error(folder)
     (folder / "config.json").write_text("[1, 2]")
-    assert "found [1, 2], allowed: HierarchicalSAE" in load_error(folder)
+    assert "found [1, 2], allowed: BatchTopKSAE, HierarchicalSAE" in load_error(folder)
 
 
 def test_loading_a_header_that_is_broken(folder):

@@ -172,7 +172,8 @@ def test_metrics_jsonl_has_every_value(finished):
     assert last == {name: record["validation"]["val_ev"] for name, record in trained.items()}
     for name, record in trained.items():
         assert list(record) == [
-            "arm", "identity", "steps", "tokens", "parameters", "teacher_parents", "config", "validation",
+            "arm", "identity", "steps", "tokens", "parameters", "flops_per_row", "teacher_parents", "config",
+            "validation", "match",
         ]  # fmt: skip
         assert (record["arm"], record["steps"], record["tokens"]) == (name, 24, 24 * 256)
         assert (record["teacher_parents"] > 0) == (name in [arm["name"] for arm in TEACHER_ARMS])

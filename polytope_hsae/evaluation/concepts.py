@@ -131,6 +131,8 @@ def latent_activations(
         value.append(codes.parent_value.float().cpu().numpy())
     if not index:
         return SparseActivations(np.zeros((0, 1), np.int64), np.zeros((0, 1), np.float32), sae.n_parents)
+    slots = max(part.shape[1] for part in index)  # batches of some models differ in it
+    index, value = ([np.pad(part, ((0, 0), (0, slots - part.shape[1]))) for part in parts] for parts in (index, value))
     return SparseActivations(np.concatenate(index), np.concatenate(value), sae.n_parents)
 
 

@@ -5,7 +5,9 @@ threshold that no gradient reaches.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,55 @@ LEAVES = {
     "F": ("encoder_weights", False),
     "G": ("decoder_weights", True),
 }
+
+
+def import_jax(checkpoint: Path, out: Path, topk_parent: int | None = None) -> HierarchicalSAE:
+    """Read an orbax checkpoint of the published tree and write it to `out` for `from_pretrained`; returns the model.
+
+    `topk_parent`: active experts per row; None = the tree's leaf `k`. Needs the extra `jax`. Raises ValueError (one
+    line) for a folder without a checkpoint, another tree, or a k that nothing names.
+    """
+    leaves = read_orbax(checkpoint)
+    if topk_parent is None:
+        if "k" not in leaves:
+            raise ValueError(
+                "--topk: found nothing and no leaf k in the checkpoint, allowed: active experts per row (32)"
+            )
+        topk_parent = int(leaves["k"])
+    model = model_of_tree(leaves, topk_parent)
+    model.save_pretrained(out)
+    return model
+
+
+def read_orbax(checkpoint: Path) -> dict[str, Tensor]:
+    """The leaves of an orbax checkpoint by dotted name, floats as float32.
+
+    Arrays are restored to NumPy, so that a checkpoint that was sharded over many devices can be read on one.
+    """
+    try:
+        import jax
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ValueError('import-jax needs orbax: pip install "polytope-hsae[jax]"') from error
+    folders = sorted({path.parent for path in checkpoint.rglob("_METADATA")}) if checkpoint.is_dir() else []
+    if len(folders) != 1:
+        found = "no checkpoint" if not folders else f"{len(folders)}: {', '.join(map(str, folders))}"
+        raise ValueError(f"{checkpoint}: found {found}, allowed: a folder with one orbax checkpoint")
+    reader = ocp.PyTreeCheckpointer()
+    tree = reader.metadata(folders[0].resolve()).item_metadata.tree
+    as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return _dotted(reader.restore(folders[0].resolve(), restore_args=as_arrays))
+
+
+def _dotted(tree: Mapping[str, object], prefix: str = "") -> dict[str, Tensor]:
+    leaves: dict[str, Tensor] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _dotted(value, f"{prefix}{name}.")
+        else:
+            array = np.asarray(value)
+            leaves[prefix + name] = torch.from_numpy(array.astype(np.float32 if array.dtype.kind in "fV" else np.int64))
+    return leaves
 
 
 def tensors_of_tree(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

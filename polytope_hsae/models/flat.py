@@ -4,7 +4,7 @@ Shapes: B rows, d width, P latents, k' slots of a row's codes.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class FlatSAE(SparseAutoencoder):
     E starts equal to D; rows of D have unit norm. A kind says which latents are chosen, in `select`.
     """
 
-    tensor_names = ("E", "b_E", "D", "b_dec")
+    tensor_names: ClassVar[tuple[str, ...]] = ("E", "b_E", "D", "b_dec")
     n_children = 0
 
     def __init__(self, config: Any, width: int, normalize: str = "rms", seed: int = 0):
@@ -43,7 +43,7 @@ class FlatSAE(SparseAutoencoder):
         raise NotImplementedError
 
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the thresholds, where a kind has them, at which raw rows [B, d] have `target_l0` active latents on average.
+        """Set the thresholds, where a kind has them, so that raw rows [B, d] have `target_l0` codes on average.
 
         The batches may be gone through more than once: a list, or an object whose `iter` starts anew.
         """

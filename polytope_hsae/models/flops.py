@@ -26,9 +26,9 @@ def parameter_count(config: FlatConfig, width: int) -> int:
     return config.n_latents * (2 * width + 1 + isinstance(config, JumpReLUConfig)) + width
 
 
-def latents_for(size: Callable[[int], int], wanted: int) -> int:
-    """The number of latents whose `size`, which is linear in it, is nearest to `wanted`; below 1 where there is none."""
-    one, two = size(1), size(2)
+def latents_for(size: Callable[[FlatConfig, int], int], config: FlatConfig, width: int, wanted: int) -> int:
+    """The number of latents whose `size`, linear in it, is nearest to `wanted`; below 1 where there is none."""
+    one, two = (size(config.model_copy(update={"n_latents": n}), width) for n in (1, 2))
     return 1 + round((wanted - one) / (two - one))
 
 

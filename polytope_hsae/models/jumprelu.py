@@ -20,7 +20,7 @@ LOWEST_FACTOR = 1e-6  # of calibration, where even all positive logits are too f
 
 
 class JumpReLU(torch.autograd.Function):
-    """z where z > threshold, else 0. The threshold's gradient: -threshold / bandwidth inside the rectangle around it."""
+    """z where z > threshold, else 0. Gradient of the threshold: -threshold / bandwidth in the rectangle around it."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -59,7 +59,7 @@ class JumpReLUSAE(FlatSAE):
     """Latents whose logit is above their own threshold exp(log_threshold_p); a penalty draws the mean L0 to k."""
 
     config_block = JumpReLUConfig
-    tensor_names = ("E", "b_E", "D", "b_dec", "log_threshold")
+    tensor_names = (*FlatSAE.tensor_names, "log_threshold")
 
     def __init__(self, config: Any, width: int, normalize: str = "rms", seed: int = 0):
         super().__init__(config, width, normalize, seed)
@@ -104,4 +104,4 @@ class JumpReLUSAE(FlatSAE):
         """Scale all thresholds by one factor, so that raw rows [B, d] have `target_l0` active latents on average."""
         rows, threshold_P = self.normalized_batches(batches), self.log_threshold.exp()
         factor = level_for_l0(lambda: (self.logits(x_Bd) / threshold_P for x_Bd in rows), target_l0)
-        self.log_threshold += math.log(max(LOWEST_FACTOR, factor))
+        self.log_threshold.add_(math.log(max(LOWEST_FACTOR, factor)))

@@ -42,5 +42,5 @@ class MatryoshkaSAE(BatchTopKSAE):
         groups = embedding_bag(
             index_Bk.flatten(), self.D, run_Bn.flatten(), mode="sum", per_sample_weights=value_Bk.flatten()
         )
-        prefixes = accumulate(groups.view(B, len(self.bounds), -1).unbind(1))
+        prefixes = accumulate(groups.view(B, len(self.bounds), self.width).unbind(1))
         return torch.stack([x_hat_Bd + self.b_dec for x_hat_Bd in prefixes])

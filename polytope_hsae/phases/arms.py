@@ -110,6 +110,7 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
         "training": config.training.model_dump(mode="json", exclude=set(NOT_IN_RESULTS)),
         "stages": [stage.model_dump(mode="json") for stage in config.arm_stages(arm)],
         "arm": arm.model_dump(mode="json"),
+        "flat": None if arm.kind == "hsae" else config.arm_flat(arm).model_dump(mode="json"),
     }
     inputs = {"activations": sha256_file(run.activations / "manifest.json")}
     if arm.kind == "hsae":

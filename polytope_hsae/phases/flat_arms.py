@@ -17,7 +17,6 @@ MODELS: dict[str, type[FlatSAE]] = {
     "jumprelu": JumpReLUSAE,
     "matryoshka": MatryoshkaSAE,
 }
-SIZES = {"params": parameter_count, "flops": training_flops}
 TOLERANCE = 0.02  # relative difference up to which two arms are matched
 NAMES = {"l0": "L0", "params": "parameters", "flops": "FLOPs per row"}
 
@@ -35,12 +34,10 @@ def flat_config(run: Run, arm: ArmConfig) -> FlatConfig:
     other = figures(other_record(run, arm))
     k = other["l0"] if "l0" in arm.match else None
     config = run.config.arm_flat(arm, k)
-    for quantity in SIZES.keys() & arm.match.keys():
-        size_of = SIZES[quantity]
-        latents = latents_for(
-            lambda n: size_of(config.model_copy(update={"n_latents": n}), run.store.width), other[quantity]
-        )
-        config = run.config.arm_flat(arm, k, latents)
+    if "params" in arm.match:
+        return run.config.arm_flat(arm, k, latents_for(parameter_count, config, run.store.width, other["params"]))
+    if "flops" in arm.match:
+        return run.config.arm_flat(arm, k, latents_for(training_flops, config, run.store.width, other["flops"]))
     return config
 
 

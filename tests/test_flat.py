@@ -1,0 +1,451 @@
+"""The flat autoencoders: selection, gradients, thresholds, files, resuming; and TopK against a loop of its own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_training import assert_same_run, planted_rows, train
+
+from polytope_hsae.config import (
+    FLAT_KINDS,
+    JumpReLUConfig,
+    LossOverrides,
+    MatryoshkaConfig,
+    StageConfig,
+    TopKConfig,
+    TrainingConfig,
+)
+from polytope_hsae.data.corpus import context_batches, contexts, load_documents
+from polytope_hsae.data.stream import RowStream
+from polytope_hsae.evaluation.concepts import latent_activations
+from polytope_hsae.lm import LanguageModel
+from polytope_hsae.models import matryoshka
+from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.models.codes import Dead
+from polytope_hsae.models.flat import TopKSAE
+from polytope_hsae.models.jumprelu import JumpReLUSAE
+from polytope_hsae.models.matryoshka import MatryoshkaSAE
+from polytope_hsae.models.selection import level_for_l0, pack
+from polytope_hsae.phases.flat_arms import MODELS
+from polytope_hsae.training.trainer import HSAETrainer
+
+WIDTH = 6
+WITH_THRESHOLDS = ("batchtopk", "jumprelu", "matryoshka")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_model(kind, normalize="none", n_latents=12, k=3, **options):
+    """A float64 model with random parameters and unit decoder rows."""
+    model = MODELS[kind](FLAT_KINDS[kind](n_latents=n_latents, k=k, **options), WIDTH, normalize).double()
+    with torch.no_grad():
+        for seed, (name, tensor) in enumerate(model.tensors().items()):
+            scale = {"b_E": 0.2, "b_dec": 0.2, "log_threshold": 0.3}.get(name, 1.0)
+            tensor.copy_(scale * normal(*tensor.shape, seed=10 + seed))
+    model.normalize_decoder_weights()
+    return model
+
+
+def reads_rows(model):
+    """Let the logits be the rows themselves (as many latents as the width)."""
+    with torch.no_grad():
+        model.E.copy_(torch.eye(WIDTH))
+        model.b_E.zero_()
+        model.b_dec.zero_()
+    return model
+
+
+def dense(codes, n_latents):
+    return codes.dense_parents(n_latents)
+
+
+# -- packing
+
+
+def test_kept_logits_are_packed_with_distinct_indices():
+    logits = torch.tensor([[1.0, 4.0, -2.0, 3.0], [5.0, 0.5, 2.0, -1.0], [-1.0, -2.0, -3.0, -4.0]])
+    keep = torch.tensor([[True, True, False, True], [False, False, True, False], [False] * 4])
+    index, value = pack(logits, keep)
+    assert index.shape == (3, 3)
+    assert index[0].tolist() == [1, 3, 0]
+    assert value.tolist() == [[4, 3, 1], [2, 0, 0], [0, 0, 0]]
+    assert index[1, 0] == 2
+    assert all(len(set(row)) == 3 for row in index.tolist())
+    assert pack(logits, torch.zeros_like(keep))[1].tolist() == [[0], [0], [0]]
+    assert pack(logits[:0], keep[:0])[0].shape == (0, 1)
+
+
+@pytest.mark.parametrize("target", [0.25, 2, 6.5])
+def test_the_level_of_an_l0_is_exact(target):
+    batches = [normal(40, 50, seed=1), normal(7, 50, seed=2) + 9, normal(33, 50, seed=3)]  # one batch has the largest
+    level = level_for_l0(lambda: batches, target)
+    assert sum(int((batch > level).sum()) for batch in batches) == round(target * 80)
+    assert level_for_l0(lambda: batches, 50) == -math.inf
+
+
+# -- BatchTopK
+
+
+def test_batchtopk_keeps_the_largest_of_the_batch():
+    model = reads_rows(make_model("batchtopk", n_latents=WIDTH, k=1.5))
+    x = torch.tensor([[9.0, 8, 7, 6, 0, 0], [5.0, -9, 0, 0, 0, 0], [1.0, 2, 3, 4, 0, 0], [0.1] * 6]).double()
+    codes = model(x).codes
+    assert codes.parent_index.shape == (4, 4)
+    expected = torch.tensor([[9.0, 8, 7, 6, 0, 0], [5.0, 0, 0, 0, 0, 0], [0, 0, 0, 4.0, 0, 0], [0.0] * 6]).double()
+    assert torch.equal(dense(codes, WIDTH), expected)
+    assert codes.l0().tolist() == [4, 1, 1, 0]
+    assert model.threshold.item() == 4
+
+    few = model(torch.tensor([[2.0, -1, -1, -1, -1, -1], [-1.0] * 6, [-2.0] * 6, [-3.0] * 6]).double()).codes
+    assert few.l0().tolist() == [1, 0, 0, 0]  # a negative logit is no code, whatever the budget
+    assert model(x[:0]).x_hat.shape == (0, WIDTH)
+
+
+def test_batchtopk_infers_with_a_running_mean_of_the_smallest_kept():
+    model = reads_rows(make_model("batchtopk", n_latents=WIDTH, k=1, threshold_decay=0.75))
+    for smallest in (4.0, 2.0, 3.0, 1.0, 8.0):
+        model(torch.tensor([[smallest, 0, 0, 0, 0, 0]]).double())
+    expected = 0.75 * (0.75 * 3 + 0.25 * 1) + 0.25 * 8  # the first four weigh alike (their mean is 2.5), then 3 to 1
+    assert 0.75 * 3 + 0.25 * 1 == (4 + 2 + 3 + 1) / 4
+    assert model.threshold.item() == pytest.approx(expected)
+    model.eval()
+    model.threshold.fill_(2.0)
+    codes = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0], [1.0] * 6]).double())
+    assert torch.equal(dense(codes, WIDTH), torch.tensor([[3.0, 0, 2.5, 0, 0, 0], [0.0] * 6]).double())
+    assert (model.threshold.item(), model.batches.item()) == (2.0, 5)
+    alone = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0]]).double())
+    assert alone.parent_value[0].tolist() == codes.parent_value[0].tolist()  # no other row matters
+
+
+def check_gradients(model, loss, expected, leaves):
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for name, tensor in model.tensors().items():
+        torch.testing.assert_close(tensor.grad, leaves[name].grad, rtol=1e-9, atol=1e-12)
+
+
+def leaf_copies(model):
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in model.tensors().items()}
+
+
+def total(terms):
+    return sum(weight * value for weight, value in terms.values())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_batchtopk_gradients_equal_autograd_of_the_dense_form(reduction):
+    model = make_model("batchtopk", recon_reduction=reduction)
+    x, t = normal(20, WIDTH), leaf_copies(model)
+    r = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
+    mask = torch.zeros(r.numel()).scatter(0, r.flatten().topk(60).indices, 1.0).view_as(r)
+    x_hat = t["b_dec"] + (mask * torch.relu(r)) @ t["D"]
+    expected = ((x - x_hat) ** 2).sum(1).mean() / (WIDTH if reduction == "mean" else 1)
+    assert mask.sum(1).min() < 3 < mask.sum(1).max()
+    check_gradients(model, total(model.loss_terms(model(x), LossOverrides())), expected, t)
+
+
+# -- JumpReLU
+
+
+def test_jumprelu_gradients_equal_the_formulas():
+    """Pseudo-derivatives of the paper: -(theta / eps) K((z - theta) / eps) of a code, -(1 / eps) K of the L0."""
+    eps, B, k, weight = 0.8, 25, 3, 0.7
+    model = make_model("jumprelu", bandwidth=eps, l0_weight=weight)
+    x, t = normal(B, WIDTH), leaf_copies(model)
+    theta = t["log_threshold"].detach().exp()
+    z = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
+    active = z.detach() > theta
+    x_hat = t["b_dec"] + (z * active) @ t["D"]
+    error = ((x - x_hat) ** 2).sum(1).mean()
+    l0 = active.double().sum(1).mean()
+    empty = ((x - t["b_dec"].detach()) ** 2).sum(1).mean()
+    expected = error + weight * (l0 / k - 1) ** 2 * empty
+
+    of_code = (2 * (x_hat - x) / B) @ t["D"].T  # of the error, for every row and latent
+    of_step = weight * empty * 2 * (l0 / k - 1) / k / B
+    rectangle = ((z - theta).abs() < eps / 2).double()
+    assert (rectangle * ~active).sum() > 10  # inactive latents count
+    of_theta = (of_code * -(theta / eps) * rectangle - of_step / eps * rectangle).sum(0).detach()
+
+    output = model(x)
+    terms = model.loss_terms(output, LossOverrides())
+    assert set(terms) == {"recon", "l0"}
+    torch.testing.assert_close(dense(output.codes, 12), (z * active).detach())
+    loss = total(terms)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for name in ("E", "b_E", "D", "b_dec"):
+        torch.testing.assert_close(getattr(model, name).grad, t[name].grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.log_threshold.grad, theta * of_theta, rtol=1e-9, atol=1e-12)
+
+
+def test_jumprelu_keeps_what_is_above_its_own_threshold():
+    model = reads_rows(make_model("jumprelu", n_latents=WIDTH)).eval()
+    with torch.no_grad():
+        model.log_threshold.copy_(torch.tensor([1.0, 2, 3, 4, 5, 6]).log())
+    codes = model.encode(torch.full((1, WIDTH), 3.5, dtype=torch.float64))
+    assert dense(codes, WIDTH).tolist() == [[3.5, 3.5, 3.5, 0, 0, 0]]
+    assert codes.parent_index.shape == (1, 3)
+
+
+def test_jumprelu_starts_at_the_wanted_l0_or_the_given_threshold():
+    x = normal(300, WIDTH)
+    model = make_model("jumprelu")
+    model.initialize_bias([x])
+    assert model.eval().encode(x).l0().double().mean().item() == pytest.approx(3, abs=0.01)
+    assert model.log_threshold.detach().unique().numel() == 1
+    model = JumpReLUSAE(JumpReLUConfig(n_latents=12, k=3, initial_threshold=0.5), WIDTH)
+    model.initialize_bias([x.float()])
+    assert model.log_threshold.exp().tolist() == pytest.approx([0.5] * 12)
+
+
+# -- Matryoshka
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_matryoshka_loss_and_gradients_equal_a_loop_over_prefixes(reduction):
+    model = make_model("matryoshka", n_latents=16, k=4, recon_reduction=reduction)
+    assert model.bounds == [1, 2, 4, 8, 16]
+    x, t = normal(20, WIDTH), leaf_copies(model)
+    r = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
+    mask = torch.zeros(r.numel()).scatter(0, r.flatten().topk(80).indices, 1.0).view_as(r)
+    codes, errors = mask * torch.relu(r), []
+    for m in (1, 2, 4, 8, 16):
+        x_hat = t["b_dec"] + codes[:, :m] @ t["D"][:m]
+        errors.append(((x - x_hat) ** 2).sum(1).mean() / (WIDTH if reduction == "mean" else 1))
+    output = model(x)
+    torch.testing.assert_close(output.x_hat, x_hat)
+    torch.testing.assert_close(model.decode(output.codes), x_hat)
+    check_gradients(model, total(model.loss_terms(output, LossOverrides())), sum(errors) / 5, t)
+
+
+def test_matryoshka_decodes_every_code_once(monkeypatch):
+    decoded, plain = [], matryoshka.embedding_bag
+
+    def counted(index, *args, **options):
+        decoded.append(index.numel())
+        return plain(index, *args, **options)
+
+    monkeypatch.setattr(matryoshka, "embedding_bag", counted)
+    model = make_model("matryoshka", n_latents=16, k=4)
+    assert decoded == [model(normal(20, WIDTH)).codes.parent_index.numel()]
+    assert model.eval()(normal(0, WIDTH)).x_hat.shape == (0, WIDTH)
+
+
+def test_prefixes_are_rounded_and_counted_once():
+    assert MatryoshkaSAE(MatryoshkaConfig(n_latents=5, k=2), WIDTH).bounds == [1, 2, 5]  # 0.3, 0.6, 1.25, 2.5, 5
+    config = MatryoshkaConfig(n_latents=10, k=2, fractions=(0.3, 1.0))
+    assert MatryoshkaSAE(config, WIDTH).bounds == [3, 10]
+    for fractions in ((0.5, 0.25, 1.0), (0.5, 0.9), (0.0, 1.0), (0.5, 1.5), ()):
+        with pytest.raises(ValueError, match=r"fractions: found .*, allowed: rising shares above 0, the last one 1"):
+            MatryoshkaConfig(n_latents=10, k=2, fractions=fractions)
+
+
+# -- calibration
+
+
+@pytest.mark.parametrize("normalize", ["rms", "unit_row", "none"])
+@pytest.mark.parametrize("kind", WITH_THRESHOLDS)
+def test_calibration_reaches_the_wanted_l0(kind, normalize):
+    model = make_model(kind, normalize).eval()
+    rows = 2 + normal(900, WIDTH)
+    model.set_normalization(rows.mean(0), 1.3)
+    batches = list(rows.split(400))
+    before = model.state_dict()["log_threshold"].clone() if kind == "jumprelu" else None
+    for target in (1.0, 2.6, 5.0):
+        model.calibrate(batches, target)
+        assert model.encode(rows).l0().double().mean().item() == pytest.approx(target, rel=0.002)
+    if before is not None:  # one factor for all
+        torch.testing.assert_close(model.log_threshold - before, (model.log_threshold - before)[:1].expand(12))
+    model.calibrate(batches, 12.0)  # more than there are positive logits
+    codes = model.encode(rows)
+    assert codes.l0().double().mean().item() == pytest.approx((model(rows).router_logits > 0).sum(1).double().mean())
+    assert (codes.parent_value >= 0).all()
+
+
+def test_topk_needs_no_calibration():
+    model = make_model("topk")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.calibrate([normal(50, WIDTH)], 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.encode(normal(50, WIDTH)).parent_index.shape == (50, 3)
+
+
+# -- dead latents, files, resuming, evaluation
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_dead_latents_rebuild_the_error(kind):
+    model = make_model(kind, aux_weight=0.5, aux_k=2)
+    with torch.no_grad():
+        model.b_E[:3] = -100.0
+    x = normal(20, WIDTH)
+    output = model(x)
+    dead = Dead(torch.arange(12) < 5, torch.zeros(0, dtype=torch.bool))
+    assert "aux_parent" not in model.loss_terms(output, LossOverrides())  # nobody is known to be dead
+    assert "aux_parent" not in model.loss_terms(output, LossOverrides(aux_weight=0.0), dead)
+    assert model.loss_terms(output, LossOverrides(aux_weight=0.1), dead)["aux_parent"][0] == 0.1
+    weight, value = model.loss_terms(output, LossOverrides(), dead)["aux_parent"]
+    chosen, index = output.router_logits[:, :5].topk(2, dim=1)
+    rebuilt = (torch.relu(chosen).unsqueeze(2) * model.D[index]).sum(1)
+    expected = (((x - output.x_hat).detach() - rebuilt) ** 2).sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    assert weight == 0.5
+    value.backward()
+    assert model.D.grad[3:5].abs().sum() > 0
+    assert model.D.grad[5:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_saving_and_loading_is_exact(kind, tmp_path):
+    model = make_model(kind, "rms").float()
+    x = normal(50, WIDTH).float()
+    model(x)
+    model.calibrate([x], 2.0)
+    model.save_pretrained(tmp_path / "model")
+    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
+    assert type(loaded) is MODELS[kind]
+    assert loaded.config == model.config
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))
+
+
+@pytest.mark.parametrize("kind", WITH_THRESHOLDS)
+def test_resuming_is_exact_and_so_is_the_calibration_after_it(tmp_path, kind):
+    def fresh():
+        return MODELS[kind](FLAT_KINDS[kind](n_latents=12, k=3, aux_weight=0.1), WIDTH)
+
+    straight = train(tmp_path / "straight", model=fresh())
+    train(tmp_path / "killed", model=fresh(), kill_at=20)
+    resumed = train(tmp_path / "killed", model=fresh())
+    assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
+    done = train(tmp_path / "straight", model=fresh())  # nothing is left but the calibration
+    for trainer in (straight, resumed, done):
+        trainer.model.calibrate([planted_rows()], 3)
+    for other in (resumed, done):
+        state = other.model.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in straight.model.state_dict().items())
+    codes = straight.model.eval().encode(planted_rows())
+    assert codes.l0().double().mean().item() == pytest.approx(3, rel=0.02)
+
+
+class OneSplit:
+    """A store of one split in memory."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def n_rows(self, split):
+        return len(self.rows)
+
+    def shard_bounds(self, split):
+        return [0, len(self.rows)]
+
+    def acts(self, split, indices):
+        return self.rows[indices]
+
+
+def test_batches_of_different_slots_make_one_table():
+    model = make_model("batchtopk").float().eval()
+    model.calibrate([normal(90, WIDTH).float()], 3.0)
+    rows = torch.cat([normal(45, WIDTH).float(), 3 * normal(45, WIDTH, seed=1).float()])
+    table = latent_activations(model, OneSplit(rows), "train", np.arange(90), batch_size=45)
+    widths = {model.encode(part).parent_index.shape[1] for part in rows.split(45)}
+    assert len(widths) == 2
+    assert table.value_Nk.shape == (90, max(widths))
+    everything = model.encode(rows).dense_parents(12).detach().numpy()
+    np.testing.assert_allclose(table.columns(np.arange(12)), everything, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_training_lowers_the_error_and_keeps_unit_rows(kind):
+    rows = planted_rows(600)
+    model = MODELS[kind](FLAT_KINDS[kind](n_latents=16, k=2), WIDTH)
+    model.initialize_bias([rows])
+    config = TrainingConfig(batch_size=64, lr=0.02, warmup_steps=5)
+    stages = [StageConfig(name="train", steps=150)]
+    before = model.eval().reconstruct(rows)
+    HSAETrainer(model, RowStream(OneSplit(rows), "train", 64, seed=0), stages, config).fit(_Silent())
+    model.calibrate([rows], 2)
+    after = model.eval().reconstruct(rows)
+    assert (rows - after).square().sum() < 0.3 * (rows - before).square().sum()
+    torch.testing.assert_close(model.D.norm(dim=1), torch.ones(16))
+    assert model.encode(rows).l0().double().mean().item() == pytest.approx(2, rel=0.02)
+
+
+class _Silent:
+    def log(self, values, step, tokens):
+        pass
+
+    def close(self):
+        pass
+
+
+# -- TopK against a plainly written loop
+
+
+@pytest.fixture(scope="module")
+def quickstart_rows():
+    """Activations of the packaged model at model.layers.4 on packaged tokens, in random order."""
+    lm = LanguageModel.load("textbook-lm-9m")
+    options = {"max_tokens": 26_000, "context_length": 256, "tokenizer_sha256": lm.tokenizer_sha256}
+    documents = load_documents("tokens", None, lm.tokenizer, **options)
+    parts = []
+    for _, ids, mask in context_batches(documents, contexts(documents, torch.arange(documents.n_documents), 256), 2048):
+        stored = mask.bool()
+        stored[:, 0] = False
+        parts.append(lm.capture(ids, "model.layers.4", mask=mask).acts[stored])
+    rows = torch.cat(parts)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+
+def plain_topk(rows, latents, k, steps, batch, rate):
+    """TopK as the paper writes it, with nothing of this package."""
+    torch.manual_seed(7)
+    mean, scale = rows.mean(0), (rows - rows.mean(0)).square().mean().sqrt()
+    x = (rows - mean) / scale
+    dec = torch.randn(latents, x.shape[1])
+    dec /= dec.norm(dim=1, keepdim=True)
+    enc, b_enc, b_dec = dec.clone().T.contiguous(), torch.zeros(latents), torch.zeros(x.shape[1])
+    weights = [tensor.requires_grad_() for tensor in (enc, b_enc, dec, b_dec)]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+
+    def rebuild(x):
+        top = ((x - b_dec) @ enc + b_enc).topk(k, dim=1)
+        codes = torch.zeros(len(x), latents).scatter(1, top.indices, top.values.relu())
+        return codes @ dec + b_dec
+
+    order = torch.cat([torch.randperm(len(x)) for _ in range(1 + steps * batch // len(x))])
+    for step in range(steps):
+        chosen = x[order[step * batch : (step + 1) * batch]]
+        loss = (chosen - rebuild(chosen)).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            dec /= dec.norm(dim=1, keepdim=True)
+    return lambda h: (rebuild((h - mean) / scale) * scale + mean).detach()
+
+
+def test_topk_is_as_good_as_a_plainly_written_loop(quickstart_rows):
+    held_out, rows = quickstart_rows[:4000], quickstart_rows[4000:]
+    size = {"latents": 1024, "k": 32, "steps": 200, "batch": 1024, "rate": 2e-3}
+    plain = plain_topk(rows, *size.values())
+    model = TopKSAE(TopKConfig(n_latents=1024, k=32), rows.shape[1])
+    model.set_normalization(rows.mean(0), (rows - rows.mean(0)).square().mean().sqrt().item())
+    model.initialize_bias([rows[:4096]])
+    config = TrainingConfig(batch_size=1024, lr=2e-3, schedule="constant", warmup_steps=0, grad_clip=None)
+    stages = [StageConfig(name="train", steps=200)]
+    HSAETrainer(model, RowStream(OneSplit(rows), "train", 1024, seed=0), stages, config).fit(_Silent())
+
+    def explained(rebuilt):
+        return 1 - ((held_out - rebuilt).square().sum() / (held_out - rows.mean(0)).square().sum()).item()
+
+    mine, theirs = explained(model.eval().reconstruct(held_out)), explained(plain(held_out))
+    assert theirs > 0.5
+    assert mine == pytest.approx(theirs, abs=0.005)
