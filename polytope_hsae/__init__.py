@@ -7,8 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import BatchTopKConfig as BatchTopKConfig
     from .config import Config as Config
     from .config import HSAEConfig as HSAEConfig
+    from .config import JumpReLUConfig as JumpReLUConfig
+    from .config import MatryoshkaConfig as MatryoshkaConfig
+    from .config import TopKConfig as TopKConfig
     from .config import load_config as load_config
     from .geometry.causal import CausalGeometry as CausalGeometry
     from .geometry.causal import Space as Space
@@ -17,13 +21,15 @@ if TYPE_CHECKING:
     from .geometry.evidence import test_hierarchical_orthogonality as test_hierarchical_orthogonality
     from .lm import LanguageModel as LanguageModel
     from .models.base import SparseAutoencoder as SparseAutoencoder
+    from .models.batchtopk import BatchTopKSAE as BatchTopKSAE
     from .models.codes import Codes as Codes
-    from .models.flat import TopKConfig as TopKConfig
     from .models.flat import TopKSAE as TopKSAE
     from .models.hsae import ChildInit as ChildInit
     from .models.hsae import HierarchicalSAE as HierarchicalSAE
     from .models.hsae import freeze_decoder_weights as freeze_decoder_weights
     from .models.hsae import unfreeze_decoder_weights as unfreeze_decoder_weights
+    from .models.jumprelu import JumpReLUSAE as JumpReLUSAE
+    from .models.matryoshka import MatryoshkaSAE as MatryoshkaSAE
     from .teacher import Teacher as Teacher
     from .teacher import extract_teacher as extract_teacher
     from .training.trainer import HSAETrainer as HSAETrainer
@@ -33,6 +39,10 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "config",
     "HSAEConfig": "config",
+    "BatchTopKConfig": "config",
+    "JumpReLUConfig": "config",
+    "MatryoshkaConfig": "config",
+    "TopKConfig": "config",
     "load_config": "config",
     "CausalGeometry": "geometry.causal",
     "Space": "geometry.causal",
@@ -42,7 +52,9 @@ _HOME = {
     "LanguageModel": "lm",
     "SparseAutoencoder": "models.base",
     "Codes": "models.codes",
-    "TopKConfig": "models.flat",
+    "BatchTopKSAE": "models.batchtopk",
+    "JumpReLUSAE": "models.jumprelu",
+    "MatryoshkaSAE": "models.matryoshka",
     "TopKSAE": "models.flat",
     "ChildInit": "models.hsae",
     "HierarchicalSAE": "models.hsae",

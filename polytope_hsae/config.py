@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent
 FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tie = Literal[False, True, "init"]
-TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec"]
+TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec", "log_threshold"]
 TensorGroup = Literal["router", "decoders", "projectors", "children"]
 GROUPS: dict[str, tuple[str, ...]] = {
     "router": ("E", "b_E"),
@@ -369,7 +369,7 @@ class JumpReLUConfig(FlatConfig):
         0.1, gt=0, description="Width of the rectangle around a threshold inside which it gets a gradient, units of x."
     )
     l0_weight: float = Field(
-        1.0, ge=0, description="Weight of (L0/k - 1)^2, as a multiple of the error of an empty code."
+        3.0, ge=0, description="Weight of (L0/k - 1)^2, as a multiple of the error of an empty code."
     )
     initial_threshold: float | None = Field(
         None, gt=0, description="Every latent's threshold at the start; null = where the bias sample's L0 is k."

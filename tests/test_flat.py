@@ -58,8 +58,30 @@ def reads_rows(model):
     return model
 
 
-def dense(codes, n_latents):
-    return codes.dense_parents(n_latents)
+class OneSplit:
+    """A store of one split in memory."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def n_rows(self, split):
+        return len(self.rows)
+
+    def shard_bounds(self, split):
+        return [0, len(self.rows)]
+
+    def acts(self, split, indices):
+        return self.rows[indices]
+
+
+class Silent:
+    """A tracker that listens to nothing."""
+
+    def log(self, values, step, tokens):
+        pass
+
+    def close(self):
+        pass
 
 
 # -- packing
@@ -95,12 +117,13 @@ def test_batchtopk_keeps_the_largest_of_the_batch():
     codes = model(x).codes
     assert codes.parent_index.shape == (4, 4)
     expected = torch.tensor([[9.0, 8, 7, 6, 0, 0], [5.0, 0, 0, 0, 0, 0], [0, 0, 0, 4.0, 0, 0], [0.0] * 6]).double()
-    assert torch.equal(dense(codes, WIDTH), expected)
+    assert torch.equal(codes.dense_parents(WIDTH), expected)
     assert codes.l0().tolist() == [4, 1, 1, 0]
     assert model.threshold.item() == 4
 
     few = model(torch.tensor([[2.0, -1, -1, -1, -1, -1], [-1.0] * 6, [-2.0] * 6, [-3.0] * 6]).double()).codes
     assert few.l0().tolist() == [1, 0, 0, 0]  # a negative logit is no code, whatever the budget
+    assert few.parent_value.tolist() == [[2.0], [0.0], [0.0], [0.0]]
     assert model(x[:0]).x_hat.shape == (0, WIDTH)
 
 
@@ -114,7 +137,7 @@ def test_batchtopk_infers_with_a_running_mean_of_the_smallest_kept():
     model.eval()
     model.threshold.fill_(2.0)
     codes = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0], [1.0] * 6]).double())
-    assert torch.equal(dense(codes, WIDTH), torch.tensor([[3.0, 0, 2.5, 0, 0, 0], [0.0] * 6]).double())
+    assert torch.equal(codes.dense_parents(WIDTH), torch.tensor([[3.0, 0, 2.5, 0, 0, 0], [0.0] * 6]).double())
     assert (model.threshold.item(), model.batches.item()) == (2.0, 5)
     alone = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0]]).double())
     assert alone.parent_value[0].tolist() == codes.parent_value[0].tolist()  # no other row matters
@@ -174,7 +197,7 @@ def test_jumprelu_gradients_equal_the_formulas():
     output = model(x)
     terms = model.loss_terms(output, LossOverrides())
     assert set(terms) == {"recon", "l0"}
-    torch.testing.assert_close(dense(output.codes, 12), (z * active).detach())
+    torch.testing.assert_close(output.codes.dense_parents(12), (z * active).detach())
     loss = total(terms)
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -189,7 +212,7 @@ def test_jumprelu_keeps_what_is_above_its_own_threshold():
     with torch.no_grad():
         model.log_threshold.copy_(torch.tensor([1.0, 2, 3, 4, 5, 6]).log())
     codes = model.encode(torch.full((1, WIDTH), 3.5, dtype=torch.float64))
-    assert dense(codes, WIDTH).tolist() == [[3.5, 3.5, 3.5, 0, 0, 0]]
+    assert codes.dense_parents(WIDTH).tolist() == [[3.5, 3.5, 3.5, 0, 0, 0]]
     assert codes.parent_index.shape == (1, 3)
 
 
@@ -202,6 +225,18 @@ def test_jumprelu_starts_at_the_wanted_l0_or_the_given_threshold():
     model = JumpReLUSAE(JumpReLUConfig(n_latents=12, k=3, initial_threshold=0.5), WIDTH)
     model.initialize_bias([x.float()])
     assert model.log_threshold.exp().tolist() == pytest.approx([0.5] * 12)
+
+
+@pytest.mark.parametrize("lr_mult, factor", [({}, 6**0.5), ({"log_threshold": 3.0}, 3.0)])
+def test_thresholds_learn_at_their_own_rate(lr_mult, factor):
+    model = make_model("jumprelu").float()
+    stage = StageConfig(name="train", steps=4, lr_mult=lr_mult)
+    config = TrainingConfig(batch_size=16, lr=0.01, warmup_steps=0, schedule="constant")
+    trainer = HSAETrainer(model, RowStream(OneSplit(planted_rows()), "train", 16, seed=0), [stage], config)
+    trainer.train_step(stage)
+    rates = {group["names"][0]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates["E"] == rates["D"] == 0.01
+    assert rates["log_threshold"] == pytest.approx(0.01 * factor)
 
 
 # -- Matryoshka
@@ -334,22 +369,6 @@ def test_resuming_is_exact_and_so_is_the_calibration_after_it(tmp_path, kind):
     assert codes.l0().double().mean().item() == pytest.approx(3, rel=0.02)
 
 
-class OneSplit:
-    """A store of one split in memory."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def n_rows(self, split):
-        return len(self.rows)
-
-    def shard_bounds(self, split):
-        return [0, len(self.rows)]
-
-    def acts(self, split, indices):
-        return self.rows[indices]
-
-
 def test_batches_of_different_slots_make_one_table():
     model = make_model("batchtopk").float().eval()
     model.calibrate([normal(90, WIDTH).float()], 3.0)
@@ -370,20 +389,12 @@ def test_training_lowers_the_error_and_keeps_unit_rows(kind):
     config = TrainingConfig(batch_size=64, lr=0.02, warmup_steps=5)
     stages = [StageConfig(name="train", steps=150)]
     before = model.eval().reconstruct(rows)
-    HSAETrainer(model, RowStream(OneSplit(rows), "train", 64, seed=0), stages, config).fit(_Silent())
+    HSAETrainer(model, RowStream(OneSplit(rows), "train", 64, seed=0), stages, config).fit(Silent())
     model.calibrate([rows], 2)
     after = model.eval().reconstruct(rows)
     assert (rows - after).square().sum() < 0.3 * (rows - before).square().sum()
     torch.testing.assert_close(model.D.norm(dim=1), torch.ones(16))
     assert model.encode(rows).l0().double().mean().item() == pytest.approx(2, rel=0.02)
-
-
-class _Silent:
-    def log(self, values, step, tokens):
-        pass
-
-    def close(self):
-        pass
 
 
 # -- TopK against a plainly written loop
@@ -393,7 +404,7 @@ class _Silent:
 def quickstart_rows():
     """Activations of the packaged model at model.layers.4 on packaged tokens, in random order."""
     lm = LanguageModel.load("textbook-lm-9m")
-    options = {"max_tokens": 26_000, "context_length": 256, "tokenizer_sha256": lm.tokenizer_sha256}
+    options = {"max_tokens": 16_000, "context_length": 256, "tokenizer_sha256": lm.tokenizer_sha256}
     documents = load_documents("tokens", None, lm.tokenizer, **options)
     parts = []
     for _, ids, mask in context_batches(documents, contexts(documents, torch.arange(documents.n_documents), 256), 2048):
@@ -433,15 +444,14 @@ def plain_topk(rows, latents, k, steps, batch, rate):
 
 
 def test_topk_is_as_good_as_a_plainly_written_loop(quickstart_rows):
-    held_out, rows = quickstart_rows[:4000], quickstart_rows[4000:]
-    size = {"latents": 1024, "k": 32, "steps": 200, "batch": 1024, "rate": 2e-3}
-    plain = plain_topk(rows, *size.values())
-    model = TopKSAE(TopKConfig(n_latents=1024, k=32), rows.shape[1])
+    held_out, rows = quickstart_rows[:3000], quickstart_rows[3000:]
+    plain = plain_topk(rows, latents=768, k=32, steps=200, batch=512, rate=2e-3)
+    model = TopKSAE(TopKConfig(n_latents=768, k=32), rows.shape[1])
     model.set_normalization(rows.mean(0), (rows - rows.mean(0)).square().mean().sqrt().item())
     model.initialize_bias([rows[:4096]])
-    config = TrainingConfig(batch_size=1024, lr=2e-3, schedule="constant", warmup_steps=0, grad_clip=None)
+    config = TrainingConfig(batch_size=512, lr=2e-3, schedule="constant", warmup_steps=0, grad_clip=None)
     stages = [StageConfig(name="train", steps=200)]
-    HSAETrainer(model, RowStream(OneSplit(rows), "train", 1024, seed=0), stages, config).fit(_Silent())
+    HSAETrainer(model, RowStream(OneSplit(rows), "train", 512, seed=0), stages, config).fit(Silent())
 
     def explained(rebuilt):
         return 1 - ((held_out - rebuilt).square().sum() / (held_out - rows.mean(0)).square().sum()).item()

@@ -34,9 +34,7 @@ def import_jax(checkpoint: Path, out: Path, topk_parent: int | None = None) -> H
     leaves = read_orbax(checkpoint)
     if topk_parent is None:
         if "k" not in leaves:
-            raise ValueError(
-                "--topk: found nothing and no leaf k in the checkpoint, allowed: active experts per row (32)"
-            )
+            raise ValueError("--topk: found nothing, nor a leaf k in the checkpoint, allowed: experts per row (32)")
         topk_parent = int(leaves["k"])
     model = model_of_tree(leaves, topk_parent)
     model.save_pretrained(out)

@@ -52,6 +52,7 @@ class SparseAutoencoder(nn.Module):
         self.width = width
         self.normalize = normalize
         self.router_temperature = 1.0
+        self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
         self.register_buffer("data_mean", torch.zeros(width))
         self.register_buffer("data_scale", torch.ones(()))
 

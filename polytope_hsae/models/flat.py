@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import LossOverrides
-from ..config import TopKConfig as TopKConfig
+from ..config import LossOverrides, TopKConfig
 from ..ops import reference as ops
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput

@@ -56,7 +56,12 @@ def in_reach(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 class JumpReLUSAE(FlatSAE):
-    """Latents whose logit is above their own threshold exp(log_threshold_p); a penalty draws the mean L0 to k."""
+    """Latents whose logit is above their own threshold; a penalty draws the mean L0 to k.
+
+    AdamW changes every number by about the learning rate. The entries of a unit row are about 1/sqrt(d), so that rows
+    change faster, relatively, than a logarithm does; the rate of log_threshold is sqrt(d) times the others' to keep up.
+    Without that the L0 stays far from k in a short training.
+    """
 
     config_block = JumpReLUConfig
     tensor_names = (*FlatSAE.tensor_names, "log_threshold")
@@ -65,6 +70,7 @@ class JumpReLUSAE(FlatSAE):
         super().__init__(config, width, normalize, seed)
         start = math.log(config.initial_threshold or 1.0)
         self.log_threshold = nn.Parameter(torch.full((config.n_latents,), start))
+        self.lr_mult = {"log_threshold": width**0.5}
 
     def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and codes [B, k']. In training, latents just below their threshold have slots too, with code 0.

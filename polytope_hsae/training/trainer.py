@@ -135,7 +135,7 @@ class HSAETrainer:
         self._require_finite("gradient norm", grad_norm, terms)
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * rate_multiplier(group["names"], stage.lr_mult)
+            group["lr"] = rate * rate_multiplier(group["names"], {**model.lr_mult, **stage.lr_mult})
         self.anchor.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
