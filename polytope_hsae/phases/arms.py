@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, HSAEConfig, TeacherConfig
+from ..config import ArmConfig, ConfigError, HSAEConfig, TeacherConfig
 from ..data.concepts import permuted_words
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
@@ -14,6 +14,7 @@ from ..models.base import SparseAutoencoder
 from ..models.flat import TopKConfig, TopKSAE
 from ..models.hsae import ChildInit, HierarchicalSAE
 from ..provenance import NOT_IN_RESULTS
+from ..records import Train
 from ..teacher import Teacher
 from ..tracking import open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
@@ -25,7 +26,11 @@ OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
 def train_phase(run: Run, phase: int) -> None:
-    """Train every arm of a phase that is not trained yet."""
+    """Train every arm of a phase that is not trained yet. Raises ConfigError before that if a later one cannot be."""
+    for arm in run.config.arms:
+        s, width = run.config.arm_hsae(arm).subspace_dim, run.store.width
+        if arm.kind == "hsae" and s > width:
+            raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
     for arm in run.config.arms:
         if arm.phase == phase:
             train_arm(run, arm)
@@ -42,12 +47,12 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
     folder = run.arm_folder(arm.name)
     identity = arm_identity(run, arm)
     trained = all((folder / name).is_file() for name in OUTPUTS)
-    if trained and read_json(folder / "train.json")["identity"] == identity:
+    if trained and read_json(folder / "train.json", Train)["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
         return
     stream = RowStream(run.store, "train", run.config.training.batch_size, seed=run.config.run.seed)
     model = initial_model(run, arm)
-    n_teacher = initialize_teacher(run, arm, model) if arm.init != "random" else 0
+    teacher_parents = initialize_teacher(run, arm, model) if arm.init != "random" else []
     mark = folder / "checkpoints" / "identity.json"
     if not mark.exists() or read_json(mark) != identity:
         discard_checkpoints(folder)
@@ -62,7 +67,7 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
         folder=folder,
         evaluate=lambda sae: validation_metrics(run, sae),
         teacher=run.config.arm_teacher(arm),
-        n_teacher=n_teacher,
+        n_teacher=len(teacher_parents),
         seed=run.config.run.seed,
     )
     if trainer.resume():
@@ -83,7 +88,7 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
             "steps": trainer.total,
             "tokens": trainer.total * trainer.rows_per_step,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "teacher_parents": n_teacher,
+            "teacher_parents": teacher_parents,
             "config": model.config.model_dump(mode="json"),
             "validation": final,
         },
@@ -135,7 +140,7 @@ def flat_config(run: Run, arm: ArmConfig, hsae: HSAEConfig) -> TopKConfig:
     """A flat model of as many atoms as the H-SAE has, and of its k + K_c codes or the measured L0 of another arm."""
     k: float = hsae.topk_parent + hsae.active_children
     if arm.match_l0 is not None:
-        k = read_json(run.arm_folder(arm.match_l0) / "train.json")["validation"]["val_l0"]
+        k = read_json(run.arm_folder(arm.match_l0) / "train.json", Train)["validation"]["val_l0"]
     atoms = hsae.n_parents * (1 + hsae.n_children_per_parent)
     return TopKConfig(
         n_latents=atoms,
@@ -160,8 +165,8 @@ def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig) -> Teacher:
     return teacher.in_form(options.init)
 
 
-def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> int:
-    """Put the arm's teacher into an H-SAE; returns how many parents it fills."""
+def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> list[int]:
+    """Put the arm's teacher into an H-SAE; returns the concept (row of concepts.json) of every router row it fills."""
     assert isinstance(model, HierarchicalSAE)
     options = run.config.arm_teacher(arm)
     teacher = arm_teacher(run, arm, options)
@@ -180,7 +185,8 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> in
         seed_child=options.seed_child,
         seed_projectors=options.seed_projectors,
     )
-    return teacher.n_parents if options.seed_parent else 0
+    concept_of = {parent.name: row for row, parent in enumerate(run.concepts.parents)}
+    return [concept_of[name] for name in teacher.parent_names] if options.seed_parent else []
 
 
 @torch.no_grad()
