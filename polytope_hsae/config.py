@@ -10,9 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .parsing import cut, misfit, parse_yaml, place, shown
+
 PACKAGE = Path(__file__).parent
 FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+MAX_BYTES = 1_000_000  # of a config file
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Whole = Annotated[int, Field(le=2**31 - 1)]  # PyTorch breaks on sizes that no 64-bit product holds
 Tie = Literal[False, True, "init"]
 TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec"]
 
@@ -47,9 +51,9 @@ def _check_split(block: Any) -> Any:
 
 class RunConfig(Block):
     name: str = Field("run", description="Folder name of the run below runs/.", pattern=FOLDER_NAME)
-    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    seed: Whole = Field(0, ge=0, description="Seed of everything random in the run.")
     device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N.")
-    threads: int = Field(2, ge=1, description="CPU threads; part of what makes a CPU run repeatable.")
+    threads: int = Field(2, ge=1, le=1024, description="CPU threads; part of what makes a CPU run repeatable.")
     deterministic: bool = Field(True, description="Ask PyTorch for deterministic algorithms.")
 
 
@@ -70,8 +74,8 @@ class CorpusConfig(Block):
     split: tuple[Fraction, Fraction, Fraction] = Field(
         (0.80, 0.05, 0.15), description="Shares of documents for train, val and test."
     )
-    max_tokens: int = Field(600_000, ge=256, description="Tokens read at most.")
-    context_length: int = Field(256, ge=8, description="Tokens of one context at most.")
+    max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
+    context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> "CorpusConfig":
@@ -80,11 +84,11 @@ class CorpusConfig(Block):
 
 class ConceptsConfig(Block):
     ontology: str = Field("wordnet", description="wordnet, or a YAML/JSON tree {parent: {child: [words]}}.")
-    max_parents: int = Field(80, ge=2, description="Parents kept at most.")
-    max_children_per_parent: int = Field(32, ge=2, description="Children kept per parent at most.")
-    min_children: int = Field(3, ge=2, description="Parents with fewer children are dropped.")
-    min_words_per_child: int = Field(3, ge=3, description="Children with fewer words are dropped.")
-    min_test_rows: int = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
+    max_parents: Whole = Field(80, ge=2, description="Parents kept at most.")
+    max_children_per_parent: Whole = Field(32, ge=2, description="Children kept per parent at most.")
+    min_children: Whole = Field(3, ge=2, description="Parents with fewer children are dropped.")
+    min_words_per_child: Whole = Field(3, ge=3, description="Children with fewer words are dropped.")
+    min_test_rows: Whole = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
     label: Literal["belief", "next_token", "current_token"] = Field(
         "belief", description="Which concept a row carries: what the model believes comes next, what comes, what is."
     )
@@ -100,8 +104,8 @@ class ConceptsConfig(Block):
 
 class DataConfig(Block):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Stored activations.")
-    shard_rows: int = Field(65_536, ge=256, description="Rows per shard file.")
-    batch_tokens: int = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
+    shard_rows: Whole = Field(65_536, ge=256, description="Rows per shard file.")
+    batch_tokens: Whole = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
     normalize: Literal["rms", "unit_row", "none"] = Field(
         "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
     )
@@ -113,7 +117,7 @@ class GeometryConfig(Block):
     )
     shrinkage: float = Field(0.05, ge=0, lt=1, description="Relative shrinkage of the covariance to its mean.")
     estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector from its tokens.")
-    permutations: int = Field(1000, ge=100, description="Draws of every permutation null.")
+    permutations: Whole = Field(1000, ge=100, description="Draws of every permutation null.")
 
 
 class TeacherConfig(Block):
@@ -133,14 +137,14 @@ class TeacherConfig(Block):
 class HSAEConfig(Block):
     """Shape and losses of an H-SAE (docs/method.md sections 1 and 2)."""
 
-    n_parents: int = Field(256, ge=1, description="P: parents (experts).")
-    topk_parent: int = Field(16, ge=1, description="k: active parents per row.")
-    n_children_per_parent: int = Field(8, ge=1, description="C: children per parent.")
-    topk_child: int = Field(1, ge=1, description="k_c: active children per active parent.")
-    topk_child_total: int | None = Field(
+    n_parents: Whole = Field(256, ge=1, description="P: parents (experts).")
+    topk_parent: Whole = Field(16, ge=1, description="k: active parents per row.")
+    n_children_per_parent: Whole = Field(8, ge=1, description="C: children per parent.")
+    topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
+    topk_child_total: Whole | None = Field(
         None, ge=1, description="K_c: active children per row under child_budget shared; null = k * k_c."
     )
-    subspace_dim: int = Field(16, ge=1, description="s: width of a parent's subspace.")
+    subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
     magnitude: Literal["relu", "binary"] = Field("relu", description="Size of a code; binary = the gate alone.")
     router_noise: Literal["relative", "absolute"] = Field(
@@ -217,7 +221,7 @@ class LossOverrides(Block):
 
 class StageConfig(Block):
     name: str = Field(description="Name of the stage in logs.")
-    steps: int = Field(ge=1, description="Optimiser steps.")
+    steps: Whole = Field(ge=1, description="Optimiser steps.")
     freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
     loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
     lr_mult: dict[TensorName, Annotated[float, Field(ge=0)]] = Field({}, description="Rate multipliers by tensor.")
@@ -233,21 +237,23 @@ class PhaseStages(Block):
 
 
 class TrainingConfig(Block):
-    batch_size: int = Field(2048, ge=1, description="Rows per micro-batch.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    batch_size: Whole = Field(2048, ge=1, description="Rows per micro-batch.")
+    accumulate: Whole = Field(1, ge=1, description="Micro-batches per optimiser step.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
     lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Cosine ends at this share of lr.")
-    warmup_steps: int = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
-    penalty_warmup_steps: int = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
+    warmup_steps: Whole = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
+    penalty_warmup_steps: Whole = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     grad_clip: float | None = Field(1.0, gt=0, description="Global gradient norm at most; null = no clipping.")
-    dead_after: int = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
-    dead_after_routed: int = Field(2_000, ge=1, description="Routed tokens without firing after which a child is dead.")
-    log_every: int = Field(10, ge=1, description="Steps between metric lines.")
-    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
-    val_every: int = Field(200, ge=1, description="Steps between validation passes.")
-    val_rows: int = Field(16_384, ge=1, description="Validation rows at most.")
+    dead_after: Whole = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
+    dead_after_routed: Whole = Field(
+        2_000, ge=1, description="Routed tokens without firing after which a child is dead."
+    )
+    log_every: Whole = Field(10, ge=1, description="Steps between metric lines.")
+    checkpoint_every: Whole = Field(200, ge=1, description="Steps between checkpoints.")
+    val_every: Whole = Field(200, ge=1, description="Steps between validation passes.")
+    val_rows: Whole = Field(16_384, ge=1, description="Validation rows at most.")
     baseline: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms with random initialisation.")
     teacher: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms initialised by a teacher.")
     allow_unequal_budget: bool = Field(False, description="Allow arms with different numbers of steps.")
@@ -277,6 +283,13 @@ class SteeringConfig(Block):
     max_concepts: int = Field(20, ge=1, description="Concepts steered at most, evenly spaced in file order.")
 
 
+class LatentsConfig(Block):
+    parents: int = Field(96, ge=1, description="Parents described: all with a concept, then the most used, up to this.")
+    contexts: int = Field(4, ge=1, description="Contexts shown of a parent, from different documents where possible.")
+    window: int = Field(12, ge=1, description="Tokens of a context before and after its strongest one.")
+    words: int = Field(10, ge=1, description="Words shown in every list.")
+
+
 class TargetsConfig(Block):
     angle_deg: tuple[float, float] = Field((80.0, 100.0), description="Band of the median causal angle.")
     purity_gain_pp: float = Field(10.0, description="Gain of purity, percentage points.")
@@ -290,6 +303,7 @@ class EvalConfig(Block):
     bootstrap: int = Field(1000, ge=100, description="Bootstrap resamples of every interval.")
     lm_contexts: int = Field(64, ge=1, description="Contexts for CE and KL through the language model, at most.")
     steering: SteeringConfig = Field(default_factory=SteeringConfig, description="Steering.")
+    latents: LatentsConfig = Field(default_factory=LatentsConfig, description="What latents.json describes.")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="Thresholds of the targets.")
 
 
@@ -326,7 +340,7 @@ class Config(Block):
     hsae: HSAEConfig = Field(default_factory=HSAEConfig, description="The H-SAE.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Optimisation and stages.")
     arms: list[ArmConfig] = Field(
-        [ArmConfig(**arm) for arm in DEFAULT_ARMS], description="Models trained and compared."
+        [ArmConfig(**arm) for arm in DEFAULT_ARMS], min_length=1, description="Models trained and compared."
     )
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Trackers.")
@@ -348,6 +362,13 @@ class Config(Block):
         key = arm.stages or ("baseline" if arm.init == "random" else "teacher")
         return self.training.teacher.stages if key == "teacher" else self.training.baseline.stages
 
+    def _most_codes(self, arm: ArmConfig) -> int:
+        """The most codes that a row has in this arm."""
+        if arm.match_l0 is not None:
+            return self._most_codes(self.arm(arm.match_l0))
+        hsae = self.arm_hsae(arm)
+        return hsae.topk_parent + hsae.active_children
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         names = [arm.name for arm in self.arms]
@@ -364,6 +385,8 @@ class Config(Block):
                 _require(f"{where}.match_l0", arm.match_l0, random, "an arm with init random, which is trained before")
             if arm.kind == "topk":
                 _require(f"{where}.init", arm.init, arm.init == "random", "random for a flat arm")
+                atoms, codes = hsae.n_parents * (1 + hsae.n_children_per_parent), self._most_codes(arm)
+                _require(f"{where}.hsae", f"{atoms} atoms", codes <= atoms, f"at least the {codes} codes of a row")
             if arm.init != "random" and teacher.init == "dual":
                 for key, seeded in (
                     ("use_tied_decoders_parent", teacher.seed_parent),
@@ -419,15 +442,9 @@ def _keys_beside(block: type[Block], location: tuple[int | str, ...]) -> list[st
 def _first_line(error: ValidationError, block: type[Block]) -> str:
     """One line for the first problem of a pydantic error about `block`: field, found, allowed."""
     problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: found an unknown key, allowed: {', '.join(_keys_beside(block, problem['loc']))}"
-    if problem["type"] == "missing":
-        return f"{field}: found nothing, allowed: a value"
-    if problem["type"] == "value_error":
-        return f"{field}.{message}" if field else message
-    return f"{field}: found {problem['input']!r}, allowed: {message[0].lower()}{message[1:]}"
+    if problem["type"] != "extra_forbidden":
+        return misfit(error)
+    return f"{place(problem)}: found an unknown key, allowed: {', '.join(_keys_beside(block, problem['loc']))}"
 
 
 def find_config(name_or_path: str) -> Path:
@@ -452,9 +469,12 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     """
     path = find_config(name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"found {path.stat().st_size} bytes, allowed: {MAX_BYTES}")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    tree = {} if tree is None else tree  # an empty file
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of config blocks")
     for override in overrides or []:
@@ -467,12 +487,12 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set: found {override!r}, allowed: key.path=value")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set: found {shown(override)}, allowed: key.path=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: found {text!r}, allowed: a YAML value") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {cut(key)}: found {shown(text)}, allowed: a YAML value ({error})") from error
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -484,10 +504,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _check_step(node: Any, part: str, key: str) -> None:
     """Raise ConfigError when `part` of an override's key cannot be an item of `node`."""
-    if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
-        raise ConfigError(f"--set {key}: found item {part!r}, allowed: 0 to {len(node) - 1}")
+    if isinstance(node, list) and part not in map(str, range(len(node))):
+        raise ConfigError(f"--set {cut(key)}: found item {shown(part)}, allowed: 0 to {len(node) - 1}")
     if not isinstance(node, dict | list):
-        raise ConfigError(f"--set {key}: found a value above {part!r}, allowed: a block")
+        raise ConfigError(f"--set {cut(key)}: found a value above {shown(part)}, allowed: a block")
 
 
 def dump_yaml(config: Config) -> str:

@@ -773,7 +773,7 @@ def test_loading_another_architecture(folder):
     edit_header(folder, architecture="Transformer")
     assert "found 'Transformer', allowed: HierarchicalSAE, TopKSAE" in load_error(folder)
     (folder / "config.json").write_text("[1, 2]")
-    assert "found [1, 2], allowed: HierarchicalSAE" in load_error(folder)
+    assert load_error(folder).endswith("config.json: found [1, 2], allowed: input should be a valid dictionary")
 
 
 def test_loading_a_header_that_is_broken(folder):
@@ -828,7 +828,7 @@ def test_loading_a_truncated_or_misshapen_file(folder):
     HierarchicalSAE(HSAEConfig(**{**SHAPE, "n_parents": 7}), WIDTH).save_pretrained(folder.parent / "other")
     shutil.copy(folder.parent / "other" / "model.safetensors", tensors)
     message = load_error(folder)
-    assert "size mismatch for D" in message
+    assert "D: found float32 [7, 5], allowed: float32 or float64 or float16 or bfloat16 [6, 5]" in message
     assert str(tensors) in message
 
 
