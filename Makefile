@@ -1,9 +1,10 @@
 # make demo: install into .venv and run the quickstart. make test: install what tests need and run them.
+# make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint wheel clean
 
 demo: .venv/core
 	$(BIN)/hsae run quickstart
@@ -11,11 +12,17 @@ demo: .venv/core
 test: .venv/dev
 	$(BIN)/pytest --cov=polytope_hsae --cov-fail-under=85
 
+fuzz: .venv/dev
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_fuzz.py
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+wheel:
+	scripts/try_wheel.sh $(PYTHON)
 
 # torch comes first and pinned: elsewhere than on a CPU-only machine this pin also brings CUDA packages.
 .venv/core: pyproject.toml constraints.txt
@@ -29,4 +36,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

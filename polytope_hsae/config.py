@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .parsing import cut, misfit, parse_yaml, place, shown
+
 PACKAGE = Path(__file__).parent
 FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+MAX_BYTES = 1_000_000  # of a config file
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Whole = Annotated[int, Field(le=2**31 - 1)]  # PyTorch breaks on sizes that no 64-bit product holds
 Tie = Literal[False, True, "init"]
 TensorName = Literal["E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec", "log_threshold"]
 TensorGroup = Literal["router", "decoders", "projectors", "children"]
@@ -54,9 +58,9 @@ def _check_split(block: Any) -> Any:
 
 class RunConfig(Block):
     name: str = Field("run", description="Folder name of the run below runs/.", pattern=FOLDER_NAME)
-    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    seed: Whole = Field(0, ge=0, description="Seed of everything random in the run.")
     device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N.")
-    threads: int = Field(2, ge=1, description="CPU threads; part of what makes a CPU run repeatable.")
+    threads: int = Field(2, ge=1, le=1024, description="CPU threads; part of what makes a CPU run repeatable.")
     deterministic: bool = Field(True, description="Ask PyTorch for deterministic algorithms.")
 
 
@@ -77,8 +81,8 @@ class CorpusConfig(Block):
     split: tuple[Fraction, Fraction, Fraction] = Field(
         (0.80, 0.05, 0.15), description="Shares of documents for train, val and test."
     )
-    max_tokens: int = Field(600_000, ge=256, description="Tokens read at most.")
-    context_length: int = Field(256, ge=8, description="Tokens of one context at most.")
+    max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
+    context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> "CorpusConfig":
@@ -87,11 +91,11 @@ class CorpusConfig(Block):
 
 class ConceptsConfig(Block):
     ontology: str = Field("wordnet", description="wordnet, or a YAML/JSON tree {parent: {child: [words]}}.")
-    max_parents: int = Field(80, ge=2, description="Parents kept at most.")
-    max_children_per_parent: int = Field(32, ge=2, description="Children kept per parent at most.")
-    min_children: int = Field(3, ge=2, description="Parents with fewer children are dropped.")
-    min_words_per_child: int = Field(3, ge=3, description="Children with fewer words are dropped.")
-    min_test_rows: int = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
+    max_parents: Whole = Field(80, ge=2, description="Parents kept at most.")
+    max_children_per_parent: Whole = Field(32, ge=2, description="Children kept per parent at most.")
+    min_children: Whole = Field(3, ge=2, description="Parents with fewer children are dropped.")
+    min_words_per_child: Whole = Field(3, ge=3, description="Children with fewer words are dropped.")
+    min_test_rows: Whole = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
     label: Literal["belief", "next_token", "current_token"] = Field(
         "belief", description="Which concept a row carries: what the model believes comes next, what comes, what is."
     )
@@ -107,8 +111,8 @@ class ConceptsConfig(Block):
 
 class DataConfig(Block):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Stored activations.")
-    shard_rows: int = Field(65_536, ge=256, description="Rows per shard file.")
-    batch_tokens: int = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
+    shard_rows: Whole = Field(65_536, ge=256, description="Rows per shard file.")
+    batch_tokens: Whole = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
     normalize: Literal["rms", "unit_row", "none"] = Field(
         "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
     )
@@ -123,7 +127,7 @@ class GeometryConfig(Block):
     )
     shrinkage: float = Field(0.05, ge=0, lt=1, description="Relative shrinkage of the covariance to its mean.")
     estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector from its tokens.")
-    permutations: int = Field(1000, ge=100, description="Draws of every permutation null.")
+    permutations: Whole = Field(1000, ge=100, description="Draws of every permutation null.")
 
 
 class TeacherConfig(Block):
@@ -143,14 +147,14 @@ class TeacherConfig(Block):
 class HSAEConfig(Block):
     """Shape and losses of an H-SAE (docs/method.md sections 1 and 2)."""
 
-    n_parents: int = Field(256, ge=1, description="P: parents (experts).")
-    topk_parent: int = Field(16, ge=1, description="k: active parents per row.")
-    n_children_per_parent: int = Field(8, ge=1, description="C: children per parent.")
-    topk_child: int = Field(1, ge=1, description="k_c: active children per active parent.")
-    topk_child_total: int | None = Field(
+    n_parents: Whole = Field(256, ge=1, description="P: parents (experts).")
+    topk_parent: Whole = Field(16, ge=1, description="k: active parents per row.")
+    n_children_per_parent: Whole = Field(8, ge=1, description="C: children per parent.")
+    topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
+    topk_child_total: Whole | None = Field(
         None, ge=1, description="K_c: active children per row under child_budget shared; null = k * k_c."
     )
-    subspace_dim: int = Field(16, ge=1, description="s: width of a parent's subspace.")
+    subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
     magnitude: Literal["relu", "binary", "leaky_offset"] = Field(
         "relu",
@@ -283,7 +287,7 @@ class LossOverrides(Block):
 
 class StageConfig(Block):
     name: str = Field(description="Name of the stage in logs.")
-    steps: int = Field(ge=1, description="Optimiser steps.")
+    steps: Whole = Field(ge=1, description="Optimiser steps.")
     freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
     loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
     lr_mult: dict[TensorName | TensorGroup, Annotated[float, Field(ge=0)]] = Field(
@@ -303,23 +307,25 @@ class PhaseStages(Block):
 
 
 class TrainingConfig(Block):
-    batch_size: int = Field(2048, ge=1, description="Rows per micro-batch.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
+    batch_size: Whole = Field(2048, ge=1, description="Rows per micro-batch.")
+    accumulate: Whole = Field(1, ge=1, description="Micro-batches per optimiser step.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
     lr_start: float | None = Field(None, ge=0, description="Rate of step 0 of the warm-up; null = lr / warmup_steps.")
     lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Cosine ends at this share of lr.")
-    schedule_steps: int | None = Field(None, ge=1, description="Step at which the cosine ends; null = the last one.")
-    warmup_steps: int = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
-    penalty_warmup_steps: int = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
+    schedule_steps: Whole | None = Field(None, ge=1, description="Step at which the cosine ends; null = the last one.")
+    warmup_steps: Whole = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
+    penalty_warmup_steps: Whole = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     grad_clip: float | None = Field(1.0, gt=0, description="Global gradient norm at most; null = no clipping.")
-    dead_after: int = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
-    dead_after_routed: int = Field(2_000, ge=1, description="Routed tokens without firing after which a child is dead.")
-    log_every: int = Field(10, ge=1, description="Steps between metric lines.")
-    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
-    val_every: int = Field(200, ge=1, description="Steps between validation passes.")
-    val_rows: int = Field(16_384, ge=1, description="Validation rows at most.")
+    dead_after: Whole = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
+    dead_after_routed: Whole = Field(
+        2_000, ge=1, description="Routed tokens without firing after which a child is dead."
+    )
+    log_every: Whole = Field(10, ge=1, description="Steps between metric lines.")
+    checkpoint_every: Whole = Field(200, ge=1, description="Steps between checkpoints.")
+    val_every: Whole = Field(200, ge=1, description="Steps between validation passes.")
+    val_rows: Whole = Field(16_384, ge=1, description="Validation rows at most.")
     baseline: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms with random initialisation.")
     teacher: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms initialised by a teacher.")
     allow_unequal_budget: bool = Field(False, description="Allow arms with different numbers of steps.")
@@ -416,6 +422,13 @@ class SteeringConfig(Block):
     max_concepts: int = Field(20, ge=1, description="Concepts steered at most, evenly spaced in file order.")
 
 
+class LatentsConfig(Block):
+    parents: int = Field(96, ge=1, description="Parents described: all with a concept, then the most used, up to this.")
+    contexts: int = Field(4, ge=1, description="Contexts shown of a parent, from different documents where possible.")
+    window: int = Field(12, ge=1, description="Tokens of a context before and after its strongest one.")
+    words: int = Field(10, ge=1, description="Words shown in every list.")
+
+
 class TargetsConfig(Block):
     angle_deg: tuple[float, float] = Field((80.0, 100.0), description="Band of the median causal angle.")
     purity_gain_pp: float = Field(10.0, description="Gain of purity, percentage points.")
@@ -429,6 +442,7 @@ class EvalConfig(Block):
     bootstrap: int = Field(1000, ge=100, description="Bootstrap resamples of every interval.")
     lm_contexts: int = Field(64, ge=1, description="Contexts for CE and KL through the language model, at most.")
     steering: SteeringConfig = Field(default_factory=SteeringConfig, description="Steering.")
+    latents: LatentsConfig = Field(default_factory=LatentsConfig, description="What latents.json describes.")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="Thresholds of the targets.")
 
 
@@ -465,7 +479,7 @@ class Config(Block):
     hsae: HSAEConfig = Field(default_factory=HSAEConfig, description="The H-SAE.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="Optimisation and stages.")
     arms: list[ArmConfig] = Field(
-        [ArmConfig(**arm) for arm in DEFAULT_ARMS], description="Models trained and compared."
+        [ArmConfig(**arm) for arm in DEFAULT_ARMS], min_length=1, description="Models trained and compared."
     )
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Trackers.")
@@ -601,15 +615,9 @@ def _keys_beside(block: type[Block], location: tuple[int | str, ...]) -> list[st
 def _first_line(error: ValidationError, block: type[Block]) -> str:
     """One line for the first problem of a pydantic error about `block`: field, found, allowed."""
     problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: found an unknown key, allowed: {', '.join(_keys_beside(block, problem['loc']))}"
-    if problem["type"] == "missing":
-        return f"{field}: found nothing, allowed: a value"
-    if problem["type"] == "value_error":
-        return f"{field}.{message}" if field else message
-    return f"{field}: found {problem['input']!r}, allowed: {message[0].lower()}{message[1:]}"
+    if problem["type"] != "extra_forbidden":
+        return misfit(error)
+    return f"{place(problem)}: found an unknown key, allowed: {', '.join(_keys_beside(block, problem['loc']))}"
 
 
 def find_config(name_or_path: str) -> Path:
@@ -634,9 +642,12 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     """
     path = find_config(name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"found {path.stat().st_size} bytes, allowed: {MAX_BYTES}")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    tree = {} if tree is None else tree  # an empty file
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of config blocks")
     for override in overrides or []:
@@ -649,12 +660,12 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set: found {override!r}, allowed: key.path=value")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set: found {shown(override)}, allowed: key.path=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: found {text!r}, allowed: a YAML value") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {cut(key)}: found {shown(text)}, allowed: a YAML value ({error})") from error
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -666,10 +677,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _check_step(node: Any, part: str, key: str) -> None:
     """Raise ConfigError when `part` of an override's key cannot be an item of `node`."""
-    if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
-        raise ConfigError(f"--set {key}: found item {part!r}, allowed: 0 to {len(node) - 1}")
+    if isinstance(node, list) and part not in map(str, range(len(node))):
+        raise ConfigError(f"--set {cut(key)}: found item {shown(part)}, allowed: 0 to {len(node) - 1}")
     if not isinstance(node, dict | list):
-        raise ConfigError(f"--set {key}: found a value above {part!r}, allowed: a block")
+        raise ConfigError(f"--set {cut(key)}: found a value above {shown(part)}, allowed: a block")
 
 
 def dump_yaml(config: Config) -> str:

@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from polytope_hsae.fileio import sha256_json
-from polytope_hsae.lm_loading import load_model, load_tokenizer
+from polytope_hsae.lm_config import block_list, hidden_size, logit_scale, max_context, n_blocks, softcap
+from polytope_hsae.lm_loading import load_model, quiet_transformers
 
 FINAL_HOOK = "final_residual_pre_unembed"
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -43,8 +44,8 @@ class LanguageModel:
     """A causal LM with its unembedding U (and bias, soft-cap) such that logits = softcap(U h + b).
 
     h is the residual after the final norm. A constant that the model multiplies its logits by is folded
-    into U and b. A model without an output head uses its input embeddings as U and says so: `has_head` is
-    False, and whatever needs logits raises ValueError.
+    into U and b. A model without an output head, such as an encoder, uses its input embeddings as U and says so:
+    `has_head` is False, h is its last hidden state, and whatever needs logits raises ValueError.
     """
 
     def __init__(
@@ -64,19 +65,20 @@ class LanguageModel:
         self.has_head = has_head
         self._tokenizer_sha256 = tokenizer_sha256
         self._modules = {key: module for key, module in model.named_modules() if key}
-        text_config = model.config.get_text_config()
-        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None) if has_head else None
+        self.softcap: float | None = softcap(model) if has_head else None
+        self.max_context: int | None = max_context(model)
         self.head: nn.Module | None = model.get_output_embeddings() if has_head else None
         if has_head and self.head is None:
             raise ValueError(f"model.name: {name} is a causal LM but names no output embedding module")
         if self.head is None:
+            classes = ", ".join(model.config.architectures or ["none named"])
             warnings.warn(
-                f"{name} has no output head: its input embeddings stand in for the unembedding, "
+                f"{name} has no output head ({classes}): its input embeddings stand in for the unembedding, "
                 "and nothing that needs logits is available",
                 stacklevel=2,
             )
-        self.n_layers: int = text_config.num_hidden_layers
-        scale = _logit_scale(text_config) if has_head else 1.0
+        self.n_layers: int = n_blocks(model)
+        scale = logit_scale(model) if has_head else 1.0
         source: Any = self.head if self.head is not None else model.get_input_embeddings()
         bias = getattr(source, "bias", None)
         self.unembedding: Tensor = _scaled(source.weight, scale)
@@ -87,22 +89,24 @@ class LanguageModel:
     def load(
         cls, name: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
     ) -> "LanguageModel":
-        """Load a model and its tokenizer, and check U h = logits on a few tokens.
+        """Load a model and its tokenizer, and check on a few tokens that U h = logits and that it is causal.
 
         `name`: a hub id, a folder, or the name of a packaged model. `dtype`: float32, bfloat16 or float16.
-        Raises ValueError (one line) for a missing folder, missing weights, or U h != logits.
+        Raises ValueError (one line) for what `lm_loading.load_model` refuses, and where a check fails.
         """
         loaded = load_model(name, revision=revision, dtype=dtype, device=device)
         lm = cls(
             loaded.model,
-            load_tokenizer(name, revision=revision),
+            loaded.tokenizer,
             name=loaded.name,
             has_head=loaded.has_head,
             revision=loaded.revision,
             tokenizer_sha256=loaded.tokenizer_sha256,
         )
         if lm.has_head:
-            lm.check_unembedding(torch.arange(0, lm.vocab_size, max(1, lm.vocab_size // 12))[None])
+            ids_1T = torch.arange(0, lm.vocab_size, max(1, lm.vocab_size // 12))[None]
+            lm.check_unembedding(ids_1T)
+            lm.check_causal(ids_1T)
         return lm
 
     @property
@@ -117,26 +121,33 @@ class LanguageModel:
             self._tokenizer_sha256 = sha256_json(self.tokenizer.get_vocab())
         return self._tokenizer_sha256
 
+    def require_context(self, length: int) -> None:
+        """Raise ValueError when the model cannot read that many tokens at once."""
+        if self.max_context is not None and length > self.max_context:
+            allowed = f"at most {self.max_context}, what {self.name} reads"
+            raise ValueError(f"corpus.context_length: found {length}, allowed: {allowed}")
+
     def resolve_hook(self, hook: str) -> str:
         """The module's own name for `layers.N`, the N-th block whatever the model calls it (N < 0 from the end).
 
-        Any other hook is returned as it is. Raises ValueError for a block that the model does not have.
+        Any other hook is returned as it is. Raises ValueError for a block or a module that the model does not have, and
+        for the final residual where only input embeddings of another width stand in for the unembedding.
         """
         match = re.fullmatch(r"layers\.(-?\d+)", hook)
         if match is None or hook in self._modules:
+            self._require_module(hook)
+            hidden = hidden_size(self.model)
+            if hook == FINAL_HOOK and self.head is None and hidden not in (None, self.width):
+                found = f"{hook!r} of width {hidden}, but {self.name}'s embeddings have {self.width}"
+                raise ValueError(f"model.hook: found {found}, allowed: layers.N")
             return hook
-        number = int(match[1])
-        found = [
-            name
-            for name, module in self._modules.items()
-            if isinstance(module, nn.ModuleList) and len(module) == self.n_layers
-        ]
-        if len(found) != 1:
+        number, blocks = int(match[1]), block_list(self.model)
+        if blocks is None:
             raise ValueError(f"model.hook: found {hook!r}, but {self.name} has no single list of blocks; name a module")
         if not -self.n_layers <= number < self.n_layers:
             allowed = f"layers.{-self.n_layers} to layers.{self.n_layers - 1} for {self.name}"
             raise ValueError(f"model.hook: found {hook!r}, allowed: {allowed}")
-        return f"{found[0]}.{number % self.n_layers}"
+        return f"{blocks}.{number % self.n_layers}"
 
     def logits_from_final(self, acts_d: Tensor) -> Tensor:
         """softcap(U h + b) in float32: [..., d] -> [..., V]."""
@@ -159,6 +170,18 @@ class LanguageModel:
             )
         return float(error)
 
+    def check_causal(self, ids_1T: Tensor) -> None:
+        """Raise ValueError when a later token changes what the model has at an earlier one."""
+        ids_BT = ids_1T.repeat(2, 1)
+        ids_BT[1, -1] = ids_1T[0, 0]
+        acts_BTd = self.capture(ids_BT, FINAL_HOOK).acts[:, :-1]
+        change = (acts_BTd[1] - acts_BTd[0]).abs().max() / acts_BTd.abs().max()
+        if not change <= CHECK_TOLERANCE[next(self.model.parameters()).dtype]:
+            raise ValueError(
+                f"model.name: {self.name} is loaded as a {type(self.model).__name__} but sees later tokens "
+                f"(relative change {float(change):.2g}), allowed: a causal LM, or an encoder without an output head"
+            )
+
     @torch.no_grad()
     def capture(
         self,
@@ -171,7 +194,7 @@ class LanguageModel:
     ) -> Captured:
         """Activations at `hook` (float32 [B,T,d]); also logits [B,T,V] and the final residual [B,T,d] if asked.
 
-        `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple). `mask` [B,T]
+        `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple or list). `mask` [B,T]
         is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
         (with close matches), a module that does not run exactly once, or logits of a model without a head.
         When the activations of a module are all that is asked for, the pass ends as soon as it has run:
@@ -239,7 +262,8 @@ class LanguageModel:
         if self.head is not None and positions is not None:
             handles.append(self.head.register_forward_pre_hook(_select(positions, mask_BT)))
         try:
-            output = self.model(input_ids=ids_BT, attention_mask=mask_BT, **{"use_cache": False, **options})
+            with quiet_transformers():
+                output = self.model(input_ids=ids_BT, attention_mask=mask_BT, **{"use_cache": False, **options})
         except _Stop:
             output = None
         finally:
@@ -274,11 +298,10 @@ class LanguageModel:
             return None if edited is None else edited.to(acts.dtype)
 
         def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            edited = apply(first)
-            if edited is None:
-                return None
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+            if not isinstance(output, tuple | list):
+                return apply(output)
+            edited = apply(output[0])
+            return None if edited is None else type(output)((edited, *output[1:]))
 
         def on_input(module: nn.Module, args: Any) -> Any:
             edited = apply(args[0])
@@ -286,11 +309,14 @@ class LanguageModel:
 
         if name == FINAL_HOOK:
             return self.head.register_forward_pre_hook(on_input) if self.head is not None else None
-        if name not in self._modules:
-            known = [FINAL_HOOK, *self._modules]
+        self._require_module(name)
+        return self._modules[name].register_forward_hook(on_output)
+
+    def _require_module(self, name: str) -> None:
+        known = [FINAL_HOOK, *self._modules]
+        if name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or [FINAL_HOOK]
             raise ValueError(f"model.hook: no module {name!r} in {self.name}; close matches: {', '.join(close)}")
-        return self._modules[name].register_forward_hook(on_output)
 
     def _require_head(self, what: str) -> None:
         if not self.has_head:
@@ -362,11 +388,6 @@ def _scaled(weight: Tensor, scale: float) -> Tensor:
     """A parameter as float32, multiplied by `scale`; shares memory where nothing changes."""
     weight = weight.detach().float()
     return weight if scale == 1.0 else weight * scale
-
-
-def _logit_scale(config: Any) -> float:
-    """The constant that a model multiplies its logits by (Cohere: logit_scale; Granite: 1 / logits_scaling)."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _checked_mask(mask_BT: Tensor | None, ids_BT: Tensor) -> Tensor | None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from .config import Config, ConfigError
 from .fileio import read_json, write_json
+from .parsing import shown
 
 NOT_IN_RESULTS = ("baseline", "teacher", "checkpoint_every", "allow_unequal_budget")
 PACKAGES = ("polytope-hsae", "torch", "transformers", "safetensors", "numpy", "scipy", "scikit-learn", "pydantic")
@@ -91,12 +93,25 @@ def dependencies(config: Config, phase: int) -> dict[str, Any]:
     return {"run.seed": config.run.seed, **flatten(parts[phase])}
 
 
+class _Phase(TypedDict):
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    environment: dict[str, Any]
+    seconds: float
+
+
+class _State(TypedDict):
+    """The content of provenance.json."""
+
+    phases: dict[str, _Phase]
+
+
 class Provenance:
     """The run folder's record; `is_done` decides, `record` writes."""
 
     def __init__(self, run: Path):
         self.path = run / "provenance.json"
-        self.state: dict[str, Any] = read_json(self.path) if self.path.exists() else {"phases": {}}
+        self.state: _State = read_json(self.path, _State) if self.path.exists() else {"phases": {}}
 
     def is_done(self, phase: int, config: Config, inputs: dict[str, str], outputs: list[Path], force: bool) -> bool:
         """True when the phase's outputs are there and the recorded dependencies equal the present ones.
@@ -106,15 +121,14 @@ class Provenance:
         recorded = self.state["phases"].get(f"phase{phase}")
         if recorded is None or not all(path.is_file() for path in outputs):
             return False
-        for kind, now in (("config", dependencies(config, phase)), ("inputs", inputs)):
-            before = recorded[kind]
+        for before, now in ((recorded["config"], dependencies(config, phase)), (recorded["inputs"], inputs)):
             for key in sorted(set(before) | set(now)):
                 if before.get(key) != now.get(key):
                     if force:
                         return False
-                    found, made = now.get(key), before.get(key)
+                    found, made = shown(now.get(key)), shown(before.get(key))
                     raise ConfigError(
-                        f"{key}: found {found!r}, but phase {phase} of this run folder was made with {made!r}; "
+                        f"{key}: found {found}, but phase {phase} of this run folder was made with {made}; "
                         "use --force to make it again or --out for another folder"
                     )
         return True
@@ -127,7 +141,7 @@ class Provenance:
         for key in sorted(set(recorded["config"]) | set(now)):
             found, made = now.get(key), recorded["config"].get(key)
             if found != made:
-                line = f"{key}: found {found!r}, but phase {phase} was made with {made!r}"
+                line = f"{key}: found {shown(found)}, but phase {phase} was made with {shown(made)}"
                 raise ConfigError(f"{line}; run phase {phase} again first")
 
     def record(self, phase: int, config: Config, inputs: dict[str, str], device: str, seconds: float) -> None:

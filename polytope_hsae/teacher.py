@@ -13,16 +13,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field, Json
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from polytope_hsae.data.concepts import Concepts
-from polytope_hsae.fileio import read_tensors, write_tensors
+from polytope_hsae.fileio import check_tensors, read_tensors, write_tensors
 from polytope_hsae.geometry.bases import Projectors, concept_projectors, rotated_rows, seeded_generator
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
+from polytope_hsae.parsing import checked, shown
 
 FORMS = ("dual", "literal")
 
@@ -216,7 +219,16 @@ class Teacher:
         missing += [name for name in ("parent_names", "child_names", "form") if name not in metadata]
         if missing:
             raise ValueError(f"{path}: not a teacher file, missing {', '.join(missing)}")
+        sizes = check_tensors(path, tensors, _LAYOUT)
+        checked(metadata, _Metadata, path)
         parents, children = (tuple(json.loads(metadata.pop(f"{kind}_names"))) for kind in ("parent", "child"))
+        if (len(parents), len(children)) != (sizes["Q"], sizes["R"]):
+            found = f"names of {len(parents)} parents and {len(children)} children"
+            raise ValueError(f"{path}: found {found}, allowed: one for each of {sizes['Q']} and {sizes['R']} rows")
+        owners = tensors["child.parent"].tolist()
+        if not all(0 <= owner < len(parents) for owner in owners):
+            raise ValueError(f"{path}: child.parent: found {shown(owners)}, allowed: 0 to {len(parents) - 1}")
+        _check_names(parents, children, owners)
         form = metadata.pop("form")
         fields = {field: tensors[name] for name, field in _TENSORS.items()}
         return cls(parent_names=parents, child_names=children, form=form, metadata=metadata, **fields)
@@ -233,6 +245,20 @@ _TENSORS = {
     "geometry.sigma_sqrt": "sigma_sqrt",
     "geometry.sigma_inv_sqrt": "sigma_inv_sqrt",
 }
+_LAYOUT = {
+    **dict.fromkeys(("parent.unified", "parent.read", "parent.write"), ((torch.float64,), ("Q", "d"))),
+    **dict.fromkeys(("child.unified", "child.delta_unified", "child.delta_write"), ((torch.float64,), ("R", "d"))),
+    "child.parent": ((torch.int64,), ("R",)),
+    **dict.fromkeys(("geometry.sigma_sqrt", "geometry.sigma_inv_sqrt"), ((torch.float64,), ("d", "d"))),
+}
+
+
+class _Metadata(TypedDict):
+    """What a teacher file says beside its tensors, as far as `load` needs it."""
+
+    parent_names: Json[Annotated[list[str], Field(min_length=1)]]
+    child_names: Json[list[str]]
+    form: Literal["dual", "literal"]
 
 
 def _check_names(parent_names: Sequence[str], child_names: Sequence[str], child_parent: Sequence[int]) -> None:
@@ -300,31 +326,40 @@ def extract_activation_teacher(
     """The teacher at an inner hook: l = S^(-1/2) m in the residual_covariance geometry of the within-class
     covariance S.
 
-    So D_p = m_p/|m_p| and E_p is proportional to S^-1 m_p. Children with fewer than `min_rows` rows keep a
-    difference of 0 (they seed nothing), with a warning and in the metadata (`unseen_children`); a parent
-    without rows is a ValueError.
+    So D_p = m_p/|m_p| and E_p is proportional to S^-1 m_p. Parents without rows, or with all rows there are, have
+    no m_p: the teacher leaves them and their children out. Children with fewer than `min_rows` rows keep a
+    difference of 0 (they seed nothing). Both get a warning and are in the metadata (`unseen_parents`,
+    `unseen_children`; the latter of parents that are there). Raises ValueError when no parent is left.
     """
     child_parent = list(concepts.child_parent_R)
     geometry = stats.geometry(shrinkage)
     parents_Qd = stats.parent_differences(child_parent, concepts.n_parents) @ geometry.sigma_sqrt
-    for parent, vector_d in zip(concepts.parents, parents_Qd, strict=True):
-        if not vector_d.any():
-            raise ValueError(f"activations: found rows of parent {parent.name!r} only, or none, allowed: it and others")
     deltas_Rd = stats.class_differences() @ geometry.sigma_sqrt - parents_Qd[child_parent]
-    unseen_R = stats.counts < max(min_rows, 1)
-    unseen = [name for name, few in zip(_child_names(concepts), unseen_R.tolist(), strict=True) if few]
+    seen_Q = parents_Qd.any(dim=1)
+    unseen_parents = [concepts.parents[row].name for row in (~seen_Q).nonzero().flatten().tolist()]
+    if not seen_Q.any():
+        raise ValueError(f"activations: found no rows of any of {len(unseen_parents)} parents, allowed: rows of some")
+    if unseen_parents:
+        names = ", ".join(unseen_parents)
+        warnings.warn(f"parents without rows are left out of the teacher: {names}", stacklevel=2)
+    in_teacher_R = seen_Q[child_parent]
+    seen = Concepts([parent for parent, kept in zip(concepts.parents, seen_Q.tolist(), strict=True) if kept])
+    parents_Qd, deltas_Rd, counts_R = parents_Qd[seen_Q], deltas_Rd[in_teacher_R], stats.counts[in_teacher_R]
+    few_R = counts_R < max(min_rows, 1)
+    unseen = [name for name, few in zip(_child_names(seen), few_R.tolist(), strict=True) if few]
     if unseen:
         few_rows = f"fewer than {max(min_rows, 1)} rows"
         warnings.warn(f"{len(unseen)} children have {few_rows} and seed nothing", stacklevel=2)
-    deltas_Rd = deltas_Rd.masked_fill(unseen_R.unsqueeze(1), 0.0)
+    deltas_Rd = deltas_Rd.masked_fill(few_R.unsqueeze(1), 0.0)
     described = {
         **(metadata or {}),
         "source": "activations",
         "estimator": "class_mean",
         "rows": str(stats.total),
+        "unseen_parents": json.dumps(unseen_parents),
         "unseen_children": json.dumps(unseen),
     }
-    return _assembled(concepts, parents_Qd, deltas_Rd, geometry, form, described)
+    return _assembled(seen, parents_Qd, deltas_Rd, geometry, form, described)
 
 
 def _child_names(concepts: Concepts) -> list[str]:

@@ -1,11 +1,15 @@
 """Where metrics go: metrics.jsonl always, Weights & Biases and TensorBoard when the config asks for them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import TypedDict
+
 from .config import Config, ConfigError
-from .fileio import write_text
+from .fileio import naming, write_text
+from .parsing import checked, parse_json
 
 
 class Tracker(Protocol):
@@ -16,35 +20,49 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+class _Line(TypedDict):
+    """What decides whether a line of metrics.jsonl is kept; a line has tokens, name and value too."""
+
+    phase: int
+    arm: str
+    seed: int
+    step: int
+
+
 class JsonlTracker:
     """Appends {phase, arm, seed, step, tokens, name, value} lines to one file.
 
     Opening it at a step drops the arm's later lines (and a line that a killed process left unfinished), so that an
-    interrupted and resumed run leaves the same lines as an uninterrupted one.
+    interrupted and resumed run leaves the same lines as an uninterrupted one. Raises ValueError for any other line
+    that is not such an object.
     """
 
     def __init__(self, path: Path, phase: int, arm: str, seed: int, resume_step: int = 0):
+        self.path = path
         self.key = {"phase": phase, "arm": arm, "seed": seed}
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if self._keeps(line, resume_step)]
-            write_text(path, "".join(kept))
+            write_text(path, "".join(f"{line}\n" for line in self._kept(resume_step)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = path.open("a", encoding="utf-8")
 
-    def _keeps(self, line: str, resume_step: int) -> bool:
-        if not line.endswith("}\n"):
-            return False
-        record = json.loads(line)
-        return record["step"] <= resume_step or any(record[name] != value for name, value in self.key.items())
+    def _kept(self, resume_step: int) -> Iterator[str]:
+        *lines, _unfinished = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                record: dict[str, Any] = parse_json(line.decode("utf-8"))
+                checked(record, _Line, "not a metric")
+            except ValueError as error:
+                raise ValueError(f"{self.path}: line {number}: {error}") from error
+            if record["step"] <= resume_step or any(record[name] != value for name, value in self.key.items()):
+                yield line.decode("utf-8")
 
     def log(self, values: dict[str, float], step: int, tokens: int) -> None:
-        for name, value in values.items():
-            record = {**self.key, "step": step, "tokens": tokens, "name": name, "value": value}
-            self.stream.write(json.dumps(record, allow_nan=False) + "\n")
-        self.stream.flush()
+        records = [{**self.key, "step": step, "tokens": tokens, "name": name, "value": values[name]} for name in values]
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
 
     def close(self) -> None:
-        self.stream.close()
+        """Nothing is open between two calls of `log`."""
 
 
 class WandbTracker:

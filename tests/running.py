@@ -35,7 +35,7 @@ ARMS: list[dict[str, Any]] = [
 # One thread: two that wait for each other are several times slower where other processes share the cores.
 SMOKE = ("smoke", "--set", "run.threads=1", "--set", f"arms={json.dumps(ARMS)}")
 TEACHER_ARMS = [arm for arm in ARMS if "init" in arm]
-OF_TIME = {"provenance.json"}  # the only file that holds times and versions
+OF_TIME = {"provenance.json", "report.html"}  # the files that hold times and versions
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["polytope_hsae.phases.run_all", "transformers.models.llama.modeling_llama"])
@@ -122,6 +122,9 @@ def copy(run: Path, target: Path, phases: int = 4) -> Path:
     shutil.copytree(run, target)
     for phase in range(phases + 1, 5):
         shutil.rmtree(target / f"phase{phase}")
+    if phases < 4:
+        (target / "report.html").unlink()
+        shutil.rmtree(target / "figures")
     path = target / "provenance.json"
     record = json.loads(path.read_text())
     record["phases"] = {f"phase{phase}": record["phases"][f"phase{phase}"] for phase in range(1, phases + 1)}

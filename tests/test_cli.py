@@ -1,17 +1,31 @@
 """The command line: help, schema, concepts, overrides, and one line for bad input."""
 
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
-from running import hsae, refused
+from running import SMOKE, files, hsae, refused
 
+from polytope_hsae import __version__
+from polytope_hsae.completion import field_paths
+from polytope_hsae.config import load_config
 from polytope_hsae.data.concepts import Concepts
+from polytope_hsae.fileio import read_json
+from polytope_hsae.phases import phase4_evaluate
 
-HELP = """
+COMMANDS = ("run", "phase1", "phase2", "phase3", "phase4", "report", "evaluate", "concepts", "doctor", "config-schema")
+HSAE = Path(sys.executable).with_name("hsae")
+
+PROGRAM = """
 import sys
-sys.argv = ["hsae", "-h"]
+sys.argv = ["hsae", *sys.argv[1:]]
 from polytope_hsae.cli import main
 try:
     main()
@@ -21,20 +35,103 @@ finally:
 """
 
 
-def test_help_is_fast():
-    answer = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60)
-    assert answer.returncode == 0
+def fast(*arguments: str, **environment: str) -> str:
+    """What `hsae` prints in a new process, which must not have imported anything slow."""
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
-    assert "slow imports: []" in answer.stdout
-    for command in ("run", "phase1", "phase2", "phase3", "phase4", "concepts", "config-schema"):
-        assert f" {command} " in answer.stdout
+    out, slow = answer.stdout.split("slow imports: ")
+    assert slow == "[]\n"
+    return out
+
+
+def test_help_is_fast():
+    out = fast("-h")
+    for command in COMMANDS:
+        assert f" {command} " in out
 
 
 def test_every_command_has_help():
-    for command in ("run", "phase1", "phase2", "phase3", "phase4", "concepts", "config-schema"):
+    for command in COMMANDS:
         answer = hsae(command, "-h")
         assert answer.code == 0
         assert "Usage" in answer.out
+    assert hsae().out == hsae("-h").out  # without a command
+
+
+def test_version():
+    assert hsae("--version") == (0, f"hsae {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["run"], ["Missing argument 'CONFIG'"]),
+        (["run", "smoke", "--bogus"], ["No such option: --bogus"]),
+        (["run", "smoke", "--out"], ["--out", "requires an argument"]),
+        (["run", "smoke", "quickstart"], ["unexpected extra argument", "quickstart"]),
+        (["run", "smoke", "--seed", "x"], ["--seed", "integer"]),
+        (["sing"], ["No such command 'sing'"]),
+        (["evaluate"], ["Missing argument 'MODEL_DIR...'"]),
+        (["evaluate", "model", "--split", "train"], ["--split", "'train'", "val", "test"]),
+    ],
+)
+def test_a_misspelt_command_is_one_line(arguments, words):
+    refused(hsae(*arguments), *words)
+
+
+# -- completion
+
+
+def bash(line: str) -> dict[str, str]:
+    """The environment in which bash asks for what may come at the end of a command line."""
+    return {"_HSAE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+
+
+def test_configs_and_fields_are_completed(tmp_path, monkeypatch):
+    def complete(line: str) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in bash(line).items():
+                patch.setenv(name, value)
+            return hsae().out.split()
+
+    (tmp_path / "mine.yaml").write_text("run: {name: mine}\narms: [{name: baseline}, {name: other}]\n")
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert complete("hsae run ") == ["quickstart", "smoke", "v2-focused", "mine.yaml"]
+    assert complete("hsae phase2 sm") == ["smoke"]
+    assert complete(f"hsae concepts {tmp_path}/m") == [f"{tmp_path}/mine.yaml"]
+    assert complete("hsae run smoke --set training.lo") == ["training.log_every="]
+    fields = complete("hsae run mine.yaml --seed 1 --set arms.1.")
+    assert {"arms.1.name=", "arms.1.init="} <= set(fields)
+    assert complete("hsae run mine.yaml --set arms.2.") == []
+    assert complete("hsae run no-such-config --set training.lo") == ["training.log_every="]
+    assert complete("hsae evaluate model --split t") == ["test"]
+
+
+def test_completion_is_fast():
+    assert fast(**bash("hsae run smoke --set model.d")) == "model.dtype=\n"
+
+
+def test_every_field_that_is_offered_can_be_set():
+    config = load_config("quickstart")
+    paths = [path for path, _ in field_paths(config)]
+    assert len(paths) == len(set(paths)) > 100
+    for path in paths:
+        value = config.model_dump(mode="json")
+        for part in path.split("."):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        assert load_config("quickstart", [f"{path}={json.dumps(value)}"]) == config
+
+
+def test_the_completion_script_names_this_program():
+    """The shell is found among the processes above: here a bash that waits for its child."""
+    command = ["bash", "-c", f"{HSAE} --show-completion bash; exit $?"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stderr
+    assert "complete -o default -F _hsae_completion hsae" in answer.stdout
+    subprocess.run(["bash", "-n"], input=answer.stdout, text=True, check=True)
 
 
 def test_the_schema_describes_every_field():
@@ -84,3 +181,84 @@ def test_concepts_prints_the_tree_with_counts(finished):
             assert child.name in answer.out
     assert hsae("concepts", "smoke", "--out", finished).out == answer.out
     assert hsae("concepts", "smoke", "--seed", "1").code == 2  # it has no such option
+    document = hsae("concepts", "smoke", "--json")
+    assert json.loads(document.out) == made.to_json()
+    assert document.err == ""
+
+
+# -- documents for programs, silence, interruption
+
+
+@pytest.mark.parametrize("command", ["run", "phase4"])
+def test_json_is_one_document_on_standard_output(finished, command):
+    before = files(finished)
+    answer = hsae(command, *SMOKE, "--out", finished, "--json")
+    assert answer.code == 0
+    assert json.loads(answer.out) == read_json(finished / "phase4/results.json")
+    assert "phase 4: done before" in answer.err
+    assert "Targets" in answer.err
+    quiet = hsae(command, *SMOKE, "--out", finished, "--json", "--quiet")
+    assert quiet == (0, answer.out, "")
+    assert hsae(command, *SMOKE, "--out", finished, "--quiet") == (0, "", "")
+    assert files(finished) == before
+
+
+def test_evaluate_compares_models_and_leaves_the_run_as_it_was(finished, tmp_path):
+    before = files(finished)
+    models = [finished / "phase2/flat_topk/model", finished / "phase3/teacher/model"]
+    table = hsae("evaluate", *models, "--split", "test")
+    assert table.code == 0, table.err
+    for words in ("flat_topk/model", "teacher/model", "test split", "purity"):
+        assert words in table.out
+    shutil.copytree(models[1], tmp_path / "mine")
+    document = hsae("evaluate", *models, tmp_path / "mine", "--split", "test", "--json", "--device", "cpu")
+    compared = json.loads(document.out)
+    assert compared["run"]["split"] == "test"
+    measured = read_json(finished / "phase4/results.json")["arms"]
+    arms = {"flat_topk/model": "flat_topk", "teacher/model": "teacher", "mine": "teacher"}
+    found = {Path(model["path"]): model["metrics"] for model in compared["models"].values()}
+    for path, arm in zip([*models, tmp_path / "mine"], arms.values(), strict=True):
+        assert found[path]["ev"]["value"] == pytest.approx(measured[arm]["ev"]["value"], abs=1e-6)
+    assert files(finished) == before
+
+
+def test_evaluate_needs_a_run(finished, tmp_path):
+    model = shutil.copytree(finished / "phase2/baseline/model", tmp_path / "model")
+    refused(hsae("evaluate", model), f"--on: found no run folder above '{model}', allowed: --on RUN")
+    refused(hsae("evaluate", model, "--on", tmp_path), f"run folder: found '{tmp_path}' without config.yaml")
+    refused(hsae("evaluate", tmp_path, "--on", finished), "found no config.json")
+
+
+def test_report_writes_a_page_and_says_where(finished, tmp_path):
+    before = files(finished)
+    answer = hsae("report", finished)
+    assert answer.code == 0, answer.err
+    assert re.fullmatch(rf"{re.escape(str(finished))}/report.html \([0-9.]+ [KM]B\)\n", answer.out)
+    assert files(finished) == before
+    refused(hsae("report", finished, tmp_path), f"{tmp_path}: found no config.yaml")
+
+
+def test_json_says_nothing_where_there_is_an_error(tmp_path):
+    answer = hsae("phase4", "smoke", "--json", "--out", tmp_path / "run")
+    refused(answer, "activations/manifest.json: missing")
+    assert answer.out == ""
+
+
+def test_quiet_hides_warnings(finished, monkeypatch):
+    monkeypatch.setattr(phase4_evaluate, "print_results", lambda run: warnings.warn("few rows", stacklevel=1))
+    assert hsae("phase4", *SMOKE, "--out", finished).err == "warning: few rows\n"
+    assert hsae("phase4", *SMOKE, "--out", finished, "--quiet").err == ""
+
+
+def test_sigterm_interrupts_as_ctrl_c_does(finished, monkeypatch):
+    def terminate(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    mine = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(phase4_evaluate, "print_results", terminate)
+        answer = hsae("phase4", *SMOKE, "--out", finished)
+        assert (answer.code, answer.err) == (130, "interrupted\n")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, mine)

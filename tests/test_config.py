@@ -226,7 +226,10 @@ def test_overrides_reach_every_depth(load):
     [
         ("run.seed", "--set: found 'run.seed', allowed: key.path=value"),
         ("=3", "--set: found '=3', allowed: key.path=value"),
-        ("run.seed=[1", "--set run.seed: found '[1', allowed: a YAML value"),
+        (
+            "run.seed=[1",
+            "--set run.seed: found '[1', allowed: a YAML value (line 1: expected ',' or ']', but got '<stream end>')",
+        ),
         ("arms.3.name=x", "--set arms.3.name: found item '3', allowed: 0 to 1"),
         ("arms.first.name=x", "--set arms.first.name: found item 'first', allowed: 0 to 1"),
         ("arms.²=x", "--set arms.²: found item '²', allowed: 0 to 1"),

@@ -74,6 +74,15 @@ def test_text_is_packed_into_documents_of_one_context(tmp_path) -> None:
     assert cut.tokens.tolist() == [0, 1, 2, 3, 4, 5, 0, 6, 7, 8]
 
 
+def test_documents_start_with_bos_cls_or_eos() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = None
+    assert corpus.document_start(tokenizer) is None
+    for name, token in (("eos_token", "w7"), ("cls_token", "w8"), ("bos_token", "w9")):  # a later one goes first
+        setattr(tokenizer, name, token)
+        assert corpus.document_start(tokenizer) == int(token[1:])
+
+
 def test_jsonl_names_the_line_that_is_wrong(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "w1 w2"}\n\n{"text": "w3"}\n')
@@ -328,6 +337,9 @@ def test_a_harvest_of_other_settings_is_refused(lm, store: ActivationStore, tmp_
             harvest(lm, documents(), tiny.concepts(), store.folder, **{**SETTINGS, **change})
     with pytest.raises(ValueError, match="documents_sha256"):
         harvest(lm, documents(seed=9), tiny.concepts(), store.folder, **SETTINGS)
+    beyond = Documents(torch.tensor([0, 1, tiny.VOCAB], dtype=torch.int32), torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match=rf"corpus: found token 64, allowed: 0 to {tiny.VOCAB - 1}, what tiny-llama"):
+        harvest(lm, beyond, None, tmp_path / "beyond", **SETTINGS)
     huge = tiny.language_model("llama")
     huge.model.model.norm.weight.data.fill_(1e6)
     with pytest.raises(ValueError, match="float16 cannot hold the activations"):
@@ -349,7 +361,7 @@ def test_corrupt_stores_are_refused_by_file_name(lm, tmp_path) -> None:
         ActivationStore.open(tmp_path)
     with pytest.raises(ValueError, match=r"val-00000\.safetensors: the shard is missing or truncated"):
         harvest(lm, documents(), tiny.concepts(), tmp_path, **SETTINGS)
-    with pytest.raises(ValueError, match=r"val-00000\.safetensors: not a complete shard"):
+    with pytest.raises(ValueError, match=r"val-00000\.safetensors: not a complete safetensors file"):
         store.acts("val", torch.tensor([0]))
     path.unlink()
     with pytest.raises(ValueError, match=r"val-00000\.safetensors: missing shard"):

@@ -554,6 +554,27 @@ def test_leakage_and_sibling_kl_equal_a_direct_computation():
     assert record["chance_effect"] is None or record["chance_effect"] == pytest.approx(3, abs=0.02)
 
 
+def test_an_example_shows_the_likeliest_next_tokens_before_and_after():
+    directions = [[0.6, 0, 0.8, 0], [0, -1.0, 0, 0]]
+    lm, sae, concepts, ids = linear_case(directions)
+    found = evaluate_steering(
+        sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_norms=20, text="t{}".format
+    )
+    record, unreached = found.records
+    assert record["example"]["context"] == [f"t{token}" for token in ids[0].tolist()]
+    before = lm.table[ids[0, -1]].double() @ lm.unembedding.T.double()
+    after = before + record["alpha"] * (lm.unembedding.double() @ torch.tensor(directions[0]).double())
+    for key, logits in (("before", before), ("after", after)):
+        shares = logits.softmax(-1)
+        best = sorted(range(8), key=lambda token: -float(shares[token]))[:5]
+        assert [token for token, _ in record["example"][key]] == [f"t{token}" for token in best]
+        assert [share for _, share in record["example"][key]] == pytest.approx(shares[best].tolist(), rel=6e-3)
+        assert sum(share for _, share in record["example"][key]) <= 1
+    assert unreached["alpha"] is unreached["example"] is None
+    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([-1, 0]), ids, max_norms=20)
+    assert unmapped.records[0]["example"] is None
+
+
 def test_unreached_and_unmapped_concepts_have_no_leakage():
     lm, sae, concepts, ids = linear_case([[-1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids)
@@ -608,11 +629,17 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
         lengths.clear()
         found = evaluate_steering(sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, **options)
         runs.append(found.records)
-        assert lengths[0] == ids.shape[1] - 1
-        assert set(lengths[1:]) == ({1} if len(runs) == 1 else {ids.shape[1]})
+        prefix = ids.shape[1] - 1  # it runs once for all contexts, and once for the examples'
+        assert lengths.count(prefix) == 2
+        assert set(lengths) - {prefix} == ({1} if len(runs) == 1 else {ids.shape[1]})
     handle.remove()
     assert any(record["alpha"] is not None for record in runs[0])
     for cached, full in zip(*runs, strict=True):
+        examples = cached.pop("example"), full.pop("example")
+        assert (None in examples) == (cached["alpha"] is None)
+        if None not in examples:
+            shares = [[share for _, share in example["after"]] for example in examples]
+            assert shares[0] == pytest.approx(shares[1], rel=1e-2)
         for name, value in full.items():
             assert cached[name] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-4)), name
         assert cached["effect"] is None or abs(cached["effect"] - 0.5) <= 0.02

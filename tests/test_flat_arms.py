@@ -186,7 +186,10 @@ def trained(tmp_path):
 
     def make(arm, l0=6.3, params=10_000, flops=20_000):
         config = config_of({"name": "f", **arm})
-        record = {"validation": {"val_l0": l0}, "parameters": params, "flops_per_row": flops}
+        record = {
+            "arm": "base", "identity": {}, "steps": 1, "tokens": 1, "parameters": params, "flops_per_row": flops,
+            "teacher_parents": [], "validation": {"val_ev": 0.5, "val_l0": l0},
+        }  # fmt: skip
         write_json(tmp_path / "base" / "train.json", record)
         run = SimpleNamespace(config=config, store=SimpleNamespace(width=16), arm_folder=lambda name: tmp_path / name)
         return run, config.arm("f")

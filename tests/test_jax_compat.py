@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import hsae, refused
 from safetensors import safe_open
 
 from polytope_hsae.config import HSAEConfig, LossOverrides, StageConfig, TrainingConfig, load_config
@@ -266,7 +267,9 @@ def test_published_weights_become_a_model_of_this_package(fixture, scripts, tmp_
 
     made = jax_hsae.init(jax_hsae.Config(seed=4), "float32")
     make_orbax_checkpoint.save(made, tmp_path / "checkpoint", layout)
-    import_jax(tmp_path / "checkpoint", tmp_path / "out")
+    answer = hsae("import-jax", tmp_path / "checkpoint", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "16 parents with 4 children each, width 24, 4 active parents" in answer.out
     model = HierarchicalSAE.from_pretrained(tmp_path / "out")
     assert model.config == HSAEConfig.jax_compat(16, 4, 3, 4)
     expected = tensors_of_tree({name: torch.tensor(leaf) for name, leaf in jax_hsae.leaves(made).items()})
@@ -295,8 +298,7 @@ def test_checkpoints_that_are_none(scripts, tmp_path):
 
 def test_without_orbax_one_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(ValueError, match=r'import-jax needs orbax: pip install "polytope-hsae\[jax\]"'):
-        import_jax(tmp_path, tmp_path / "out")
+    refused(hsae("import-jax", tmp_path, tmp_path / "out"), 'import-jax needs orbax: pip install "polytope-hsae[jax]"')
 
 
 def test_the_packaged_config_is_the_published_one():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import GenerationMixin, PreTrainedModel
 
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 
@@ -237,6 +238,112 @@ def test_hooks_that_cannot_be_captured_are_refused() -> None:
         lm.capture(torch.zeros(0, 3, dtype=torch.int64), FINAL_HOOK)
 
 
+BLOCKS = {
+    "llama": "model.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt2": "transformer.h",
+    "gemma2": "model.layers",
+    "qwen2": "model.layers",
+    "bert": "bert.encoder.layer",
+}
+
+
+def in_memory(model: PreTrainedModel) -> LanguageModel:
+    return LanguageModel(model.eval(), tiny.tokenizer(), name="tiny", has_head=isinstance(model, GenerationMixin))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.filterwarnings("ignore:tiny has no output head")
+def test_a_block_is_named_by_its_number_in_any_family(kind: str) -> None:
+    lm = in_memory(tiny.family(kind, tiny.tokenizer()))
+    assert lm.max_context == 128
+    lm.require_context(128)
+    with pytest.raises(ValueError, match=r"^corpus.context_length: found 129, allowed: at most 128, what tiny reads$"):
+        lm.require_context(129)
+    for number in (0, 1, -1, -2):
+        assert lm.resolve_hook(f"layers.{number}") == f"{BLOCKS[kind]}.{number % 2}"
+    for number in (2, -3):
+        with pytest.raises(ValueError, match=rf"found 'layers.{number}', allowed: layers.-2 to layers.1 for tiny"):
+            lm.resolve_hook(f"layers.{number}")
+    first = lm.capture(ids(), lm.resolve_hook("layers.-2")).acts
+    with torch.no_grad():
+        hidden = lm.model(input_ids=ids(), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(first, hidden[1])
+    for hook in (FINAL_HOOK, f"{BLOCKS[kind]}.1"):
+        assert lm.resolve_hook(hook) == hook
+    with pytest.raises(ValueError, match=r"no module 'layer.1' in tiny; close matches: "):
+        lm.resolve_hook("layer.1")
+    if lm.has_head:
+        lm.check_unembedding(ids())
+        lm.check_causal(ids()[:1])
+
+
+def test_the_text_models_blocks_are_meant_where_there_is_a_vision_tower() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**vision, "vocab_size": tiny.VOCAB, "head_dim": 8, "num_key_value_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8})
+    lm = in_memory(Gemma3ForConditionalGeneration(config))
+    assert lm.resolve_hook("layers.-1") == "model.language_model.layers.1"
+    assert lm.capture(ids(), "model.language_model.layers.1").acts.shape == (3, 9, 16)
+    assert lm.check_unembedding(ids()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:tiny has no output head")
+def test_what_configs_say_in_other_words() -> None:
+    from transformers import (
+        AlbertConfig,
+        AlbertModel,
+        MambaConfig,
+        MambaForCausalLM,
+        OpenAIGPTConfig,
+        OpenAIGPTLMHeadModel,
+        RecurrentGemmaConfig,
+        RecurrentGemmaForCausalLM,
+        RobertaConfig,
+        RobertaModel,
+    )
+
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
+    assert in_memory(mamba).max_context is None
+    roberta = RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=34, pad_token_id=1)
+    assert in_memory(RobertaModel(roberta)).max_context == 32
+    # ALBERT's blocks are one block run twice, and its embeddings are narrower than its hidden states.
+    albert = in_memory(AlbertModel(AlbertConfig(**sizes, intermediate_size=32, embedding_size=8)))
+    with pytest.raises(ValueError, match="tiny has no single list of blocks; name a module"):
+        albert.resolve_hook("layers.0")
+    with pytest.raises(ValueError, match=r"of width 16, but tiny's embeddings have 8, allowed: layers.N"):
+        albert.resolve_hook(FINAL_HOOK)
+    # The first GPT's blocks return lists.
+    gpt = in_memory(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=tiny.VOCAB, n_embd=16, n_layer=2, n_head=2)))
+    hook = gpt.resolve_hook("layers.0")
+    same = gpt.run_with_edit(ids(), hook, lambda acts: acts)
+    torch.testing.assert_close(same, gpt.capture(ids(), FINAL_HOOK, logits=True).logits)
+    assert not torch.allclose(gpt.run_with_edit(ids(), hook, lambda acts: acts + acts.flip(2)), same, atol=1e-3)
+    # Another name for the soft-cap.
+    config = RecurrentGemmaConfig(**sizes, intermediate_size=32, num_key_value_heads=1, logits_soft_cap=0.5)
+    capped = in_memory(RecurrentGemmaForCausalLM(config))
+    assert capped.softcap == 0.5
+    assert capped.check_unembedding(ids()) < 1e-5
+
+
+def test_a_head_that_sees_later_tokens_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for is_decoder in (True, False):
+        model = BertLMHeadModel(BertConfig(vocab_size=tiny.VOCAB, is_decoder=is_decoder, **sizes))
+        lm = in_memory(model)
+        if is_decoder:
+            lm.check_causal(ids()[:1])
+        else:
+            with pytest.raises(ValueError, match="tiny is loaded as a BertLMHeadModel but sees later tokens"):
+                lm.check_causal(ids()[:1])
+
+
 def test_loading_a_folder(tmp_path) -> None:
     folder = tiny.save(tmp_path / "tiny-model")
     lm = LanguageModel.load(str(folder))
@@ -252,7 +359,7 @@ def test_a_model_without_a_head_says_so(tmp_path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["LlamaModel"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="no output head: its input embeddings stand in"):
+    with pytest.warns(UserWarning, match=r"no output head \(LlamaModel\): its input embeddings stand in"):
         lm = LanguageModel.load(str(folder))
     assert not lm.has_head
     assert torch.equal(lm.unembedding, lm.model.get_input_embeddings().weight)
@@ -289,7 +396,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path) -> None:
         LanguageModel.load(str(folder))
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model.name: cannot load") as refused:
+    with pytest.raises(ValueError, match=r"model.name: '.*broken': found pytorch_model.bin") as refused:
         LanguageModel.load(str(folder))
     assert "\n" not in str(refused.value)
 

@@ -774,7 +774,7 @@ def test_loading_another_architecture(folder):
     kinds = "BatchTopKSAE, HierarchicalSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE"
     assert f"found 'Transformer', allowed: {kinds}" in load_error(folder)
     (folder / "config.json").write_text("[1, 2]")
-    assert "found [1, 2], allowed: BatchTopKSAE, HierarchicalSAE" in load_error(folder)
+    assert load_error(folder).endswith("config.json: found [1, 2], allowed: input should be a valid dictionary")
 
 
 def test_loading_a_header_that_is_broken(folder):
@@ -829,7 +829,7 @@ def test_loading_a_truncated_or_misshapen_file(folder):
     HierarchicalSAE(HSAEConfig(**{**SHAPE, "n_parents": 7}), WIDTH).save_pretrained(folder.parent / "other")
     shutil.copy(folder.parent / "other" / "model.safetensors", tensors)
     message = load_error(folder)
-    assert "size mismatch for D" in message
+    assert "D: found float32 [7, 5], allowed: float32 or float64 or float16 or bfloat16 [6, 5]" in message
     assert str(tensors) in message
 
 

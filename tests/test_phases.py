@@ -41,12 +41,14 @@ def test_every_artifact_is_there_and_nothing_else(finished):
     expected |= {f"activations/{name}" for name in shards}
     phase1 = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
     expected |= {f"phase1/{name}" for name in phase1}
-    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "ablations")}
+    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "ablations", "latents")}
     for name in NAMES:
         place = folder_of(finished, name).relative_to(finished).as_posix()
         assert place.startswith("phase2" if name in ("baseline", "flat_topk") else "phase3")
         expected |= {f"{place}/{file}" for file in of_arm}
-    assert set(files(finished)) == expected
+    drawings = {name for name in files(finished) if name.startswith("figures/") and name.endswith(".svg")}
+    assert drawings
+    assert set(files(finished)) == expected | drawings | {"report.html"}
 
 
 def test_phase_1_files_have_their_fields(finished):
@@ -128,12 +130,27 @@ def test_results_have_all_arms_and_all_five_targets(finished):
     for name, differences in ablations["differences"].items():
         found = results["arms"][name]["ev"]["value"] - results["arms"]["baseline"]["ev"]["value"]
         assert differences["ev"]["value"] == pytest.approx(found, abs=1e-9)
+    assert set(ablations["against_teacher"]) == set(NAMES) - {"teacher"}
+    for name, differences in ablations["against_teacher"].items():  # the teacher minus the arm
+        for key in ("ev", "purity"):
+            found = results["arms"]["teacher"][key]["value"] - results["arms"][name][key]["value"]
+            assert differences[key]["value"] == pytest.approx(found, abs=1e-9)
+    for name, concepts in ablations["concepts"].items():
+        purities = [concept["purity"] for concept in concepts]
+        assert sum(purities) / len(purities) == pytest.approx(results["arms"][name]["purity"]["value"])
+        assert min(concept["rows"] for concept in concepts) >= 1
     steering = read_json(finished / "phase4/steering.json")
     assert steering["target_nats"] == 0.3
     measured = ("alpha", "effect", "steering_leakage", "sibling_kl")
     for records in steering["arms"].values():
         assert 0 < len(records) <= 6
-        assert set(records[0]) == {"parent", "latent", *measured, *(f"chance_{key}" for key in measured)}
+        assert set(records[0]) == {"parent", "latent", *measured, *(f"chance_{key}" for key in measured), "example"}
+        for record in records:
+            assert (record["example"] is None) == (record["alpha"] is None)
+            for key in ("before", "after"):
+                shares = [] if record["example"] is None else [share for _, share in record["example"][key]]
+                assert shares == sorted(shares, reverse=True)
+                assert sum(shares) <= 1.001
         effects = [record["effect"] for record in records if record["effect"] is not None]
         assert effects == pytest.approx([0.3] * len(effects), abs=0.05)
 
@@ -176,7 +193,7 @@ def test_metrics_jsonl_has_every_value(finished):
             "validation", "match",
         ]  # fmt: skip
         assert (record["arm"], record["steps"], record["tokens"]) == (name, 24, 24 * 256)
-        assert (record["teacher_parents"] > 0) == (name in [arm["name"] for arm in TEACHER_ARMS])
+        assert bool(record["teacher_parents"]) == (name in [arm["name"] for arm in TEACHER_ARMS])
 
 
 def test_files_hold_no_path_host_or_time(finished):
@@ -392,11 +409,15 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
     after = files(run)
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert after["phase4/results.json"] != before["phase4/results.json"]
-    assert after["phase4/steering.json"][0] == before["phase4/steering.json"][0]  # it has no intervals
+    for name in ("steering", "latents"):  # they have no intervals
+        assert after[f"phase4/{name}.json"][0] == before[f"phase4/{name}.json"][0]
     assert hsae("run", *changed, "--out", run).code == 0  # the folder is now this config's
     assert files(run) == after
 
-    before = after
+    def but_drawings(found):  # a drawing of other numbers may come out the same
+        return {name: state for name, state in found.items() if not name.startswith("figures/")}
+
+    before = but_drawings(after)
     answer = hsae("phase2", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
     assert answer.code == 0, answer.err
     answer = hsae("phase4", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
@@ -409,7 +430,7 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
         assert (after[name][0] == before[name][0]) == kept, name
         assert not name.startswith(("activations", "phase1")) or after[name] == before[name]
 
-    before = after
+    before = but_drawings(after)
     config = [*changed, "--set", "training.lr=0.001", "--seed", "1"]
     assert hsae("run", *config, "--out", run, "--force", "--quiet").code == 0
     after = files(run)

@@ -243,7 +243,7 @@ def test_activation_teacher_writes_means_and_reads_by_the_inverse_covariance() -
     assert (teacher.metadata["metric"], teacher.metadata["hook"]) == ("residual_covariance", "layers.3")
 
 
-def test_unseen_children_seed_nothing_and_unseen_parents_are_refused() -> None:
+def test_unseen_children_seed_nothing() -> None:
     stats, _, _ = activations(skip=4)
     with pytest.warns(UserWarning, match="1 children have fewer than 1 rows"):
         teacher = extract_activation_teacher(stats, make_concepts())
@@ -252,10 +252,31 @@ def test_unseen_children_seed_nothing_and_unseen_parents_are_refused() -> None:
     projectors = teacher.rotated(10.0).projectors(6, 5)
     assert projectors.seeded[1].tolist() == [True, False, True, True, False]
     assert torch.isfinite(projectors.child_decoder).all()
-    empty = ActivationClassStats(12, WIDTH)
-    empty.update(randn(50, WIDTH), torch.arange(50) % 2 - 1)
-    with pytest.raises(ValueError, match="found rows of parent 'parent1' only, or none"):
-        extract_activation_teacher(empty, make_concepts())
+
+
+def test_unseen_parents_are_left_out_by_name() -> None:
+    _, acts, labels = activations()
+    stats = ActivationClassStats(12, WIDTH)
+    stats.update(acts, torch.where((labels >= 3) & (labels < 7), -1, labels))
+    with pytest.warns(UserWarning, match=r"parents without rows are left out of the teacher: parent1$"):
+        teacher = extract_activation_teacher(stats, make_concepts())
+    assert teacher.parent_names == ("parent0", "parent2")
+    assert teacher.child_parent.tolist() == [0] * 3 + [1] * 5
+    assert teacher.child_names == tuple(f"child{c}" for c in (0, 1, 2, 0, 1, 2, 3, 4))
+    assert json.loads(teacher.metadata["unseen_parents"]) == ["parent1"]
+    assert json.loads(teacher.metadata["unseen_children"]) == []
+    full = extract_activation_teacher(activations()[0], make_concepts())
+    # D_p is the class mean's direction, whatever the covariance: the rows are those of the full teacher.
+    torch.testing.assert_close(teacher.parent_write, full.parent_write[[0, 2]])
+    assert json.loads(full.metadata["unseen_parents"]) == []
+    with pytest.raises(ValueError, match="no concept named parent1, parent1/child0, allowed"):
+        teacher.matched(["parent1"], [["child0"]])
+
+    for labels_N in (torch.full((50,), -1), torch.zeros(50, dtype=torch.int64)):  # none labelled, and all one class
+        empty = ActivationClassStats(12, WIDTH)
+        empty.update(randn(50, WIDTH), labels_N)
+        with pytest.raises(ValueError, match="found no rows of any of 3 parents, allowed: rows of some"):
+            extract_activation_teacher(empty, make_concepts())
 
 
 def test_words_for_the_evidence_and_missing_folds(unembedding: Tensor, geometry: CausalGeometry) -> None:

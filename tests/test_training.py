@@ -239,7 +239,7 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"step-00000017\.safetensors: not a complete safetensors file"):
         make_trainer(tmp_path).resume()
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"step-00000017\.safetensors: .*size mismatch for D") as error:
+    with pytest.raises(ValueError, match=r"step-00000017\.safetensors: model\.\w+: found float32 \[8, ") as error:
         make_trainer(tmp_path, model=make_model(n_parents=9)).resume()
     assert "\n" not in str(error.value)
 

@@ -1,11 +1,20 @@
-"""Tiny, randomly initialised language models with a word tokenizer, for tests that need a real forward pass."""
+"""Tiny, randomly initialised language models for tests that need a real forward pass.
 
+With a word tokenizer of 64 tokens (`model`, `save`), or of six families with a real tokenizer (`save_family`).
+"""
+
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoXConfig,
@@ -16,11 +25,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from polytope_hsae.data.concepts import Child, Concepts, Parent
+from polytope_hsae.data.concepts import Child, Concepts, Parent, noun_words
+from polytope_hsae.data.corpus import PACKAGED_TOKENIZER, PACKAGED_TOKENS
+from polytope_hsae.fileio import read_tensors
 from polytope_hsae.lm import LanguageModel
 
 VOCAB = 64
 WIDTH = 16
+CAUSAL_FAMILIES = ("llama", "gpt_neox", "gpt2", "gemma2", "qwen2")
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "gpt_neox": {"tie_word_embeddings": False},
+    "gpt2": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 10.0},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "bert": {},
+}
 
 
 def tokenizer(prefix: str = "w") -> PreTrainedTokenizerFast:
@@ -69,6 +89,79 @@ def save(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     model(kind, seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def family(kind: str, tokenizer: PreTrainedTokenizerFast, *, context: int = 128, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of one of six families, BERT as a masked LM and all others causal.
+
+    It has an embedding for 8 tokens more than the tokenizer's, and reads at most `context` tokens.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind != "gpt2":
+        sizes["intermediate_size"] = 64
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer) + 8,
+        max_position_embeddings=context,
+        initializer_range=0.1,
+        **sizes,
+        **special,
+        **OF_FAMILY[kind],
+    )
+    torch.manual_seed(seed)
+    return (AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM).from_config(config).eval()
+
+
+def packaged_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of textbook-lm-9m."""
+    return AutoTokenizer.from_pretrained(str(PACKAGED_TOKENIZER))
+
+
+def save_family(
+    folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None, *, context: int = 128
+) -> Path:
+    """Write a tiny model of a family in Hugging Face format, with a tokenizer or a copy of the packaged one."""
+    family(kind, tokenizer or packaged_tokenizer(), context=context).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    else:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(PACKAGED_TOKENIZER / file, folder)
+    return folder
+
+
+def packaged_texts(count: int) -> list[str]:
+    """The first documents of the packaged sample, as text."""
+    tensors, _ = read_tensors(PACKAGED_TOKENS)
+    starts = tensors["doc_start"][: count + 1].tolist()
+    rows = [tensors["tokens"][first:last].tolist() for first, last in pairwise(starts)]
+    return packaged_tokenizer().batch_decode(rows, skip_special_tokens=True)
+
+
+def train_tokenizer(kind: str, size: int = 6000) -> PreTrainedTokenizerFast:
+    """`bpe` (byte level, only an end token, as GPT-2's) or `wordpiece` (as BERT's), with many nouns of one token."""
+    texts = packaged_texts(400)
+    known = set(" ".join(texts).split())
+    texts += 20 * [f" {word}" for word in noun_words() if word in known]
+    if kind == "bpe":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+        )
+        special = {"eos_token": "<|end|>"}
+    else:
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        backend = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(special.values()), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def concepts(n_parents: int = 3, children: int = 2) -> Concepts:

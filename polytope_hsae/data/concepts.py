@@ -9,20 +9,25 @@ vocabulary.
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from polytope_hsae.data.ontology import Families, read_ontology, select_parents
 from polytope_hsae.data.wordnet import load_wordnet, noun_words, word_forms
+from polytope_hsae.parsing import checked
 
 FOLDS = ("train", "val", "test")
 MIN_TRAIN_WORDS = 2
@@ -47,13 +52,18 @@ class Parent:
 
 @dataclass(frozen=True)
 class Concepts:
-    """Parents in the order of `concepts.json`. A token in two places or a word without a fold: ValueError."""
+    """Parents in the order of `concepts.json`.
+
+    Raises ValueError for a token in two places, a word without a fold, and for names that repeat.
+    """
 
     parents: list[Parent]
 
     def __post_init__(self) -> None:
+        _require_unique("parents", [parent.name for parent in self.parents])
         place: dict[int, str] = {}
         for parent in self.parents:
+            _require_unique(parent.name, [child.name for child in parent.children])
             for child in parent.children:
                 folded = [word for fold in FOLDS for word in child.words[fold]]
                 where = f"{parent.name} / {child.name}"
@@ -120,22 +130,40 @@ class Concepts:
 
     @classmethod
     def from_json(cls, obj: Any) -> "Concepts":
-        try:
-            return cls([
-                Parent(p["name"], p["synset"], [
-                    Child(
-                        c["name"],
-                        c["synset"],
-                        {fold: list(c["words"][fold]) for fold in FOLDS},
-                        {word: [int(token) for token in ids] for word, ids in c["tokens"].items()},
-                    )
-                    for c in p["children"]
-                ])
-                for p in obj["parents"]
-            ])  # fmt: skip
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__} {error}"
-            raise ValueError(f"concepts: not the layout of concepts.json: {what}") from error
+        """Inverse of `to_json`. Raises ValueError naming the first field of another kind."""
+        tree = checked(obj, _Tree, "concepts: not the layout of concepts.json")
+        return cls([
+            Parent(p["name"], p["synset"], [
+                Child(c["name"], c["synset"], {fold: words for fold, words in c["words"].items()}, c["tokens"])
+                for c in p["children"]
+            ])
+            for p in tree["parents"]
+        ])  # fmt: skip
+
+
+class _Child(TypedDict):
+    name: str
+    synset: str | None
+    words: Annotated[dict[Literal["train", "val", "test"], list[str]], Field(min_length=3)]
+    tokens: dict[str, list[Annotated[int, Field(ge=0, lt=2**31)]]]
+
+
+class _Parent(TypedDict):
+    name: str
+    synset: str | None
+    children: Annotated[list[_Child], Field(min_length=1)]
+
+
+class _Tree(TypedDict):
+    """The content of concepts.json."""
+
+    parents: Annotated[list[_Parent], Field(min_length=1)]
+
+
+def _require_unique(where: str, names: list[str]) -> None:
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise ValueError(f"concepts: {where}: found the name {repeated[0]!r} twice, allowed: names that differ")
 
 
 def build_concepts(
@@ -218,7 +246,7 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dic
     ranks first, then to the first in alphabetical order.
     """
     # No token has the text of most forms: looking there first saves most of the encoding.
-    texts = {text.lstrip("\u2581\u0120").lower() for text in tokenizer.get_vocab()}
+    texts = {text.lstrip("\u2581\u0120").removesuffix("</w>").lower() for text in tokenizer.get_vocab()}
     forms = [
         (rank, word, form)
         for word in words
@@ -281,12 +309,13 @@ def _names(keys: Sequence[str], from_wordnet: bool) -> list[str]:
 
 def format_tree(concepts: Concepts, examples: int = 6) -> Tree:
     """Parents and children with their words and tokens counted (train/val/test) and a few words; for rich."""
+    # as Text, because rich would read [brackets] in a name as markup
     tree = Tree(f"{concepts.n_parents} parents, {concepts.n_children} children; {_counts(concepts.children)}")
     for parent in concepts.parents:
-        branch = tree.add(f"{parent.name} ({len(parent.children)} children; {_counts(parent.children)})")
+        branch = tree.add(Text(f"{parent.name} ({len(parent.children)} children; {_counts(parent.children)})"))
         for child in parent.children:
             words = [word for fold in FOLDS for word in child.words[fold]][:examples]
-            branch.add(f"{child.name} ({_counts([child])}): {', '.join(words)}")
+            branch.add(Text(f"{child.name} ({_counts([child])}): {', '.join(words)}"))
     return tree
 
 

@@ -1,9 +1,9 @@
 """Corpora: documents of tokens from a token file, text, JSONL, Parquet or a hub dataset; splits and contexts.
 
-A document is a run of tokens that starts with the tokenizer's document-start token (bos, else eos) where it
-has one. A context is what the model sees at once: the start token and the next part of one document, so
+A document is a run of tokens that starts with the tokenizer's document-start token (bos, else cls, else eos)
+where it has one. A context is what the model sees at once: the start token and the next part of one document, so
 that every token of a document but its start is seen exactly once, and never without a start token before
-it.
+it. Nothing is put at the end: an encoder gets no closing separator.
 Shapes: N tokens, D documents, n contexts, B sequences, T positions.
 """
 
@@ -11,17 +11,21 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from polytope_hsae.fileio import read_tensors, sha256_file
+from polytope_hsae.fileio import check_tensors, read_tensors, sha256_file
+from polytope_hsae.parsing import shown
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PACKAGED_TOKENS = ASSETS / "quickstart_tokens.safetensors"
@@ -30,6 +34,8 @@ SOURCES = ("tokens", "text", "jsonl", "parquet", "hub")
 SPLITS = ("train", "val", "test")
 MIN_DOCUMENT_TOKENS = 2
 ENCODE_BATCH = 256
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates: JSON can spell it, tokenizers and UTF-8 cannot
+MAX_LINE = 1 << 24  # characters; a small compressed file can hold a line of any length
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,9 @@ def load_documents(
 
 
 def document_start(tokenizer: Any) -> int | None:
-    """The token that starts a document: bos, else eos, else None."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    """The token that starts a document: bos, else cls (encoders such as BERT), else eos, else None."""
+    candidates = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None), None)
 
 
 def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> dict[str, Tensor]:
@@ -211,7 +218,14 @@ def _token_documents(
     tensors, metadata = read_tensors(location)
     if not {"tokens", "doc_start"} <= tensors.keys() or "tokenizer_sha256" not in metadata:
         raise ValueError(f"corpus.path: {location!r} lacks tokens, doc_start or the metadata tokenizer_sha256")
+    whole = (torch.int32, torch.int64)
+    n_tokens = check_tensors(location, tensors, {"tokens": (whole, ("N",)), "doc_start": (whole, ("D",))})["N"]
     tokens, starts = tensors["tokens"], tensors["doc_start"].tolist()
+    if not starts or starts[0] != 0 or starts != sorted(starts) or starts[-1] >= n_tokens:
+        raise ValueError(f"{location}: doc_start: found {shown(starts)}, allowed: 0 and rising to below {n_tokens}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= 2**31:
+        found = f"{int(tokens.min())} to {int(tokens.max())}"
+        raise ValueError(f"{location}: tokens: found {found}, allowed: token ids of 31 bits")
     stored = (tokens[a:b].tolist() for a, b in zip(starts, [*starts[1:], tokens.numel()], strict=True))
     if tokenizer_sha256 == metadata["tokenizer_sha256"]:
         return (_with_start(ids, start_id) for ids in stored)
@@ -237,16 +251,29 @@ def _packed_paragraphs(
         yield document
 
 
-def _open_text(location: str) -> IO[str]:
-    openers = {".xz": lzma.open, ".gz": gzip.open}
-    return openers.get(Path(location).suffix, open)(location, "rt", encoding="utf-8")  # type: ignore[operator]
+@contextmanager
+def _open_text(location: str) -> Iterator[Iterator[str]]:
+    """The lines of a text file, unpacked. Raises ValueError for a broken archive, other bytes and endless lines."""
+    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+    try:
+        with openers.get(Path(location).suffix, open)(location, "rt", encoding="utf-8") as stream:
+            yield _lines(stream, location)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"corpus.path: {location!r}: not readable as UTF-8 text ({error})") from error
+
+
+def _lines(stream: Any, location: str) -> Iterator[str]:
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"corpus.path: {location!r}: found a line of more than {MAX_LINE} characters")
+        yield line
 
 
 def _paragraphs(location: str) -> Iterator[str]:
     """Blocks of text between blank lines."""
-    with _open_text(location) as stream:
+    with _open_text(location) as lines:
         block: list[str] = []
-        for line in stream:
+        for line in lines:
             if line.strip():
                 block.append(line.rstrip("\n"))
             elif block:
@@ -257,17 +284,18 @@ def _paragraphs(location: str) -> Iterator[str]:
 
 
 def _jsonl_texts(location: str, text_field: str) -> Iterator[str]:
-    with _open_text(location) as stream:
-        for number, line in enumerate(stream, start=1):
+    with _open_text(location) as lines:
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"corpus.path: {location!r} line {number}: not JSON ({error.msg})") from error
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"corpus.path: {location!r} line {number}: not JSON ({error})") from error
+            text = record.get(text_field) if isinstance(record, dict) else None
+            if not isinstance(text, str) or HALF_PAIR.search(text):
                 raise ValueError(f"corpus.path: {location!r} line {number}: no text in field {text_field!r}")
-            yield record[text_field]
+            yield text
 
 
 def _parquet_texts(location: str, text_field: str) -> Iterator[str]:

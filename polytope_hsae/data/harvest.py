@@ -15,10 +15,11 @@ from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.corpus import SPLITS, Documents, context_batches, contexts, split_documents
-from polytope_hsae.data.store import MANIFEST, ActivationStore
-from polytope_hsae.fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
+from polytope_hsae.data.store import MANIFEST, ActivationStore, read_manifest
+from polytope_hsae.fileio import sha256_file, sha256_json, write_json, write_tensors
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.lm_loading import DTYPES
+from polytope_hsae.parsing import shown
 
 FORMAT = 1
 CHUNK_LOGITS = 1 << 24  # logits held at once while beliefs are computed: 64 MiB
@@ -63,11 +64,15 @@ def harvest(
     Documents are split by `split` (train, val, test) and `seed`. `belief` adds the belief labels
     (docs/method.md §3) when the model has a head and `concepts` are given. `progress(rows done, rows in
     all)` is called after every batch. A folder with a harvest of the same settings is continued. Raises
-    ValueError when its settings differ (naming them), for a split without rows, and for activations that
-    `dtype` cannot hold.
+    ValueError when its settings differ (naming them), for a split without rows, for contexts or tokens
+    that the model cannot read, and for activations that `dtype` cannot hold.
     """
     if dtype not in DTYPES:
         raise ValueError(f"data.dtype: found {dtype!r}, allowed: {', '.join(DTYPES)}")
+    lm.require_context(context_length)
+    largest = int(documents.tokens.max())
+    if largest >= lm.vocab_size:
+        raise ValueError(f"corpus: found token {largest}, allowed: 0 to {lm.vocab_size - 1}, what {lm.name} reads")
     folder = Path(folder)
     index = ConceptIndex(concepts, lm) if belief and lm.has_head and concepts is not None else None
     plan = _plan(documents, split, seed, context_length, shard_rows)
@@ -155,15 +160,15 @@ def _resume(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
         leftover.unlink()
     if not (folder / MANIFEST).is_file():
         return []
-    found = read_json(folder / MANIFEST)
+    found = read_manifest(folder)
     for key, value in manifest.items():
         if found.get(key) != value:
-            raise ValueError(f"{folder}: harvested with {key} {found.get(key)!r}, asked for {value!r}")
+            raise ValueError(f"{folder}: harvested with {key} {shown(found.get(key))}, asked for {value!r}")
     for shard in found["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             raise ValueError(f"{path}: the shard is missing or truncated, delete the folder to harvest anew")
-    return list(found["shards"])
+    return [{**shard} for shard in found["shards"]]
 
 
 def _harvest_shard(

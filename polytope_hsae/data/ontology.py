@@ -1,14 +1,12 @@
 """Nouns at two levels: chosen from WordNet, or read from a file. `concepts.py` gives them their tokens."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from polytope_hsae.data.wordnet import WordNet
+from polytope_hsae.parsing import parse_json, parse_yaml, shown
 
 Families = dict[str, dict[str, list[str]]]  # parent -> child -> words
 MAX_PARENT_SHARE = 0.03  # of all the words that the ontology is given
@@ -111,18 +109,17 @@ def read_ontology(path: Path) -> Families:
     """The tree of a JSON or YAML file, {parent: {child: [words]}}; ValueError for anything else."""
     if not path.is_file():
         raise ValueError(f"concepts.ontology: {path} is not a file; allowed: wordnet, or a JSON or YAML file")
+    parse = parse_json if path.suffix == ".json" else parse_yaml
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"concepts.ontology: {path} cannot be parsed: {' '.join(str(error).split())}") from error
+        tree = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"concepts.ontology: {path} cannot be parsed: {error}") from error
     place: dict[str, str] = {}
     for parent, children in _items(tree, f"{path}", "a mapping of parents"):
         for child, listed in _items(children, f"{path}: {parent}", "a mapping of children"):
             here = f"{parent} / {child}"
             if not isinstance(listed, list) or not all(isinstance(word, str) and word for word in listed):
-                found = " ".join(repr(listed).split())[:60]
-                raise ValueError(f"concepts.ontology: {path}: {here}: found {found}, allowed a list of words")
+                raise ValueError(f"concepts.ontology: {path}: {here}: found {shown(listed)}, allowed a list of words")
             for word in listed:
                 if word in place:
                     both = f"{place[word]} and in {here}"

@@ -7,29 +7,57 @@ and `belief_prob` (float32).
 Shapes: N rows of a split, n or b rows asked for, d residual width.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from polytope_hsae.fileio import read_json, sha256_file
+from polytope_hsae.fileio import check_tensors, read_json, read_tensors, sha256_file
 
 MANIFEST = "manifest.json"
-LABEL_COLUMNS = ("token", "next_token", "doc", "pos", "belief_concept", "belief_token", "belief_prob")
+LABELS = {
+    **dict.fromkeys(("token", "next_token", "doc", "pos", "belief_concept", "belief_token"), torch.int32),
+    "belief_prob": torch.float32,
+}
+LABEL_COLUMNS = tuple(LABELS)
 COLUMNS = ("acts", *LABEL_COLUMNS)
+Split = Literal["train", "val", "test"]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Shard(TypedDict):
+    """An entry of the manifest; `file` lies in the store's folder."""
+
+    file: Annotated[str, Field(pattern=r"^(train|val|test)-[0-9]+\.safetensors$")]
+    split: Split
+    rows: Count
+    bytes: Count
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What is read of manifest.json; a harvest writes more (docs/design.md, Artifacts)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    rows: dict[Split, Count]
+    width: Count
+    complete: bool
+    shards: list[Shard]
 
 
 class ActivationStore:
     """A complete harvest, opened for reading. Make one with `ActivationStore.open(folder)`."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.width: int = manifest["width"]
+        self.width = manifest["width"]
         self._files: dict[str, list[str]] = {}
         self._bounds: dict[str, np.ndarray] = {}
         self._acts: dict[str, Tensor] = {}
@@ -44,15 +72,17 @@ class ActivationStore:
         """Open a folder. `verify` compares every shard's sha256 with the manifest's.
 
         Raises ValueError for a missing or incomplete harvest and, naming the file, for a missing, truncated
-        or (with `verify`) altered shard.
+        or (with `verify`) altered shard, or one with other columns than the manifest says.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            raise ValueError(f"{folder}: no {MANIFEST}, not an activation store")
-        manifest = read_json(folder / MANIFEST)
-        if not manifest.get("complete"):
+        manifest = read_manifest(folder)
+        if not manifest["complete"]:
             raise ValueError(f"{folder}: the harvest is not complete, run it again to finish it")
-        store = cls(folder, manifest)
+        rows: Counter[str] = Counter()
+        for shard in manifest["shards"]:
+            rows[shard["split"]] += shard["rows"]
+        if rows != manifest["rows"] or min(rows.values(), default=0) == 0:
+            raise ValueError(f"{folder / MANIFEST}: rows: found {manifest['rows']}, allowed: the shards' {dict(rows)}")
         for shard in manifest["shards"]:
             path = folder / shard["file"]
             if not path.is_file():
@@ -61,7 +91,8 @@ class ActivationStore:
                 raise ValueError(f"{path}: found {path.stat().st_size} bytes, the manifest has {shard['bytes']}")
             if verify and sha256_file(path) != shard["sha256"]:
                 raise ValueError(f"{path}: sha256 differs from the manifest's, the shard is corrupt")
-        return store
+            _check_columns(path, manifest, shard["rows"])
+        return cls(folder, manifest)
 
     def n_rows(self, split: str) -> int:
         """Rows of a split."""
@@ -129,9 +160,19 @@ class ActivationStore:
         return self._acts[file]
 
     def _read(self, file: str, name: str) -> Tensor:
-        path = self.folder / file
-        try:
-            with safe_open(str(path), framework="pt") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{path}: not a complete shard ({error})") from error
+        return read_tensors(self.folder / file)[0][name]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a harvest, complete or not. Raises ValueError when there is none or it has another layout."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder}: no {MANIFEST}, not an activation store")
+    return read_json(folder / MANIFEST, Manifest)
+
+
+def _check_columns(path: Path, manifest: Manifest, rows: int) -> None:
+    """Raise ValueError unless a shard has the columns that it should have; their numbers are not read."""
+    tensors, _ = read_tensors(path)
+    stored = getattr(torch, manifest["dtype"])
+    labels = {name: ([dtype], [rows]) for name, dtype in LABELS.items()}
+    check_tensors(path, tensors, {"acts": ([stored], [rows, manifest["width"]]), **labels}, finite=False)

@@ -29,6 +29,7 @@ from polytope_hsae.evaluation.bootstrap import (
     unavailable,
 )
 from polytope_hsae.evaluation.reconstruction import NO_HEAD
+from polytope_hsae.evaluation.words import significant
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 
@@ -37,6 +38,7 @@ MEASURED = ("alpha", "effect", "steering_leakage", "sibling_kl")
 COLUMNS = (*MEASURED, *(f"chance_{name}" for name in MEASURED))
 EFFECT = 0
 FIRST = 1 / 16  # the first alpha tried, as a share of the largest
+EXAMPLE_TOKENS = 5
 
 # Given concept numbers [A] and alphas [A]: rows [A, 3] of effect, leakage and sibling KL.
 Evaluate = Callable[[NDArray[np.int64], FloatArray], FloatArray]
@@ -212,6 +214,36 @@ def _solve_in_groups(
     return Solution(*(np.concatenate(parts) for parts in zip(*solutions, strict=True)))
 
 
+def _examples(
+    lm: LanguageModel,
+    hook: str,
+    ids_T: Tensor,
+    directions_Qd: Tensor,
+    alpha_Q: FloatArray,
+    per_forward: int,
+    text: Callable[[int], str],
+) -> list[dict[str, Any] | None]:
+    """For each concept the likeliest next tokens of one context, before and after; None where alpha is NaN."""
+    steerer = _Steerer(lm, hook, ids_T[None])
+    context = [text(token) for token in ids_T.tolist()]
+    examples: list[dict[str, Any] | None] = [None] * len(alpha_Q)
+
+    def likeliest(probability_V: Tensor) -> list[list[Any]]:
+        found = probability_V.topk(min(EXAMPLE_TOKENS, len(probability_V)))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return [[text(token), significant(probability)] for token, probability in pairs]
+
+    before = likeliest(steerer.probability_MV[0])
+    reached = np.flatnonzero(np.isfinite(alpha_Q))
+    for start in range(0, len(reached), per_forward):
+        group = reached[start : start + per_forward]
+        added_Ad = torch.from_numpy(alpha_Q[group]).to(directions_Qd)[:, None] * directions_Qd[group]
+        after_AV = steerer._logits(added_Ad[:, None])[:, 0].double().softmax(-1)
+        for concept, after_V in zip(group.tolist(), after_AV, strict=True):
+            examples[concept] = {"context": context, "before": before, "after": likeliest(after_V)}
+    return examples
+
+
 def _select(parents_Q: Sequence[int] | NDArray[np.int64], max_concepts: int | None) -> list[int]:
     """At most `max_concepts` parents, evenly spaced in file order, from the first to the last."""
     parents = np.asarray(parents_Q, dtype=np.int64)
@@ -236,6 +268,7 @@ def evaluate_steering(
     max_evaluations: int = 10,
     max_concepts: int | None = None,
     per_forward: int = 8,
+    text: Callable[[int], str] = str,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> SteeringEvaluation:
@@ -249,7 +282,9 @@ def evaluate_steering(
     at the hook. `steering_unreached` is the share of concepts whose effect is not reached within that and
     `max_evaluations` (or which have no latent); they have no leakage. Of more than `max_concepts` concepts in
     use (`parents_Q`), that many are steered: evenly spaced in file order, from the first to the last, so that
-    every arm steers the same ones. A model without an output head gets nulls.
+    every arm steers the same ones. Every record has an `example`: the likeliest next tokens before and after, in
+    the context whose next token is least certain, with `text` of each token. A model without an output head gets
+    nulls.
     """
     if not lm.has_head:
         return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [])
@@ -266,7 +301,11 @@ def evaluate_steering(
     if len(mapped) > 1:
         shifted_Qd = directions_Qd.roll(-1, dims=0)
         other = _solve_in_groups(steerer, concepts, mapped, shifted_Qd, per_forward, search, either_sign=True)
-    return _report(selected, mapped, latent_P, own, other, bootstrap, seed)
+    entropy_M = steerer.log_total_M - steerer.mean_logit_M
+    open_context = ids_MT[int(entropy_M.argmax())]  # where the model is sure of the next token, little would show
+    examples = _examples(lm, hook, open_context, directions_Qd, own.alpha_G, per_forward, text)
+    shown = dict(zip(mapped, examples, strict=True))
+    return _report(selected, mapped, latent_P, own, other, shown, bootstrap, seed)
 
 
 def _report(
@@ -275,6 +314,7 @@ def _report(
     latent_P: NDArray[np.int64],
     own: Solution,
     other: Solution,
+    examples: dict[int, dict[str, Any] | None],
     bootstrap: int,
     seed: int,
 ) -> SteeringEvaluation:
@@ -286,7 +326,8 @@ def _report(
     for parent, values in zip(selected, values_Q8.tolist(), strict=True):
         finite = (value if math.isfinite(value) else None for value in values)
         named = dict(zip(COLUMNS, finite, strict=True))
-        records.append({"parent": parent, "latent": int(latent_P[parent])} | named)
+        record = {"parent": parent, "latent": int(latent_P[parent])} | named
+        records.append(record | {"example": examples.get(parent)})
     units = {name: Units.mean(per_concept[name], selected) for name in ("steering_leakage", "sibling_kl")}
     chance = {name: bootstrap_mean(per_concept[f"chance_{name}"], n=1).value for name in units}
     units["steering_unreached"] = Units.mean(np.isnan(per_concept["alpha"]), selected)

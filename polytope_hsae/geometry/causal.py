@@ -10,15 +10,30 @@ Shape suffixes: V vocabulary, d residual width, N any number of rows. Everything
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field, Json
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from polytope_hsae.fileio import read_tensors, write_tensors
+from polytope_hsae.fileio import check_tensors, read_tensors, write_tensors
+from polytope_hsae.parsing import checked
 
 METRICS = ("causal", "identity", "diagonal", "random", "residual_covariance")
 _BLOCK_ROWS = 16_384
+_LAYOUT = {
+    **dict.fromkeys(("sigma", "sigma_sqrt", "sigma_inv_sqrt"), ((torch.float64,), ("d", "d"))),
+    "spectrum": ((torch.float64,), ("d",)),
+}
+
+
+class _Metadata(TypedDict):
+    """What a geometry file says beside its tensors; all of it is text."""
+
+    metric: Literal["causal", "identity", "diagonal", "random", "residual_covariance"]
+    shrinkage: Json[Annotated[float, Field(ge=0, le=1)]]
+    literal: Json[bool]
 
 
 class Space(StrEnum):
@@ -227,24 +242,26 @@ class CausalGeometry:
 
     def save(self, path: Path | str) -> None:
         """Write sigma, its roots and the spectrum as float64 safetensors."""
-        names = ("sigma", "sigma_sqrt", "sigma_inv_sqrt", "spectrum")
         metadata = {
             "metric": self.metric,
             "shrinkage": repr(self.shrinkage),
             "literal": str(self.literal).lower(),
         }
-        write_tensors(path, {name: getattr(self, name) for name in names}, metadata)
+        write_tensors(path, {name: getattr(self, name) for name in _LAYOUT}, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read what `save` wrote. Raises ValueError when the file holds something else."""
         tensors, metadata = read_tensors(path)
-        missing = {"sigma", "sigma_sqrt", "sigma_inv_sqrt", "spectrum"} - tensors.keys()
-        missing |= {"metric", "shrinkage", "literal"} - metadata.keys()
+        missing = (_LAYOUT.keys() - tensors.keys()) | (_Metadata.__required_keys__ - metadata.keys())
         if missing:
             raise ValueError(f"{path}: not a geometry file, missing {', '.join(sorted(missing))}")
+        check_tensors(path, tensors, _LAYOUT)
+        checked(metadata, _Metadata, path)
+        if not (tensors["spectrum"] > 0).all():
+            raise ValueError(f"{path}: spectrum: found an eigenvalue that is not positive, allowed: positive ones")
         geometry = cls.__new__(cls)
-        for name in ("sigma", "sigma_sqrt", "sigma_inv_sqrt", "spectrum"):
+        for name in _LAYOUT:
             setattr(geometry, name, tensors[name])
         geometry.metric, geometry.shrinkage = metadata["metric"], float(metadata["shrinkage"])
         geometry.literal = metadata["literal"] == "true"

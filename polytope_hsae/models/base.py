@@ -8,15 +8,17 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from ..config import Block, LossOverrides
-from ..fileio import PICKLE_SUFFIXES, read_json, read_tensors, write_json, write_tensors
+from ..fileio import FLOATS, PICKLE_SUFFIXES, check_tensors, read_json, read_tensors, write_json, write_tensors
+from ..parsing import misfit, shown
 from .codes import Codes, Dead, ModelOutput
 
 UNIT_ROW_EPS = 1e-6
@@ -154,19 +156,21 @@ class SparseAutoencoder(nn.Module):
         """Write config.json and model.safetensors; the folder appears whole or not at all."""
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.mkdir(parents=True)
         header = {
             "architecture": type(self).__name__,
             "width": self.width,
             "normalize": self.normalize,
             "config": self.config.model_dump(mode="json"),
         }
-        write_json(temporary / "config.json", header)
         kept = {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
-        write_tensors(temporary / "model.safetensors", without_sharing(kept))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        try:
+            write_json(temporary / "config.json", header)
+            write_tensors(temporary / "model.safetensors", without_sharing(kept))
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     transient_names: ClassVar[tuple[str, ...]] = ()
 
@@ -188,23 +192,33 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"{name}: not a folder here, and the hub does not give it ({reason})") from error
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder / 'config.json'}: no such file, allowed: a folder written by save_pretrained")
-        header = read_json(folder / "config.json")
-        kind = SparseAutoencoder.registry.get(str(header.get("architecture"))) if isinstance(header, dict) else None
+        header = read_json(folder / "config.json", _Header)
+        kind = SparseAutoencoder.registry.get(header["architecture"])
         if kind is None or not issubclass(kind, cls):
             allowed = sorted(name for name, known in SparseAutoencoder.registry.items() if issubclass(known, cls))
-            found = header.get("architecture") if isinstance(header, dict) else header
-            raise ValueError(f"{folder}/config.json: architecture: found {found!r}, allowed: {', '.join(allowed)}")
+            found = shown(header["architecture"])
+            raise ValueError(f"{folder}/config.json: architecture: found {found}, allowed: {', '.join(allowed)}")
+        width, normalize = header["width"], header["normalize"]
         try:
-            model = kind(kind.config_block.model_validate(header["config"]), header["width"], header["normalize"])
-        except (ValidationError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/config.json: not a model config ({' '.join(str(error).split())})") from error
+            config = kind.config_block.model_validate(header["config"])
+            with torch.device("meta"):  # shapes without memory: the file may ask for any size
+                empty = kind(config, width, normalize).state_dict()
+        except ValidationError as error:
+            raise ValueError(f"{folder}/config.json: not a model config (config.{misfit(error)})") from error
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}/config.json: not a model config ({error})") from error
         if not (folder / "model.safetensors").is_file():
             refuse_pickles(sorted(folder.iterdir()))
         tensors, _ = read_tensors(folder / "model.safetensors")
+        kinds = {name: FLOATS if tensor.is_floating_point() else (tensor.dtype,) for name, tensor in empty.items()}
+        check_tensors(folder / "model.safetensors", tensors, {name: (kinds[name], empty[name].shape) for name in empty})
+        model = kind(config, width, normalize)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
+        if model.data_scale <= 0:
+            raise ValueError(f"{folder}/model.safetensors: data_scale: found {model.data_scale}, allowed: above 0")
         return model.to(device).eval()
 
 
@@ -217,6 +231,15 @@ class NormalizedBatches:
     def __iter__(self) -> Iterator[Tensor]:
         for h_Bd in self.batches:
             yield self.model.to_normalized(h_Bd.to(self.model.data_mean))[0]
+
+
+class _Header(TypedDict):
+    """config.json of a saved model."""
+
+    architecture: str
+    width: Annotated[int, Field(ge=1, lt=2**31)]
+    normalize: str
+    config: dict[str, Any]
 
 
 def without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

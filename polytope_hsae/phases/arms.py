@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, TeacherConfig
+from ..config import ArmConfig, ConfigError, TeacherConfig
 from ..data.concepts import permuted_words
 from ..data.store import ActivationStore
 from ..data.stream import RowStream
@@ -17,6 +17,7 @@ from ..models.flat import FlatSAE
 from ..models.flops import training_flops
 from ..models.hsae import ChildInit, HierarchicalSAE
 from ..provenance import NOT_IN_RESULTS
+from ..records import Train
 from ..teacher import Teacher
 from ..tracking import open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
@@ -30,7 +31,11 @@ OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
 def train_phase(run: Run, phase: int) -> None:
-    """Train every arm of a phase that is not trained yet."""
+    """Train every arm of a phase that is not trained yet. Raises ConfigError before that if a later one cannot be."""
+    for arm in run.config.arms:
+        s, width = run.config.arm_hsae(arm).subspace_dim, run.store.width
+        if arm.kind == "hsae" and s > width:
+            raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
     for arm in run.config.arms:
         if arm.phase == phase:
             train_arm(run, arm)
@@ -47,12 +52,12 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
     folder = run.arm_folder(arm.name)
     identity = arm_identity(run, arm)
     trained = all((folder / name).is_file() for name in OUTPUTS)
-    if trained and read_json(folder / "train.json")["identity"] == identity:
+    if trained and read_json(folder / "train.json", Train)["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
         return
     stream = RowStream(run.store, "train", run.config.training.batch_size, seed=run.config.run.seed)
     model = initial_model(run, arm)
-    n_teacher = initialize_teacher(run, arm, model) if arm.init != "random" else 0
+    teacher_parents = initialize_teacher(run, arm, model) if arm.init != "random" else []
     mark = folder / "checkpoints" / "identity.json"
     if not mark.exists() or read_json(mark) != identity:
         discard_checkpoints(folder)
@@ -67,7 +72,7 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
         folder=folder,
         evaluate=lambda sae: validation_metrics(run, sae),
         teacher=run.config.arm_teacher(arm),
-        n_teacher=n_teacher,
+        n_teacher=len(teacher_parents),
         seed=run.config.run.seed,
     )
     if trainer.resume():
@@ -89,7 +94,7 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
         "tokens": trainer.total * trainer.rows_per_step,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_row": training_flops(model.config, model.width),
-        "teacher_parents": n_teacher,
+        "teacher_parents": teacher_parents,
         "config": model.config.model_dump(mode="json"),
         "validation": final,
     }
@@ -169,8 +174,8 @@ def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig) -> Teacher:
     return teacher.in_form(options.init)
 
 
-def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> int:
-    """Put the arm's teacher into an H-SAE; returns how many parents it fills."""
+def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> list[int]:
+    """Put the arm's teacher into an H-SAE; returns the concept (row of concepts.json) of every router row it fills."""
     assert isinstance(model, HierarchicalSAE)
     options = run.config.arm_teacher(arm)
     teacher = arm_teacher(run, arm, options)
@@ -189,7 +194,8 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> in
         seed_child=options.seed_child,
         seed_projectors=options.seed_projectors,
     )
-    return teacher.n_parents if options.seed_parent else 0
+    concept_of = {parent.name: row for row, parent in enumerate(run.concepts.parents)}
+    return [concept_of[name] for name in teacher.parent_names] if options.seed_parent else []
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Flat arms: their models, their sizes, and how near they come to the arm that they are matched with."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import ArmConfig, FlatConfig
@@ -9,6 +10,7 @@ from ..models.flat import FlatSAE, TopKSAE
 from ..models.flops import latents_for, parameter_count, training_flops
 from ..models.jumprelu import JumpReLUSAE
 from ..models.matryoshka import MatryoshkaSAE
+from ..records import Train
 from .run import Run
 
 MODELS: dict[str, type[FlatSAE]] = {
@@ -41,12 +43,13 @@ def flat_config(run: Run, arm: ArmConfig) -> FlatConfig:
     return config
 
 
-def other_record(run: Run, arm: ArmConfig) -> dict[str, Any]:
+def other_record(run: Run, arm: ArmConfig) -> Train:
     """train.json of the arm that `match` names."""
-    return read_json(run.arm_folder(next(iter(arm.match.values()))) / "train.json")
+    record: Train = read_json(run.arm_folder(next(iter(arm.match.values()))) / "train.json", Train)
+    return record
 
 
-def figures(record: dict[str, Any]) -> dict[str, Any]:
+def figures(record: Mapping[str, Any]) -> dict[str, Any]:
     """What arms are matched by, from a train.json: measured validation L0, parameters, training FLOPs per row."""
     return {"l0": record["validation"]["val_l0"], "params": record["parameters"], "flops": record["flops_per_row"]}
 

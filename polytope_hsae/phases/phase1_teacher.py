@@ -4,14 +4,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config import Config, ConfigError, HSAEConfig
 from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
 from ..data.corpus import load_documents
 from ..data.harvest import harvest
 from ..data.store import ActivationStore
-from ..fileio import read_tensors, sha256_file, write_json
+from ..fileio import sha256_file, write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
@@ -29,13 +27,14 @@ def run_phase1(run: Run) -> None:
         run.say("phase 1: done before")
         return
     started = time.monotonic()
+    check_model(run)
     concepts = make_concepts(run.config, run.lm.tokenizer)
     for arm in run.config.arms:
         if arm.init != "random":
             require_room(run.config.arm_hsae(arm), concepts.n_parents)
-    write_json(folder / "concepts.json", concepts.to_json())
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
-    store = make_activations(run, concepts)
+    store = make_activations(run, concepts)  # before anything is written: it reads the corpus, which may be refused
+    write_json(folder / "concepts.json", concepts.to_json())
     rows = ", ".join(f"{store.n_rows(split):,} {split}" for split in ("train", "val", "test"))
     run.say(f"phase 1: activations of {run.hook}: {rows} rows of width {store.width}")
     geometry = token_geometry(run)
@@ -44,13 +43,22 @@ def run_phase1(run: Run) -> None:
     evidence = make_evidence(run, concepts, geometry)
     write_json(folder / "evidence.json", evidence)
     run.say(f"phase 1: {summary(evidence)}")
-    run.provenance.record(1, run.config, inputs, run.device, time.monotonic() - started)
+    run.finish(1, inputs, started)
 
 
 def source_files(config: Config) -> dict[str, str]:
     """sha256 of the files outside the run folder that the config names: the corpus and the ontology."""
     named = {"corpus.path": config.corpus.path, "concepts.ontology": config.concepts.ontology}
     return {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
+
+
+def check_model(run: Run) -> None:
+    """Load the model; refuse a hook that it lacks and contexts that it cannot read; say which label stands in."""
+    run.lm.require_context(run.config.corpus.context_length)
+    run.lm.resolve_hook(run.config.model.hook)
+    asked = run.config.concepts.label
+    if run.label != asked:
+        run.say(f"phase 1: labels are {run.label}, not {asked}: {run.lm.name} does not predict the next token")
 
 
 def make_concepts(config: Config, tokenizer: Any) -> Concepts:
@@ -160,10 +168,9 @@ def summary(evidence: dict[str, Any]) -> str:
     strong, chance = main["fraction_z_above_3"], shuffled["fraction_z_above_3"]
     angle = main["angles"]["median_angle_deg"]
     line = f"shared-parent z > 3 for {strong:.0%} of parents ({chance:.0%} with shuffled rows)"
-    if main["median_beta"] is not None:
-        low, high = main["beta_ci95"]
-        line += f", median beta {main['median_beta']:.2f} [{low:.2f}, {high:.2f}]"
-    return f"{line}, median angle {angle:.1f} degrees"
+    beta = f"none ({main['why']})" if main["median_beta"] is None else f"{main['median_beta']:.2f}"
+    interval = "" if main["median_beta"] is None else " [{:.2f}, {:.2f}]".format(*main["beta_ci95"])
+    return f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
 
 
 def metric_file(run: Run) -> Path:
@@ -175,6 +182,5 @@ def load_geometry(run: Run) -> CausalGeometry:
     """The metric of the teacher: of the unembedding at the final residual, of the activations at an inner hook."""
     if run.at_final_residual:
         return CausalGeometry.load(metric_file(run))
-    tensors, _ = read_tensors(metric_file(run))
-    sqrt: torch.Tensor = tensors["geometry.sigma_sqrt"]
+    sqrt = Teacher.load(metric_file(run)).sigma_sqrt
     return CausalGeometry.from_covariance(sqrt @ sqrt, shrinkage=0.0)

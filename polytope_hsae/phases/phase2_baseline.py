@@ -16,4 +16,4 @@ def run_phase2(run: Run) -> None:
     run.require_done(1)
     started = time.monotonic()
     train_phase(run, 2)
-    run.provenance.record(2, run.config, inputs, run.device, time.monotonic() - started)
+    run.finish(2, inputs, started)

@@ -16,4 +16,4 @@ def run_phase3(run: Run) -> None:
     run.require_done(1)
     started = time.monotonic()
     train_phase(run, 3)
-    run.provenance.record(3, run.config, inputs, run.device, time.monotonic() - started)
+    run.finish(3, inputs, started)

@@ -1,160 +1,146 @@
-"""Phase 4: measure every arm on held-out documents and words, and judge the targets."""
+"""Phase 4: measure every arm on held-out documents and words, say what its latents say, and judge the targets."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from rich.table import Table
-from torch import Tensor
-
-from ..data.corpus import Documents, context_batches, context_ids, contexts, load_documents, split_documents
+from ..config import ArmConfig
 from ..evaluation.bootstrap import Evaluation, Metric, Units, paired
-from ..evaluation.concepts import evaluate_concepts
-from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
-from ..evaluation.steering import SteeringEvaluation, evaluate_steering
+from ..evaluation.latents import Names, describe_latents
+from ..evaluation.reconstruction import NO_HEAD
 from ..evaluation.targets import Thresholds, assess_targets, format_targets
+from ..evaluation.words import Lexicon
 from ..fileio import read_json, write_json
+from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
+from ..records import Evidence, Results, Train
+from ..teacher import Teacher
+from .measure import Measured, measure_models, metrics_table
 from .run import Run
 
 ANGLE_CONTROLS = ("shuffled_rows", "pseudo_parents")
-SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
+OF_CONCEPT = ("purity", "leakage", "recall")
 
 
 def run_phase4(run: Run) -> None:
     """Make phase4/, unless it is there already, and print the comparison and the targets."""
     folder = run.phase(4)
     made = [run.activations / "manifest.json", run.phase(1) / "concepts.json", run.phase(1) / "evidence.json"]
-    models = [run.arm_folder(arm.name) / "model" / "model.safetensors" for arm in run.config.arms]
-    inputs = run.hashes(*made, *models)
-    outputs = [folder / name for name in ("results.json", "steering.json", "ablations.json")]
+    saved = {arm.name: run.arm_folder(arm.name) / "model" for arm in run.config.arms}
+    inputs = run.hashes(*made, *(model / "model.safetensors" for model in saved.values()))
+    outputs = [folder / name for name in ("results.json", "steering.json", "ablations.json", "latents.json")]
     if run.provenance.is_done(4, run.config, inputs, outputs, run.force):
         run.say("phase 4: done before")
         print_results(run)
         return
     run.require_done(1, 2, 3)
     started = time.monotonic()
-    seed, resamples = run.config.run.seed, run.config.eval.bootstrap
-    saes = {
-        arm.name: SparseAutoencoder.from_pretrained(run.arm_folder(arm.name) / "model", device=run.device)
-        for arm in run.config.arms
-    }
-    held_out = HeldOut(run)
-    arms = evaluate_language_model(
-        saes,
-        run.lm,
-        run.hook,
-        held_out.ids,
-        run.train_moments[0],
-        documents=held_out.documents,
-        mask_NT=held_out.mask,
-        bootstrap=resamples,
-        seed=seed,
-    )
-    steering: dict[str, list[dict[str, Any]]] = {}
-    with run.progress("phase 4", "arms") as ticker:
-        for done, (name, sae) in enumerate(saes.items()):
-            ticker(done, len(saes))
-            measured, steering[name] = evaluate_arm(run, name, sae, held_out)
-            arms[name] |= measured
-        ticker(len(saes), len(saes))
-    write_json(folder / "steering.json", {"target_nats": run.config.eval.steering.target_nats, "arms": steering})
-    write_json(folder / "ablations.json", differences(arms, resamples, seed))
+    options, seed = run.config.eval, run.config.run.seed
+    models = {name: SparseAutoencoder.from_pretrained(model, device=run.device) for name, model in saved.items()}
+    trained = {name: read_json(run.arm_folder(name) / "train.json", Train) for name in models}
+    teacher_parents = {name: record["teacher_parents"] for name, record in trained.items()}
+    measured = measure_models(run, models, options.split, teacher_parents=teacher_parents, step="phase 4")
+    arms = {name: found.evaluation for name, found in measured.items()}
+    steering = {name: found.steering for name, found in measured.items()}
+    write_json(folder / "latents.json", latents(run, models, measured, teacher_parents))
+    write_json(folder / "steering.json", {"target_nats": options.steering.target_nats, "arms": steering})
+    concepts = {name: found.concepts.to_json() for name, found in measured.items()}
+    write_json(folder / "ablations.json", {**differences(arms, options.bootstrap, seed), "concepts": concepts})
     write_json(folder / "results.json", results(run, arms))
-    run.provenance.record(4, run.config, inputs, run.device, time.monotonic() - started)
+    run.finish(4, inputs, started)
     print_results(run)
 
 
-class HeldOut:
-    """Contexts of the evaluated split, the same for every arm.
-
-    ids, mask [N, T] and documents [N]: whole contexts, padded on the right; steering_ids [M, T'] without padding.
-    """
-
-    def __init__(self, run: Run):
-        config = run.config
-        documents = load_documents(
-            config.corpus.source,
-            config.corpus.path,
-            run.lm.tokenizer,
-            max_tokens=config.corpus.max_tokens,
-            context_length=config.corpus.context_length,
-            tokenizer_sha256=run.lm.tokenizer_sha256,
-        )
-        split = split_documents(documents.n_documents, config.corpus.split, config.run.seed)[config.eval.split]
-        rows = contexts(documents, split, config.corpus.context_length)
-        rows = rows[rows[:, 2] >= 3]
-        steering = config.eval.steering
-        self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
-        rows = rows[: config.eval.lm_contexts]
-        self.ids = torch.zeros(len(rows), config.corpus.context_length, dtype=torch.int64)
-        self.mask = torch.zeros_like(self.ids)
-        self.documents = rows[:, 0].numpy()
-        for members, ids, mask in context_batches(documents, rows, config.data.batch_tokens):
-            self.ids[members, : ids.shape[1]] = ids
-            self.mask[members, : ids.shape[1]] = mask
-        longest = int(self.mask.sum(1).max())
-        self.ids, self.mask = self.ids[:, :longest], self.mask[:, :longest]
-
-
-def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: int) -> Tensor:
-    """The first `length` tokens of the first `count` contexts that have as many: [M, length], shorter if none has."""
-    texts = [context_ids(documents, row) for row in rows]
-    length = min(length, max(len(text) for text in texts))
-    return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
-
-
-def evaluate_arm(
-    run: Run, name: str, sae: SparseAutoencoder, held_out: HeldOut
-) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Reconstruction, concept and steering metrics of one arm, and the record of its steering per concept."""
-    config, options = run.config, run.config.eval
-    common: dict[str, Any] = {"bootstrap": options.bootstrap, "seed": config.run.seed}
-    evaluation = evaluate_reconstruction(sae, run.store, options.split, run.train_moments[0], **common)
-    label: dict[str, Any] = {
+def latents(
+    run: Run,
+    models: Mapping[str, SparseAutoencoder],
+    measured: Mapping[str, Measured],
+    teacher_parents: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """The object of latents.json: what every arm's latents fire on, read and write."""
+    split = run.config.eval.split
+    geometry = CausalGeometry.load(run.phase(1) / "geometry.safetensors")
+    lexicon = Lexicon(run.lm, run.hook, geometry, run.store, split, run.train_moments[0])
+    arms = {}
+    with run.progress("phase 4: latents", "models") as ticker:
+        for done, (name, sae) in enumerate(models.items()):
+            ticker(done, len(models))
+            names = names_of(run, run.config.arm(name), sae, measured[name], teacher_parents[name])
+            arms[name] = describe_latents(sae, run.store, split, lexicon, names, run.config.eval.latents)
+        ticker(len(models), len(models))
+    return {
+        "hook": run.hook,
         "label": run.label,
-        "vocab_size": run.lm.vocab_size,
-        "fold": options.split,
-        "belief_threshold": config.concepts.belief_threshold,
-        "min_rows": config.concepts.min_test_rows,
+        "split": split,
+        "n_rows": run.store.n_rows(split),
+        "reads": lexicon.how_reads,
+        "writes": lexicon.how_writes,
+        "arms": arms,
     }
-    concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
-    evaluation |= concepts.result
-    n_teacher = read_json(run.arm_folder(name) / "train.json")["teacher_parents"]
-    if n_teacher:
-        own = np.full(run.concepts.n_parents, -1)
-        own[:n_teacher] = np.arange(n_teacher)
-        slots = evaluate_concepts(sae, run.store, run.concepts, mapping=own, **label, **common).result
-        metrics = {f"{key}_own_slots": metric for key, metric in slots.metrics.items()}
-        evaluation |= Evaluation(metrics, {f"{key}_own_slots": units for key, units in slots.units.items()})
-    steered: SteeringEvaluation = evaluate_steering(
-        sae,
-        run.lm,
-        run.hook,
-        run.concepts,
-        concepts.parents_Q,
-        concepts.latent_P,
-        held_out.steering_ids,
-        target_nats=options.steering.target_nats,
-        max_concepts=options.steering.max_concepts,
-        **common,
-    )
-    return evaluation | steered.result, steered.records
+
+
+def names_of(
+    run: Run, arm: ArmConfig, sae: SparseAutoencoder, measured: Measured, teacher_parents: Sequence[int]
+) -> Names:
+    """Concepts of an arm's latents: mapped ones first; then the slots that the real teacher filled.
+
+    The controls of the teacher fill slots too, but not with what the concepts' names say.
+    """
+    latent_P = measured.concepts.latent_P.tolist()
+    of_concept = {record["parent"]: record for record in measured.concepts.to_json()}
+    parents = {
+        latent: _named(concept, True, of_concept.get(concept, {}))
+        for concept, latent in enumerate(latent_P)
+        if latent >= 0
+    }
+    children: dict[int, list[int | None]] = {}
+    if arm.init == "teacher" and measured.own_slots is not None:
+        of_slot = {record["parent"]: record for record in measured.own_slots.to_json()}
+        for slot, concept in enumerate(teacher_parents):
+            parents.setdefault(slot, _named(concept, False, of_slot.get(concept, {})))
+        children = _child_concepts(run, arm, sae.n_children)
+    return Names(parents, children)
+
+
+def _named(concept: int, mapped: bool, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"concept": concept, "mapped": mapped, **{key: record.get(key) for key in OF_CONCEPT}}
+
+
+def _child_concepts(run: Run, arm: ArmConfig, n_children: int) -> dict[int, list[int | None]]:
+    """By slot of a teacher's parent, the child concept that the teacher put into each of the parent's child slots."""
+    options = run.config.arm_teacher(arm)
+    if not (options.seed_child and options.seed_projectors):
+        return {}
+    teacher = Teacher.load(run.phase(1) / "teacher.safetensors")
+    pairs = [(parent.name, child.name) for parent in run.concepts.parents for child in parent.children]
+    concept_of = {pair: row for row, pair in enumerate(pairs)}
+    rows: dict[int, list[int | None]] = {parent: [] for parent in range(teacher.n_parents)}
+    known = teacher.child_delta_unified.any(dim=1).tolist()  # a child that was not seen seeds nothing
+    for parent, name, seeds in zip(teacher.child_parent.tolist(), teacher.child_names, known, strict=True):
+        rows[parent].append(concept_of[teacher.parent_names[parent], name] if seeds else None)
+    return {parent: (own + [None] * n_children)[:n_children] for parent, own in rows.items()}
 
 
 def differences(arms: Mapping[str, Evaluation], resamples: int, seed: int) -> dict[str, Any]:
-    """Each arm minus the first one, metric by metric, on the same resamples of documents or concepts."""
-    reference, *others = arms
-    table: dict[str, dict[str, Any]] = {}
-    for name in others:
-        shared = [key for key in arms[reference].units if key in arms[name].units]
-        table[name] = {
-            key: paired(arms[reference].units[key], arms[name].units[key], "difference", resamples, seed).to_json()
+    """Two comparisons, metric by metric, each on the same resamples of documents or concepts.
+
+    `differences`: each arm minus the first one. `against_teacher`: the arm named teacher minus each other arm, so that
+    a positive number is what the teacher has more; empty without that arm.
+    """
+
+    def minus(arm: str, other: str) -> dict[str, Any]:
+        shared = [key for key in arms[other].units if key in arms[arm].units]
+        return {
+            key: paired(arms[other].units[key], arms[arm].units[key], "difference", resamples, seed).to_json()
             for key in shared
         }
-    return {"reference": reference, "differences": table}
+
+    reference, *others = arms
+    return {
+        "reference": reference,
+        "differences": {name: minus(name, reference) for name in others},
+        "against_teacher": {name: minus("teacher", name) for name in arms if name != "teacher" and "teacher" in arms},
+    }
 
 
 def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
@@ -168,7 +154,7 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         limits.steering_leakage_reduction,
         limits.reconstruction_parity,
     )
-    evidence = read_json(run.phase(1) / "evidence.json")
+    evidence = read_json(run.phase(1) / "evidence.json", Evidence)
     angles = evidence["main"]["angles"]
     angle = Metric(angles["median_angle_deg"], tuple(angles["median_ci95"]), 90.0, run.concepts.n_children)
     empty: dict[str, Units] = {}
@@ -181,6 +167,9 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         bootstrap=config.eval.bootstrap,
         seed=config.run.seed,
     )
+    for target in targets:
+        if target["name"] == "steering_leakage_reduction" and not run.lm.has_head:
+            target["why"] = NO_HEAD
     targets[0]["of"] = f"{evidence['rows_of']}, {angles['estimator']} of all words"
     measured = {name: evidence[name].get("angles") for name in ANGLE_CONTROLS}  # few parents: no pseudo-parents
     targets[0]["controls"] = {name: found and found["median_angle_deg"] for name, found in measured.items()}
@@ -200,23 +189,11 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
 
 def print_results(run: Run) -> None:
     """The comparison of the arms and the targets with their verdicts, from results.json."""
-    found = read_json(run.phase(4) / "results.json")
-    table = Table(title=f"{found['model']}, {found['hook']}, {found['label']} labels, {found['split']} split")
-    table.add_column("metric")
-    for name in found["arms"]:
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("chance", justify="right")
-    for key in SHOWN:
-        cells = [metrics[key]["value"] for metrics in found["arms"].values()]
-        chance = next(iter(found["arms"].values()))[key]["chance"]
-        table.add_row(key, *(_cell(value) for value in cells), _cell(chance))
-    run.console.print(table)
+    found = read_json(run.phase(4) / "results.json", Results)
+    title = f"{found['model']}, {found['hook']}, {found['label']} labels, {found['split']} split"
+    run.console.print(metrics_table(title, found["arms"]))
     run.console.print(format_targets(found["targets"]))
-    angles = found["targets"][0]["controls"]
+    angles = found["targets"][0].get("controls", {})
     controls = " and ".join(f"{angle:.1f} with {name}" for name, angle in angles.items() if angle is not None)
     run.say(f"The angle proves nothing alone: it is {controls.replace('_', ' ')}. phase1/evidence.json has what does.")
     run.say(f"everything is in {run.folder}")
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

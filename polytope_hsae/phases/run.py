@@ -6,6 +6,7 @@ import platform
 import random
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -24,6 +24,8 @@ from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
+from ..units import duration
+from .progress import Ticker
 
 PHASES = (1, 2, 3, 4)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -34,27 +36,50 @@ LEFTOVER = ".*.????????.tmp"  # what fileio.atomic and save_pretrained call a fi
 class Run:
     """The folder runs/NAME (or --out) and everything that phases read from it.
 
-    Raises ConfigError naming the first field that differs when the folder belongs to another config and `force` is off.
+    `stderr` sends what is said there, for a caller that writes a document to standard output; `read_only` leaves the
+    folder as it is. Raises ConfigError naming the first field that differs when the folder belongs to another config
+    and `force` is off.
     """
 
-    def __init__(self, config: Config, out: Path | None = None, *, force: bool = False, quiet: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        out: Path | None = None,
+        *,
+        force: bool = False,
+        quiet: bool = False,
+        stderr: bool = False,
+        read_only: bool = False,
+    ):
         self.config = config
         self.folder = out if out is not None else Path("runs") / config.run.name
         self.force = force
-        piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-        self.console = Console(quiet=quiet, width=PIPED_WIDTH if piped else None)
+        piped = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
+        self.console = Console(quiet=quiet, stderr=stderr, width=PIPED_WIDTH if piped else None)
         self.device = _device(config.run.device)
         torch.set_num_threads(config.run.threads)
         keep_freed_memory()
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
         random.seed(config.run.seed)
-        self._claim_folder()
+        if not read_only:
+            self._claim_folder()
+            for part in (self.folder, self.activations, *map(self.phase, PHASES)):
+                remove_leftovers(part, deep=part != self.folder)
         self.provenance = Provenance(self.folder)
-        for part in (self.folder, self.activations, *map(self.phase, PHASES)):
-            remove_leftovers(part, deep=part != self.folder)
+
+    @classmethod
+    def open(cls, folder: Path, device: str | None = None, *, quiet: bool = False, stderr: bool = False) -> "Run":
+        """An existing run folder with its own config, to read and not to change. Raises ConfigError if it is none."""
+        path = folder / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"run folder: found {str(folder)!r} without config.yaml, allowed: what hsae run made")
+        config = load_config(str(path), [f"run.device={device}"] if device is not None else None)
+        return cls(config, folder, quiet=quiet, stderr=stderr, read_only=True)
 
     def _claim_folder(self) -> None:
         """Write config.yaml, or check that the one there asks for the same results of all phases that have begun."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ConfigError(f"--out: found {str(self.folder)!r}, not a folder; allowed: a folder or a new name")
         path = self.folder / "config.yaml"
         text = dump_yaml(self.config)
         if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -80,6 +105,12 @@ class Run:
         for phase in phases:
             if phase == 1 or any(arm.phase == phase for arm in self.config.arms):
                 self.provenance.require(phase, self.config)
+
+    def finish(self, phase: int, inputs: dict[str, str], started: float) -> None:
+        """Record a phase that began at `started` (time.monotonic) as done, and say how long it took."""
+        seconds = time.monotonic() - started
+        self.provenance.record(phase, self.config, inputs, self.device, seconds)
+        self.say(f"phase {phase}: done in {duration(seconds)}")
 
     # files
 
@@ -141,41 +172,22 @@ class Run:
 
     def say(self, message: str) -> None:
         """One line for the user."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, what: str, unit: str) -> Iterator["Ticker"]:
+    def progress(self, what: str, unit: str) -> Iterator[Ticker]:
         """A progress bar on a terminal, a line every tenth of the way elsewhere."""
         ticker = Ticker(self.console, what, unit)
         with ticker.bar:
             yield ticker
 
 
-class Ticker:
-    """Call it with (done, total)."""
-
-    def __init__(self, console: Console, what: str, unit: str):
-        self.console, self.what, self.unit = console, what, unit
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal or console.quiet, transient=True)
-        self.task = self.bar.add_task(what, total=None, rate="")
-        self.tenth = -1
-
-    def __call__(self, done: int, total: int) -> None:
-        speed = self.bar.tasks[0].speed
-        self.bar.update(self.task, completed=done, total=total, rate=f"{speed:,.0f}/s" if speed else "")
-        tenth = 10 * done // max(total, 1)
-        if not self.console.is_terminal and tenth != self.tenth:
-            self.tenth = tenth
-            self.console.print(f"  {self.what}: {done:,} of {total:,} {self.unit}", highlight=False)
+def run_folder_of(path: Path) -> Path:
+    """The run folder that a file or folder lies in. Raises ConfigError when there is none above it."""
+    for folder in path.resolve().parents:
+        if (folder / "config.yaml").is_file() and (folder / "activations").is_dir():
+            return folder
+    raise ConfigError(f"--on: found no run folder above {str(path)!r}, allowed: --on RUN")
 
 
 def keep_freed_memory() -> None:

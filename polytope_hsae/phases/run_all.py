@@ -1,5 +1,9 @@
-"""All four phases in order."""
+"""All four phases in order, and the report on them."""
 
+import time
+
+from ..report.build import write_report
+from ..units import duration, size
 from .phase1_teacher import run_phase1
 from .phase2_baseline import run_phase2
 from .phase3_teacher_init import run_phase3
@@ -10,6 +14,10 @@ PHASES = {1: run_phase1, 2: run_phase2, 3: run_phase3, 4: run_phase4}
 
 
 def run_all(run: Run) -> None:
-    """Every phase that is not done yet, then the table of targets."""
+    """Every phase that is not done yet, then the table of targets and the report."""
+    started = time.monotonic()
     for run_phase in PHASES.values():
         run_phase(run)
+    report = write_report(run.folder)
+    run.say(f"report: {report} ({size(report.stat().st_size)})")
+    run.say(f"all phases: done in {duration(time.monotonic() - started)}")

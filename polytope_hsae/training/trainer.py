@@ -19,7 +19,14 @@ from ..models.codes import ModelOutput
 from ..models.losses import PENALTIES
 from ..tracking import Tracker
 from .anchor import Anchor
-from .checkpoint import latest_checkpoint, load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from .checkpoint import (
+    check_parts,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from .schedule import learning_rate, penalty_warmup, rate_multiplier, stage_at
 from .usage import Usage
 
@@ -201,19 +208,27 @@ class HSAETrainer:
         if path is None:
             return False
         self.step, parts, metadata = load_checkpoint(path)
+        if self.step > self.total:
+            raise ValueError(f"{path}: found step {self.step}, allowed: at most {self.total}, the steps of all stages")
         state = parts["model"]
         stage = stage_at(self.stages, self.step) if self.step < self.total else None
         inside = stage is not None and self.step > stage.start
         self.model.freeze(stage.config.freeze if stage is not None and inside else ())
         if not inside:
             state = {name: tensor for name, tensor in state.items() if name not in self.model.transient_names}
+        like = {
+            "model": self.model.state_dict(),
+            "usage": self.usage.state_dict(),
+            "noise": {"state": self.generator.get_state()},
+        }
+        check_parts(path, parts, like, self.parameters)
         try:
             self.model.load_state_dict(state)
+            self.generator.set_state(parts["noise"]["state"])
         except RuntimeError as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         load_optimizer_tensors(self.optimizer, self.parameters, parts["optimizer"])
         self.usage.load_state_dict(parts["usage"])
-        self.generator.set_state(parts["noise"]["state"])
         self.stream.load_state_dict(json.loads(metadata["stream"]))
         return True
 

@@ -1,0 +1,219 @@
+"""What the latents of a model say: how often they fire, on which tokens, where, and which words they read and write.
+
+The split is encoded once and only the positive codes are kept. Then the parents that are named (by a concept) or used
+most, and their children, are described (docs/design.md, latents.json).
+
+Shapes: M positive codes, n rows of one latent, P parents, C children per parent, L described parents, d residual width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from polytope_hsae.config import LatentsConfig
+from polytope_hsae.data.store import ActivationStore
+from polytope_hsae.evaluation.bootstrap import FloatArray
+from polytope_hsae.evaluation.concepts import IntArray
+from polytope_hsae.evaluation.reconstruction import check_eval_mode
+from polytope_hsae.evaluation.words import Lexicon, TokenTexts, WordList, significant
+from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.models.hsae import HierarchicalSAE
+
+MIN_TOKEN_ROWS = 3  # rows of a token, for `fires_on`
+CHILD_CONTEXTS = 2
+
+
+@dataclass(frozen=True)
+class Names:
+    """What is known about a model's latents from elsewhere.
+
+    parents: for a parent its concept (row in concepts.json), whether it was mapped to it, and the metrics there, under
+    the keys of UNNAMED; children: for a parent the child concept (row in concepts.json, or None) of each of its slots.
+    """
+
+    parents: Mapping[int, Mapping[str, Any]]
+    children: Mapping[int, Sequence[int | None]]
+
+
+UNNAMED: dict[str, Any] = {"concept": None, "mapped": False, "purity": None, "leakage": None, "recall": None}
+
+
+class Codes(NamedTuple):
+    """The positive codes of a split, rows ascending: row, latent (a child as p * C + j), value; [M] each."""
+
+    row_M: NDArray[np.int32]
+    latent_M: NDArray[np.int32]
+    value_M: NDArray[np.float32]
+
+
+@torch.no_grad()
+def positive_codes(
+    sae: SparseAutoencoder, store: ActivationStore, split: str, batch_size: int = 4096
+) -> tuple[Codes, Codes]:
+    """The parents' and the children's codes on a whole split."""
+    check_eval_mode(sae)
+    device = sae.write_directions().device
+    empty = Codes(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    parts: tuple[list[Codes], list[Codes]] = ([empty], [empty])
+    for acts_Bd, start in store.batches(split, batch_size):
+        codes = sae.encode(acts_Bd.to(device))
+        pairs = ((codes.parent_index, codes.parent_value), (codes.child_index, codes.child_value))
+        for kept, (index_Bk, value_Bk) in zip(parts, pairs, strict=True):
+            row_M, slot_M = (value_Bk > 0).nonzero(as_tuple=True)
+            columns = ((row_M + start).int(), index_Bk[row_M, slot_M].int(), value_Bk[row_M, slot_M].float())
+            kept.append(Codes(*(column.cpu().numpy() for column in columns)))
+    parents, children = (Codes(*map(np.concatenate, zip(*kept, strict=True))) for kept in parts)
+    return parents, children
+
+
+class Firings:
+    """The codes of some latents, each latent's together."""
+
+    def __init__(self, codes: Codes, latents_L: IntArray, n_latents: int) -> None:
+        wanted_P = np.zeros(n_latents, dtype=bool)
+        wanted_P[latents_L] = True
+        kept_M = np.flatnonzero(wanted_P[codes.latent_M])
+        kept_M = kept_M[np.argsort(codes.latent_M[kept_M], kind="stable")]
+        self._row_M, self._value_M = codes.row_M[kept_M], codes.value_M[kept_M]
+        self._starts_P = np.searchsorted(codes.latent_M[kept_M], np.arange(n_latents + 1))
+
+    def of(self, latent: int) -> tuple[IntArray, FloatArray]:
+        """Rows [n], ascending, and values [n] of one latent."""
+        part = slice(self._starts_P[latent], self._starts_P[latent + 1])
+        return self._row_M[part].astype(np.int64), self._value_M[part].astype(np.float64)
+
+
+class Places:
+    """The tokens of a split's rows and where they stand in their documents."""
+
+    def __init__(self, store: ActivationStore, split: str, text: TokenTexts, options: LatentsConfig) -> None:
+        self.token_N, self.doc_N, self.pos_N = (
+            store.column(split, name).cpu().numpy().astype(np.int64) for name in ("token", "doc", "pos")
+        )
+        self.rows_V = np.bincount(self.token_N)
+        self.text, self.options = text, options
+
+    def fires_on(self, row_n: IntArray, value_n: FloatArray) -> WordList:
+        """[token, mean code over all its rows, rows] of the tokens with the highest mean, best first."""
+        token_T, place_n = np.unique(self.token_N[row_n], return_inverse=True)
+        mean_T = np.bincount(place_n, weights=value_n, minlength=len(token_T)) / self.rows_V[token_T]
+        enough_T = np.flatnonzero(self.rows_V[token_T] >= MIN_TOKEN_ROWS)
+        best = enough_T[np.lexsort((token_T[enough_T], -mean_T[enough_T]))][: self.options.words]
+        found = zip(token_T[best].tolist(), mean_T[best].tolist(), strict=True)
+        return [[self.text(token), significant(mean), int(self.rows_V[token])] for token, mean in found]
+
+    def contexts(self, row_n: IntArray, value_n: FloatArray, count: int) -> list[dict[str, Any]]:
+        """Windows about the rows with the largest codes: one for each document, then further ones."""
+        strongest_n = np.lexsort((row_n, -value_n))
+        _, first = np.unique(self.doc_N[row_n[strongest_n]], return_index=True)  # of every document
+        later = np.setdiff1d(np.arange(len(row_n)), first)
+        chosen = strongest_n[np.concatenate([np.sort(first), later])[:count]]
+        return [self._window(row, row_n, value_n) for row in row_n[chosen].tolist()]
+
+    def _window(self, row: int, row_n: IntArray, value_n: FloatArray) -> dict[str, Any]:
+        """The tokens about a row, as far as its document goes on without a gap, with the latent's code on each."""
+        near = np.arange(max(0, row - self.options.window), min(len(self.doc_N), row + self.options.window + 1))
+        near = near[(self.doc_N[near] == self.doc_N[row]) & (self.pos_N[near] - self.pos_N[row] == near - row)]
+        codes = np.zeros(len(near))
+        inside = slice(*np.searchsorted(row_n, [near[0], near[-1] + 1]))
+        codes[row_n[inside] - near[0]] = value_n[inside]
+        return {
+            "doc": int(self.doc_N[row]),
+            "pos": int(self.pos_N[row]),
+            "tokens": [self.text(token) for token in self.token_N[near].tolist()],
+            "values": [significant(code) for code in codes.tolist()],
+        }
+
+
+def describe_latents(
+    sae: SparseAutoencoder,
+    store: ActivationStore,
+    split: str,
+    lexicon: Lexicon,
+    names: Names,
+    options: LatentsConfig,
+) -> dict[str, Any]:
+    """One model's object of latents.json.
+
+    Described are all parents that `names` names, and the most used others until there are `options.parents`, by
+    number. For a flat model the parents are its latents.
+    """
+    parent_codes, child_codes = positive_codes(sae, store, split)
+    n_rows, n_children = store.n_rows(split), sae.n_children
+    used_P = np.bincount(parent_codes.latent_M, minlength=sae.n_parents)
+    chosen_L = _chosen(used_P, sorted(names.parents), options.parents)
+    children_LC = chosen_L[:, None] * n_children + np.arange(n_children)
+    parent_firings = Firings(parent_codes, chosen_L, sae.n_parents)
+    child_firings = Firings(child_codes, children_LC.ravel(), sae.n_parents * n_children)
+    places = Places(store, split, lexicon.text, options)
+    parent_words, child_words = _words(sae, chosen_L, lexicon, options.words)
+
+    def described(firings: Firings, latent: int, words: dict[str, WordList], contexts: int) -> dict[str, Any]:
+        row_n, value_n = firings.of(latent)
+        return {
+            **words,
+            "fires_on": places.fires_on(row_n, value_n),
+            "contexts": places.contexts(row_n, value_n, contexts),
+        }
+
+    parents = []
+    for place, parent in enumerate(chosen_L.tolist()):
+        row_n, value_n = parent_firings.of(parent)
+        concepts = names.children.get(parent, [None] * n_children)
+        children = []
+        for j, child in enumerate(children_LC[place].tolist()):
+            active = len(child_firings.of(child)[0])
+            share = significant(active / len(row_n)) if len(row_n) else None
+            what = described(child_firings, child, child_words[place * n_children + j], CHILD_CONTEXTS)
+            children.append({"index": j, "concept": concepts[j], "share_of_parent": share, **what})
+        parents.append(
+            {
+                "latent": parent,
+                "share": significant(len(row_n) / n_rows),
+                "mean_value": significant(float(value_n.mean())) if len(row_n) else None,
+                **UNNAMED,
+                **names.parents.get(parent, {}),
+                **described(parent_firings, parent, parent_words[place], options.contexts),
+                "children": children,
+            }
+        )
+    return {
+        "architecture": type(sae).__name__,
+        "n_parents": sae.n_parents,
+        "n_children": n_children,
+        "usage": [significant(used / n_rows) for used in used_P.tolist()],
+        "parents": parents,
+    }
+
+
+def _chosen(used_P: IntArray, named: Sequence[int], count: int) -> IntArray:
+    """The named parents and the most used others, `count` in all unless more are named; ascending."""
+    order_P = np.lexsort((np.arange(len(used_P)), -used_P))
+    others = order_P[(used_P[order_P] > 0) & ~np.isin(order_P, named)]
+    kept = others[: max(0, count - len(named))]
+    return np.sort(np.concatenate([np.asarray(named, dtype=np.int64), kept]))
+
+
+@torch.no_grad()
+def _words(
+    sae: SparseAutoencoder, chosen_L: IntArray, lexicon: Lexicon, n: int
+) -> tuple[list[dict[str, WordList]], list[dict[str, WordList]]]:
+    """What the chosen parents, and their children one after the other, read and write."""
+    index_L = torch.from_numpy(chosen_L).to(sae.D.device)
+    tensors = sae.tensors()
+    pairs = [(tensors["E"][index_L], sae.write_directions()[index_L])]
+    if isinstance(sae, HierarchicalSAE):
+        reads_LCd = sae.F[index_L] @ sae.Down[index_L]
+        pairs.append((reads_LCd.flatten(0, 1), sae.atoms(index_L).flatten(0, 1)))
+    found = [
+        [
+            {"reads": reads, "writes": writes}
+            for reads, writes in zip(lexicon.reads(encoder, n), lexicon.writes(decoder, n), strict=True)
+        ]
+        for encoder, decoder in pairs
+    ]
+    return found[0], found[1] if len(found) > 1 else []

@@ -1,0 +1,171 @@
+"""Measuring trained models on documents and words that they were not trained on: phase 4 and `hsae evaluate`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from ..data.corpus import Documents, context_batches, context_ids, contexts, load_documents, split_documents
+from ..evaluation.bootstrap import Evaluation
+from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
+from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
+from ..evaluation.steering import evaluate_steering
+from ..evaluation.words import TokenTexts
+from ..models.base import SparseAutoencoder
+from .run import Run
+
+SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); the
+    record of its steering per concept.
+    """
+
+    evaluation: Evaluation
+    concepts: ConceptEvaluation
+    own_slots: ConceptEvaluation | None
+    steering: list[dict[str, Any]]
+
+
+def measure_models(
+    run: Run,
+    models: Mapping[str, SparseAutoencoder],
+    split: str,
+    *,
+    teacher_parents: Mapping[str, Sequence[int]] | None = None,
+    step: str,
+) -> dict[str, Measured]:
+    """Reconstruction, language model, concept and steering metrics by model, on one run's data and language model.
+
+    `teacher_parents`: the concepts of a model's first parents, where a teacher put them there; `step` names the work
+    for the user.
+    """
+    held_out = HeldOut(run, split)
+    common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
+    of_language_model = evaluate_language_model(
+        models,
+        run.lm,
+        run.hook,
+        held_out.ids,
+        run.train_moments[0],
+        documents=held_out.documents,
+        mask_NT=held_out.mask,
+        **common,
+    )
+    found = {}
+    with run.progress(step, "models") as ticker:
+        for done, (name, sae) in enumerate(models.items()):
+            ticker(done, len(models))
+            own = (teacher_parents or {}).get(name, ())
+            found[name] = _measure(run, sae, held_out, of_language_model[name], own, common)
+        ticker(len(models), len(models))
+    return found
+
+
+class HeldOut:
+    """Contexts of a split, the same for every model.
+
+    ids, mask [N, T] and documents [N]: whole contexts, padded on the right; steering_ids [M, T'] without padding.
+    """
+
+    def __init__(self, run: Run, split: str):
+        config = run.config
+        self.split = split
+        documents = load_documents(
+            config.corpus.source,
+            config.corpus.path,
+            run.lm.tokenizer,
+            max_tokens=config.corpus.max_tokens,
+            context_length=config.corpus.context_length,
+            tokenizer_sha256=run.lm.tokenizer_sha256,
+        )
+        members = split_documents(documents.n_documents, config.corpus.split, config.run.seed)[split]
+        rows = contexts(documents, members, config.corpus.context_length)
+        rows = rows[rows[:, 2] >= 3]
+        steering = config.eval.steering
+        self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
+        rows = rows[: config.eval.lm_contexts]
+        self.ids = torch.zeros(len(rows), config.corpus.context_length, dtype=torch.int64)
+        self.mask = torch.zeros_like(self.ids)
+        self.documents = rows[:, 0].numpy()
+        for members, ids, mask in context_batches(documents, rows, config.data.batch_tokens):
+            self.ids[members, : ids.shape[1]] = ids
+            self.mask[members, : ids.shape[1]] = mask
+        longest = int(self.mask.sum(1).max())
+        self.ids, self.mask = self.ids[:, :longest], self.mask[:, :longest]
+
+
+def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: int) -> Tensor:
+    """The first `length` tokens of the first `count` contexts that have as many: [M, length], shorter if none has."""
+    texts = [context_ids(documents, row) for row in rows]
+    length = min(length, max(len(text) for text in texts))
+    return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
+
+
+def _measure(
+    run: Run,
+    sae: SparseAutoencoder,
+    held_out: HeldOut,
+    evaluation: Evaluation,
+    teacher_parents: Sequence[int],
+    common: Mapping[str, Any],
+) -> Measured:
+    """Add to the language model's metrics all that one model has beside them."""
+    config, options = run.config, run.config.eval
+    evaluation |= evaluate_reconstruction(sae, run.store, held_out.split, run.train_moments[0], **common)
+    label: dict[str, Any] = {
+        "label": run.label,
+        "vocab_size": run.lm.vocab_size,
+        "fold": held_out.split,
+        "belief_threshold": config.concepts.belief_threshold,
+        "min_rows": config.concepts.min_test_rows,
+    }
+    concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
+    evaluation |= concepts.result
+    own_slots = None
+    if teacher_parents:
+        slots = np.full(run.concepts.n_parents, -1)
+        slots[list(teacher_parents)] = np.arange(len(teacher_parents))
+        own_slots = evaluate_concepts(sae, run.store, run.concepts, mapping=slots, **label, **common)
+        metrics = {f"{key}_own_slots": metric for key, metric in own_slots.result.metrics.items()}
+        units = {f"{key}_own_slots": units for key, units in own_slots.result.units.items()}
+        evaluation |= Evaluation(metrics, units)
+    steered = evaluate_steering(
+        sae,
+        run.lm,
+        run.hook,
+        run.concepts,
+        concepts.parents_Q,
+        concepts.latent_P,
+        held_out.steering_ids,
+        target_nats=options.steering.target_nats,
+        max_concepts=options.steering.max_concepts,
+        text=TokenTexts(run.lm.tokenizer),
+        **common,
+    )
+    return Measured(evaluation | steered.result, concepts, own_slots, steered.records)
+
+
+def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The metrics that are compared first, a column for each model; `metrics` as in results.json, by model."""
+    table = Table(title=escape(title))
+    table.add_column("metric", no_wrap=True)
+    for name in metrics:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    table.add_column("chance", justify="right")
+    for key in SHOWN:
+        cells = [found[key]["value"] for found in metrics.values()]
+        chance = next(iter(metrics.values()))[key]["chance"]
+        table.add_row(key, *(_cell(value) for value in cells), _cell(chance))
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,120 @@
+"""What later commands read of the JSON files that phases write (docs/design.md, Artifacts): for `fileio.read_json`.
+
+Other fields may be there; those named here must be.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Validation(TypedDict):
+    val_ev: float
+    val_l0: Annotated[float, Field(ge=0)]
+
+
+class Train(TypedDict):
+    """train.json of an arm."""
+
+    arm: str
+    identity: dict[str, str]
+    steps: int
+    tokens: int
+    parameters: int
+    flops_per_row: int
+    teacher_parents: list[Annotated[int, Field(ge=0)]]
+    validation: Validation
+
+
+class Angles(TypedDict):
+    estimator: str
+    median_angle_deg: float
+    median_ci95: Interval
+
+
+class Hierarchy(TypedDict):
+    """What evidence.json says of WordNet's parents."""
+
+    angles: Angles
+    fraction_z_above_3: float | None
+    median_beta: float | None
+    beta_ci95: Interval | None
+
+
+class Control(TypedDict, total=False):
+    """The same of a control; `why` stands for what too few parents do not give."""
+
+    angles: Angles | None
+    why: str
+
+
+class Evidence(TypedDict):
+    """evidence.json."""
+
+    model: str
+    rows_of: str
+    main: Hierarchy
+    shuffled_rows: Control
+    pseudo_parents: Control
+
+
+class Metric(TypedDict):
+    value: float | None
+    ci95: Interval | None
+    chance: float | None
+    n: int
+
+
+class Metrics(TypedDict):
+    """The metrics of one arm that are printed; there are more."""
+
+    ev: Metric
+    ce_recovered: Metric
+    l0: Metric
+    purity: Metric
+    leakage: Metric
+    recall: Metric
+    steering_leakage: Metric
+    dead_parents: Metric
+    dead_children: Metric
+
+
+class Target(TypedDict):
+    name: str
+    required: Annotated[list[float | None], Field(min_length=2, max_length=2)]
+    measured: float | None
+    ci95: Interval | None
+    n: int
+    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    why: NotRequired[str]
+    controls: NotRequired[dict[str, float | None]]
+
+
+class Results(TypedDict):
+    """results.json."""
+
+    model: str
+    hook: str
+    label: str
+    split: Literal["val", "test"]
+    arms: Annotated[dict[str, Metrics], Field(min_length=1)]
+    targets: Annotated[list[Target], Field(min_length=1)]
+
+
+class Ablations(TypedDict):
+    """ablations.json."""
+
+    reference: str
+    differences: dict[str, dict[str, Metric]]
+    against_teacher: dict[str, dict[str, Metric]]
+    concepts: dict[str, list[dict[str, Any]]]
+
+
+class Steering(TypedDict):
+    """steering.json."""
+
+    target_nats: float
+    arms: dict[str, list[dict[str, Any]]]

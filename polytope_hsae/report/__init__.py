@@ -1,0 +1,1 @@
+"""One self-contained report.html per finished run; `build.write_report` makes it."""

@@ -1,0 +1,134 @@
+"""The five targets as the page shows them: required, measured, interval bar, verdict, and the evidence behind each."""
+
+from typing import Any
+
+from .read import RunFiles
+from .steering import steering_means, steering_table
+from .target_evidence import ANGLE_CONTROLS, EVIDENCE
+from .words import TARGETS, TargetWords, arm_title, counted, interval, number
+
+VERDICTS = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "undecided"}
+PAD = 0.08  # of the axis, left free at both ends of a bar
+LABEL_ROOM = 14.0  # percent of the axis that a tick's label needs
+COSTS = ("reconstruction_parity",)  # what the method may cost; a control is meant to pass it too
+Controls = list[tuple[str, float]]
+
+
+def target_rows(run: RunFiles) -> list[dict[str, Any]]:
+    """One object per target, in the order of results.json."""
+    rows = []
+    for target in run.results["targets"]:
+        words = TARGETS[target["name"]]
+        controls = control_values(run, target["name"])
+        digits = words.digits
+        caveat = control_passes(run, target)
+        scaled = None if target["measured"] is None else target["measured"] * words.factor
+        rows.append(
+            {
+                "key": target["name"],
+                "words": words,
+                "required": required_text(target["required"], words),
+                "measured": number(scaled, digits) + (words.unit if scaled is not None else ""),
+                "interval": interval(target["ci95"], digits, words.factor, words.unit),
+                "n": units_text(target),
+                "verdict": VERDICTS[target["verdict"]],
+                "why": target.get("why"),
+                "bar": bar(target, words, controls),
+                "caveat": "a control passes too" if caveat else None,
+                "evidence": [*EVIDENCE[target["name"]](run, target), *_caveat(target["name"], controls, words, caveat)],
+                "detail": steering_table(run) if target["name"] == "steering_leakage_reduction" else None,
+            }
+        )
+    return rows
+
+
+def required_text(required: list[float | None], words: TargetWords) -> str:
+    """'at least 10 points', '80 to 100°'."""
+    low, high = (None if bound is None else f"{bound * words.factor:g}".replace("-", "−") for bound in required)
+    if high is None:
+        return f"at least {low}{words.unit}"
+    if low is None:
+        return f"at most {high}{words.unit}"
+    return f"{low} to {high}{words.unit}"
+
+
+def units_text(target: dict[str, Any]) -> str:
+    """What the interval resamples: '16 concepts'."""
+    noun = {"median_angle_deg": "child", "reconstruction_parity": "document"}.get(target["name"], "concept")
+    return f"{target['n']:,} children" if noun == "child" else counted(target["n"], noun)
+
+
+def bar(target: dict[str, Any], words: TargetWords, controls: Controls) -> dict[str, Any]:
+    """Places on the bar's axis, in percent of its width from the left; None where there is nothing to draw."""
+    bounds = [bound * words.factor for bound in target["required"] if bound is not None]
+    measured = None if target["measured"] is None else target["measured"] * words.factor
+    ci95 = None if target["ci95"] is None else [value * words.factor for value in target["ci95"]]
+    shown = [*bounds, *(ci95 or []), *(value for _, value in controls), *([measured] if measured is not None else [])]
+    if target["name"] != "median_angle_deg":
+        shown.append(0.0)
+    low, high = min(shown), max(shown)
+    room = (high - low) * PAD or 1.0
+    low, high = low - room, high + room
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    start = 0.0 if target["required"][0] is None else place(target["required"][0] * words.factor)
+    end = 100.0 if target["required"][1] is None else place(target["required"][1] * words.factor)
+    ticks = [(place(value), f"{value:g}".replace("-", "−") + words.unit) for value in bounds]
+    if 0.0 in shown and all(abs(place(0.0) - at) > LABEL_ROOM for at, _ in ticks):
+        ticks.append((place(0.0), "0"))
+    return {
+        "band": (start, round(end - start, 2)),
+        "interval": None if ci95 is None else (place(ci95[0]), round(place(ci95[1]) - place(ci95[0]), 2)),
+        "dot": None if measured is None else place(measured),
+        "controls": [(name, place(value), number(value, words.digits) + words.unit) for name, value in controls],
+        "ticks": sorted(ticks),
+    }
+
+
+def control_values(run: RunFiles, name: str) -> Controls:
+    """What the controls get on a target's own scale: [(control, value in the shown unit)]."""
+    if name == "median_angle_deg":
+        measured = run.target(name)["controls"].items()
+        return [(ANGLE_CONTROLS[control], angle) for control, angle in measured if angle is not None]
+    permuted = run.arm_with(init="permuted_teacher")
+    if permuted is None:
+        return []
+    if name == "steering_leakage_reduction":
+        means = steering_means(run, permuted)
+        found = None if means is None or not means[1] else 100 * (means[1] - means[2]) / means[1]
+    else:
+        metric = {"purity_gain_pp": "purity", "leakage_reduction": "leakage", "reconstruction_parity": "fvu"}[name]
+        base, other = run.metric("baseline", metric), run.metric(permuted, metric)
+        if base is None or other is None or (metric != "purity" and not base["value"]):
+            return []
+        change = other["value"] - base["value"]
+        found = {
+            "purity": 100 * change,
+            "leakage": -100 * change / (base["value"] or 1.0),
+            "fvu": 100 * change / (base["value"] or 1.0),
+        }[metric]
+    return [] if found is None else [(arm_title(permuted), found)]
+
+
+def control_passes(run: RunFiles, target: dict[str, Any]) -> bool:
+    """Whether every control lies in the required range as well, so that a pass says nothing about the concepts."""
+    factor = TARGETS[target["name"]].factor
+    low, high = target["required"]
+    values = [value / factor for _, value in control_values(run, target["name"])]
+    inside = [(low is None or value >= low) and (high is None or value <= high) for value in values]
+    return target["name"] not in COSTS and bool(inside) and all(inside)
+
+
+def _caveat(name: str, controls: Controls, words: TargetWords, passes: bool) -> list[str]:
+    if not passes or name == "median_angle_deg":  # the angle's evidence speaks of its controls itself
+        return []
+    control, value = controls[0]
+    said = f"The {control}, which has the wrong words, gets {number(value, words.digits)}{words.unit}"
+    return [f"{said}, in the required range: passing this would not show that the words matter."]
+
+
+def informative_passes(run: RunFiles) -> int:
+    """How many targets pass whose controls do not."""
+    return sum(target["verdict"] == "PASS" and not control_passes(run, target) for target in run.results["targets"])

@@ -1,0 +1,183 @@
+"""Numbers and names as a reader sees them: formats with units, metrics and arms in words."""
+
+from typing import NamedTuple
+
+from ..config import Config
+
+DASH = "–"
+MINUS = "−"
+PERCENT = "\N{NO-BREAK SPACE}%"
+
+
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """Fixed digits, thousands separated, a true minus; a dash for None."""
+    if value is None:
+        return DASH
+    text = f"{value:{'+' if sign else ''},.{digits}f}"
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def interval(ci95: list[float] | None, digits: int = 3, factor: float = 1.0, unit: str = "") -> str:
+    """'0.12 to 0.34' with the unit, or a dash."""
+    if ci95 is None:
+        return DASH
+    return f"{number(ci95[0] * factor, digits)} to {number(ci95[1] * factor, digits)}{unit}"
+
+
+def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
+    """A share as percent, or a dash."""
+    return DASH if share is None else f"{number(100 * share, digits, sign)}{PERCENT}"
+
+
+def listed(items: list[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 concept', '16 concepts'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class TargetWords(NamedTuple):
+    """How a target is shown: name, meaning, and the scale from results.json to the shown unit."""
+
+    name: str
+    meaning: str
+    factor: float
+    unit: str
+    digits: int
+
+
+TARGETS = {
+    "median_angle_deg": TargetWords(
+        "Angle of the hierarchy",
+        "Median angle between a parent's direction and what sets its children apart from it.",
+        1,
+        "°",
+        1,
+    ),
+    "purity_gain_pp": TargetWords(
+        "Gain of purity",
+        "How much more of a parent's activation falls on its own concept's rows, teacher minus baseline.",
+        1,
+        " points",
+        1,
+    ),
+    "leakage_reduction": TargetWords(
+        "Fall of leakage",
+        "How much less of a row's activation lands on other concepts' parents, relative to the baseline.",
+        100,
+        PERCENT,
+        1,
+    ),
+    "steering_leakage_reduction": TargetWords(
+        "Fall of steering side effects",
+        "How much less other words move when a concept is pushed by the same amount, relative to the baseline.",
+        100,
+        PERCENT,
+        1,
+    ),
+    "reconstruction_parity": TargetWords(
+        "Change of reconstruction error",
+        "Unexplained variance of the teacher arm relative to the baseline's.",
+        100,
+        PERCENT,
+        1,
+    ),
+}
+
+
+class MetricWords(NamedTuple):
+    """How a metric is shown in the table of arms; `better` is the direction in which it is."""
+
+    name: str
+    meaning: str
+    better: str = ""
+    digits: int = 3
+
+
+UP, DOWN = "↑", "↓"
+METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
+    "Reconstruction": {
+        "ev": MetricWords("Explained variance", "EV, share of the activations' variance", UP),
+        "fvu": MetricWords("Unexplained variance", "FVU, the rest of it", DOWN),
+        "l0": MetricWords("Active latents", "L0, parents and children in use per row", digits=1),
+        "dead_parents": MetricWords("Dead parents", "share never active on the split", DOWN),
+        "dead_children": MetricWords("Dead children", "share never active, of parents that were", DOWN),
+    },
+    "Language model with the reconstruction in place": {
+        "ce_recovered": MetricWords("Loss recovered", "share of what ablating the hook costs", UP),
+        "delta_ce": MetricWords("Rise of the loss", "nats per token", DOWN),
+        "kl": MetricWords("KL", "from the clean next-token distribution, nats", DOWN),
+        "ce_clean": MetricWords("Loss, clean", "nats per token"),
+        "ce_spliced": MetricWords("Loss, spliced", "with the reconstruction instead, nats", DOWN),
+        "ce_ablated": MetricWords("Loss, ablated", "with the mean activation instead, nats"),
+    },
+    "Concepts on held-out documents and words": {
+        "purity": MetricWords("Purity", "of a concept's latent over all concepts' rows: share on its own rows", UP),
+        "purity_auroc": MetricWords("AUROC", "a concept's rows against the other concepts' rows", UP),
+        "leakage": MetricWords(
+            "Leakage", "of a row over all concepts' latents: share on other concepts' latents", DOWN
+        ),
+        "recall": MetricWords("Recall", "share of a concept's rows with its latent active", UP),
+        "zero_sum_rows": MetricWords("Silent rows", "share of labelled rows on which no concept's latent is active"),
+    },
+    "Steering": {
+        "steering_leakage": MetricWords(
+            "Side effects", "KL off the concept's own words, nats; over those that the arm reaches", DOWN
+        ),
+        "sibling_kl": MetricWords("Shift among siblings", "KL among the parent's children, nats", DOWN),
+        "steering_unreached": MetricWords("Not reached", "share of concepts that could not be pushed so far", DOWN),
+    },
+}
+OWN_SLOTS = "Concepts, each read from the teacher's own slot"
+OWN_SLOTS_SUFFIX = "_own_slots"
+METRICS = {key: words for group in METRIC_GROUPS.values() for key, words in group.items()}
+
+
+def arm_title(name: str) -> str:
+    """'permuted teacher' for permuted_teacher, 'flat TopK' for flat_topk."""
+    return name.replace("_", " ").replace("topk", "TopK")
+
+
+def arm_meaning(config: Config, name: str) -> str:
+    """One clause on how an arm was made, from its config."""
+    arm = config.arm(name)
+    if arm.kind == "topk":
+        matched = f", as many active latents as {arm_title(arm.match['l0'])}" if "l0" in arm.match else ""
+        return f"one flat TopK dictionary without a hierarchy{matched}"
+    start = {
+        "random": "H-SAE from a random start",
+        "teacher": "H-SAE that starts from the concept directions",
+        "permuted_teacher": "the same after every word was moved to a random concept: a control with wrong words",
+        "random_teacher": "the same with random directions of equal length: a control",
+    }[arm.init]
+    changed = [f"{key} = {value}" for block in (arm.hsae, arm.teacher) for key, value in block.items()]
+    return start + (f"; {', '.join(changed)}" if changed else "")
+
+
+def label_meaning(label: str) -> str:
+    """Which concept a row of activations carries."""
+    return {
+        "current_token": "the concept of the token that is read",
+        "next_token": "the concept of the token that follows",
+        "belief": "the concept that the model expects next",
+    }[label]
+
+
+def model_meaning(config: Config) -> str:
+    """Which language model a run reads."""
+    name, revision = config.model.name, config.model.revision
+    about = " (packaged: 9 million parameters, trained on textbooks)" if name == "textbook-lm-9m" else ""
+    return f"{name}{f' at {revision}' if revision else ''}{about}"
+
+
+def corpus_meaning(config: Config) -> str:
+    """Which text the model reads."""
+    corpus = config.corpus
+    packaged = corpus.source == "tokens" and corpus.path is None
+    text = "the packaged sample, which textbook-lm-9m wrote itself" if packaged else f"{corpus.source}: {corpus.path}"
+    return f"{text}; at most {corpus.max_tokens:,} tokens, in contexts of {corpus.context_length}"

@@ -1,0 +1,392 @@
+"""Bad files, folders and settings through the command line: exit code 2, one line, nothing half-written."""
+
+import gzip
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from running import SMOKE, contents, copy, files, hsae, processes, refused
+
+from polytope_hsae.cli import main
+from polytope_hsae.data.corpus import load_documents
+from polytope_hsae.fileio import read_json, sha256_file
+
+NOBODY = 65534
+HALF = "\\ud800"  # one half of a surrogate pair, as JSON and YAML spell it
+
+
+@pytest.fixture(scope="module")
+def harvested(finished, tmp_path_factory) -> Path:
+    """A run folder in which only phase 1 is done. Tests leave it as they found it."""
+    return copy(finished, tmp_path_factory.mktemp("bad") / "run", phases=1)
+
+
+# -- configs and overrides
+
+SIX_ATOMS = "{n_parents: 2, topk_parent: 1, n_children_per_parent: 2}"
+FLAT = f"[{{name: baseline}}, {{name: flat, kind: topk, match: {{l0: baseline}}, hsae: {SIX_ATOMS}}}]"
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("hsae.n_parrots=3", ["hsae.n_parrots: found an unknown key, allowed: n_parents"]),
+        ("hsae.n_parents=many", ["hsae.n_parents: found 'many', allowed: input should be a valid integer"]),
+        ("hsae.n_parents=0x" + "f" * 9000, ["hsae.n_parents: found a number of thousands of digits, allowed: "]),
+        ("hsae.n_parents=4294967296", ["hsae.n_parents: found 4294967296, allowed: ", "2147483647"]),
+        ("run.threads=1000000", ["run.threads: found 1000000, allowed: ", "1024"]),
+        ("training.lr=.nan", ["training.lr: found nan, allowed: input should be a finite number"]),
+        ("training.lr=.inf", ["training.lr: found inf, allowed: input should be a finite number"]),
+        ("training.lr=-1", ["training.lr: found -1, allowed: input should be greater than 0"]),
+        ("training.weight_decay=-0.1", ["training.weight_decay: found -0.1, allowed: "]),
+        ("hsae.l1_parent=.nan", ["hsae.l1_parent: found nan, allowed: "]),
+        ("hsae.topk_parent=33", ["hsae.topk_parent: found 33, allowed: at most n_parents = 32"]),
+        (f"arms={FLAT}", ["arms.flat.flat.k: found 8, allowed: at most n_latents = 6"]),
+        ("training.baseline.stages=[{name: a, steps: 7}]", ["found steps", "allowed: the same number of steps"]),
+        ("arms=[]", ["arms: found [], allowed: list should have at least 1 item"]),
+        ("arms=[{name: a/b}]", ["arms.0.name: found 'a/b', allowed: string should match pattern"]),
+        ("run.name=../x", ["run.name: found '../x', allowed: "]),
+        ("hsae={gate: hard, gate: hard}", ["--set hsae: found", "line 1: found the key 'gate' twice"]),
+        ("arms=&a [*a]", ["--set arms: found '&a [*a]', allowed: a YAML value", "an alias or a tag"]),
+        ("model.name=!!python/name:os.system", ["--set model.name: found", "an alias or a tag"]),
+        (f'model.name="{HALF}"', ["--set model.name: found", "surrogates not allowed"]),
+        ("model.name=\udcff", ["--set model.name: found '\\udcff', allowed: a YAML value"]),
+        ("corpus.split=" + "[" * 99, ["--set corpus.split: found", "more than 32 levels"]),
+        ("a..b=1", ["--set: found 'a..b=1', allowed: key.path=value"]),
+        (".=1", ["--set: found '.=1', allowed: key.path=value"]),
+        ("=", ["--set: found '=', allowed: key.path=value"]),
+        ("0=1", ["0: found an unknown key, allowed: run, model"]),
+        ("arms.0=1", ["arms: found {'0': 1}, allowed: input should be a valid list"]),
+        ("training.teacher.stages." + "9" * 5000 + "=1", ["--set training.teacher.stages.9", "allowed: 0 to 1"]),
+        ("training.teacher.stages.-1=1", ["--set training.teacher.stages.-1: found item '-1', allowed: 0 to 1"]),
+        ("\n=1", ["\\n: found an unknown key, allowed: run, model"]),
+    ],
+)  # fmt: skip
+def test_settings(tmp_path, setting, words):
+    refused(hsae("run", "smoke", "--set", setting, "--out", tmp_path / "run"), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+BOMB = "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: [*b, *b, *b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\xff\xfe\x00\x81", "not readable as YAML ('utf-8' codec can't decode byte 0xff"),
+        (b"\x00\x01\x02", "not readable as YAML"),
+        (b"run:\n\tseed: 1\n", "not readable as YAML (line 2: found character '\\t' that cannot start any token)"),
+        (b"run: {seed: 1}\nhsae: {}\nrun: {seed: 2}\n", "not readable as YAML (line 3: found the key 'run' twice)"),
+        (BOMB.encode(), "not readable as YAML (line 2: found an alias or a tag, allowed: neither)"),
+        (b"run: !!python/object:os.system {}", "found an alias or a tag, allowed: neither"),
+        (b"[" * 5000, "found more than 32 levels"),
+        (b"#" * 2_000_000, "found 2000000 bytes, allowed: 1000000"),
+        (b"- 1\n- 2\n", "found a list, allowed: a mapping of config blocks"),
+        (b"0", "found a int, allowed: a mapping of config blocks"),
+        (b"1: 2", "1: found"),
+    ],
+)
+def test_config_files(tmp_path, content, words):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    refused(hsae("run", path, "--out", tmp_path / "run"), words)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_configs_that_are_no_files(tmp_path):
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    for path in (tmp_path, loop, tmp_path / "nowhere.yaml", "a\0b", "", "x" * 999):
+        refused(hsae("run", path, "--out", tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == [loop]
+
+
+# -- ontologies
+
+WORDS = "{c: [dog, puppy, hound], d: [cat, kitten, lion], e: [bird, duck, goose]}"
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.yaml", "", "found NoneType, allowed a mapping of parents by name"),
+        ("a.yaml", "{}", "found 0 parents with 3 or more children"),
+        ("a.yaml", "p: {c: [dog, puppy, hound]}", "found 0 parents with 3 or more children"),
+        ("a.yaml", f"p: {WORDS}\np: {WORDS}", "cannot be parsed: line 2: found the key 'p' twice"),
+        ("a.yaml", f"p: {WORDS}\nq: {WORDS}", "'dog' is in p / c and in q / c; one place is allowed"),
+        ("a.yaml", "p: {c: [dog, dog]}", "'dog' is in p / c and in p / c; one place is allowed"),
+        ("a.yaml", "p: {c: [no, 1.5, 2001-01-01]}", "p / c: found [False, 1.5, '2001-01-01'], allowed a list of words"),
+        ("a.yaml", f'p: {{c: ["{HALF}"]}}', "surrogates not allowed"),
+        ("a.yaml", b"\xff", "cannot be parsed: 'utf-8' codec can't decode"),
+        ("a.json", "{", "cannot be parsed: "),
+        ("a.json", "[" * 100_000, "cannot be parsed: it is nested too deeply"),
+        ("a.json", '{"p": {}, "p": {}}', "cannot be parsed: the key 'p' appears twice"),
+        ("a.json", '{"p": {"c": [NaN]}}', "cannot be parsed: NaN is not a number in JSON"),
+        ("a.json", f'{{"p": {{"c": ["{HALF}"]}}}}', "surrogates not allowed"),
+        ("a.json", '{"p": [1]}', "p: found list, allowed a mapping of children by name"),
+    ],
+)
+def test_ontologies(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(hsae("concepts", "smoke", "--set", f"concepts.ontology={path}"), f"concepts.ontology: {path}", words)
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    path = tmp_path / "tree.yaml"
+    words = "{'[bold]': [dog, wolf, fox], b/c: [cat, lion, bear], ..: [bird, duck, crow]}"
+    path.write_text(f"'[/red] a/b': {words}")
+    answer = hsae("concepts", "smoke", "--set", f"concepts.ontology={path}")
+    assert answer.code == 0, answer.err
+    assert "[/red] a/b (3 children" in answer.out
+    assert all(f"{name} (words " in answer.out for name in ("[bold]", "b/c", ".."))
+
+
+# -- corpora
+
+
+CUT = gzip.compress(b"one two three\n\n" * 999)[:-20]
+CORPORA = {
+    "noise.txt": (bytes(range(256)) * 9, "not readable as UTF-8 text ('utf-8' codec can't decode byte 0x80"),
+    "empty.txt": (b"", "has no document of at least 2 tokens"),
+    "cut.txt.gz": (CUT, "not readable as UTF-8 text (Compressed file ended before"),
+    "noise.txt.gz": (b"noise", "not readable as UTF-8 text (Not a gzipped file"),
+    "noise.txt.xz": (b"noise", "not readable as UTF-8 text (Input format not supported"),
+    "long.txt.gz": (gzip.compress(b"a" * (1 << 24) + b"b", 1), "found a line of more than 16777216 characters"),
+    "bad.jsonl": (b'{"text": "w1 w2"}\n{"text":\n', "line 2: not JSON (Expecting value"),
+    "half.jsonl": (f'{{"text": "{HALF}"}}'.encode(), "line 1: no text in field 'text'"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: not JSON (maximum recursion depth"),
+    "noise.safetensors": (b"noise", "not a complete safetensors file"),
+    "tokens.pt": (b"pickle", "found a .pt file, allowed: .safetensors (pickles are never read)"),
+}
+
+
+def source_of(name: str) -> str:
+    return {"jsonl": "jsonl", "safetensors": "tokens", "pt": "tokens"}.get(name.rsplit(".", 1)[1], "text")
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_corpora(tmp_path, name):
+    content, words = CORPORA[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        load_documents(source_of(name), path, tiny.tokenizer(), max_tokens=99, context_length=16)
+    assert str(path) in str(error.value)
+
+
+def test_a_refused_corpus_holds_the_corrected_command_not_back(tmp_path):
+    """Nothing but config.yaml is there, and phase 1 has not begun."""
+    for name in ("noise.txt", "bad.jsonl"):
+        (tmp_path / name).write_bytes(CORPORA[name][0])
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    run = tmp_path / "run"
+    for name, words in (*((name, CORPORA[name][1]) for name in ("noise.txt", "bad.jsonl")), ("loop", "no such file")):
+        source = source_of(name) if "." in name else "text"
+        settings = ["--set", f"corpus.source={source}", "--set", f"corpus.path={tmp_path / name}"]
+        refused(hsae("phase1", *SMOKE, *settings, "--out", run), "corpus.path: ", str(tmp_path / name), words)
+        assert list(files(run)) == ["config.yaml"]
+
+
+# -- run folders
+
+
+def test_places_that_cannot_be_a_run_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "else")
+    for name in ("file", "loop", "gone"):
+        words = f"--out: found '{tmp_path / name}', not a folder; allowed: a folder or a new name"
+        refused(hsae("run", "smoke", "--out", tmp_path / name), words)
+    refused(hsae("run", "smoke", "--out", tmp_path / "file" / "run"), "Not a directory", str(tmp_path / "file"))
+    refused(hsae("run", "smoke", "--out", tmp_path / ("x" * 300)), "File name too long")
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    refused(hsae("run", "smoke", "--out", tmp_path / "run"), "Is a directory", "run/config.yaml")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone", "loop", "run"]
+
+
+def replaced(**changes):
+    """A function that changes fields of the manifest's first shard."""
+    return lambda manifest: manifest["shards"][0].update(changes)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (replaced(file="../run/activations/train-00000.safetensors"), ["shards.0.file: found '../run/", "pattern"]),
+        (replaced(file="/etc/passwd"), ["shards.0.file: found '/etc/passwd', allowed: string should match pattern"]),
+        (replaced(file="train-00000.pt"), ["shards.0.file: found 'train-00000.pt', allowed: string should match"]),
+        (replaced(file="train-99999.safetensors"), ["train-99999.safetensors: missing shard"]),
+        (replaced(rows=1), ["manifest.json: rows: found {'train': ", "allowed: the shards'"]),
+        (replaced(rows=-1), ["manifest.json: shards.0.rows: found -1, allowed: "]),
+        (replaced(bytes="many"), ["manifest.json: shards.0.bytes: found 'many', allowed: input should be a"]),
+        (replaced(sha256="0"), ["train-00000.safetensors: sha256 differs from the manifest's, the shard is corrupt"]),
+        (lambda m: m.update(width=7), ["train-00000.safetensors: acts: found float32 [", "allowed: float32 [", ", 7]"]),
+        (lambda m: m.update(dtype="float16"), ["acts: found float32 [", "allowed: float16 ["]),
+        (lambda m: m.update(shards=None), ["manifest.json: shards: found None, allowed: input should be a valid list"]),
+        (lambda m: m.pop("width"), ["manifest.json: width: found nothing, allowed: a value"]),
+        (lambda m: m.update(complete=False), ["the harvest is not complete"]),
+    ],
+)  # fmt: skip
+def test_manifests(harvested, change, words):
+    path = harvested / "activations" / "manifest.json"
+    whole = path.read_bytes()
+    manifest = json.loads(whole)
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    before = contents(harvested)
+    refused(hsae("phase2", *SMOKE, "--out", harvested), *words)
+    assert contents(harvested) == before
+    path.write_bytes(whole)
+
+
+def test_a_pickle_named_as_a_shard(harvested):
+    path, manifest = (harvested / "activations" / name for name in ("train-00000.safetensors", "manifest.json"))
+    whole = path.read_bytes(), manifest.read_bytes()
+    torch.save({"acts": torch.zeros(3)}, path)
+    about = read_json(manifest)
+    about["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest.write_text(json.dumps(about))
+    refused(hsae("phase2", *SMOKE, "--out", harvested), "train-00000.safetensors: not a complete safetensors file")
+    path.write_bytes(whole[0])
+    manifest.write_bytes(whole[1])
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("provenance.json", "[]", "provenance.json: found [], allowed: input should be a valid dictionary"),
+        ("provenance.json", '{"phases": {"phase1": 1}}', "provenance.json: phases.phase1: found 1, allowed: "),
+        ("provenance.json", "", "provenance.json: not valid JSON"),
+        ("config.yaml", "run: [", "config.yaml: not readable as YAML"),
+        ("activations/manifest.json", "", "manifest.json: not valid JSON"),
+        ("activations/val-00000.safetensors", "", "val-00000.safetensors: found 0 bytes, the manifest has"),
+        ("phase1/geometry.safetensors", "", "geometry.safetensors: not a complete safetensors file"),
+        ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl: line 1: not a metric: phase: found nothing, allowed: a"),
+        ("metrics.jsonl", '{"step": 1\n', "metrics.jsonl: line 1: "),
+    ],
+)  # fmt: skip
+def test_files_of_a_run(harvested, name, content, words):
+    path = harvested / name
+    whole = path.read_bytes()
+    path.write_text(content)
+    before = contents(harvested)
+    refused(hsae("phase2", *SMOKE, "--out", harvested), words)
+    assert {file: digest for file, digest in contents(harvested).items() if not file.startswith("phase2/")} == before
+    path.write_bytes(whole)
+    shutil.rmtree(harvested / "phase2", ignore_errors=True)
+
+
+def test_a_subspace_wider_than_the_residual(harvested):
+    """Found before any arm is trained, although the first arm has room."""
+    wide = json.dumps([{"name": "narrow"}, {"name": "wide", "hsae": {"subspace_dim": 300}}])
+    answer = hsae("phase2", "smoke", "--set", f"arms={wide}", "--out", harvested)
+    refused(answer, "hsae.subspace_dim: found 300, allowed: at most the width 256")
+    assert not (harvested / "phase2").exists()
+    hsae("phase2", "smoke", "--out", harvested, "--set", "run.device=none")
+
+
+def test_models_and_records(finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    model, arm = run / "phase2/baseline/model", run / "phase2/baseline"
+    (run / "phase4/results.json").write_text("{}")
+    refused(hsae("phase4", *SMOKE, "--out", run), "results.json: model: found nothing, allowed: a value")
+    (run / "phase4/results.json").unlink()
+    whole = {path: path.read_bytes() for path in (model / "config.json", arm / "train.json")}
+    for path, content, words in (
+        (model / "config.json", "[]", "model/config.json: found [], allowed: input should be a valid dictionary"),
+        (model / "config.json", "\0", "model/config.json: not valid JSON"),
+        (arm / "train.json", "{}", "baseline/train.json: arm: found nothing, allowed: a value"),
+    ):
+        path.write_text(content)
+        refused(hsae("phase4", *SMOKE, "--out", run), words)
+        path.write_bytes(whole[path])
+    torch.save({"E": torch.zeros(2)}, model / "model.safetensors")
+    refused(hsae("phase4", *SMOKE, "--out", run), "model/model.safetensors: not a complete safetensors file")
+    (run / "phase1/concepts.json").write_text('{"parents": []}')
+    refused(hsae("concepts", "smoke", "--out", run), "not the layout of concepts.json: parents: found [], allowed: ")
+
+
+# -- disks that are full and folders that cannot be written
+
+
+def limited(log: Path, arguments: list[object], *, size: int | None = None, user: int | None = None) -> tuple[int, str]:
+    """Exit code and standard error of a command that may write files of `size` bytes, or runs as another user."""
+    process = processes.Process(target=_limited, args=(str(log), [str(part) for part in arguments], size, user))
+    process.start()
+    process.join()
+    return process.exitcode or 0, log.read_text()
+
+
+def _limited(log: str, arguments: list[str], size: int | None, user: int | None) -> None:
+    stream = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(stream, 2)
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    if user is not None and os.geteuid() == 0:
+        os.setuid(user)
+    sys.argv = ["hsae", *arguments]
+    main()
+
+
+def test_files_that_may_not_grow(harvested, finished, tmp_path):
+    """Stands for a full disk everywhere: a checkpoint does not fit, and the same command goes on with more room."""
+    code, err = limited(tmp_path / "log", ["phase2", *SMOKE, "--out", harvested], size=200_000)
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "phase2/baseline/checkpoints/step-00000008.safetensors: cannot be written" in err
+    assert list(files(harvested, "phase2")) == ["phase2/baseline/checkpoints/identity.json"]
+    code, err = limited(tmp_path / "log2", ["phase2", *SMOKE, "--out", harvested])
+    assert code == 0, err
+    assert contents(harvested, "phase2") == contents(finished, "phase2")
+    shutil.rmtree(harvested / "phase2")
+    shutil.copy(finished / "provenance.json", harvested / "provenance.json")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk(small_disk):
+    run = small_disk / "run"
+    refused(hsae("phase1", *SMOKE, "--out", run), "No space left on device", "activations/train-00000.safetensors")
+    assert list(files(run)) == ["config.yaml"]
+    (small_disk / "rest").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    refused(hsae("phase1", *SMOKE, "--out", small_disk / "other"), "No space left on device", "other/config.yaml")
+    assert files(small_disk / "other") == {}
+
+
+def test_folders_without_permission():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "log").touch()
+        (folder / "log").chmod(0o666)
+        for mode in (0o555, 0o000):
+            folder.chmod(0o755)
+            (folder / "closed").mkdir(exist_ok=True)
+            (folder / "closed").chmod(mode)
+            (folder / "log").write_text("")
+            code, err = limited(folder / "log", ["run", "smoke", "--out", folder / "closed" / "run"], user=NOBODY)
+            assert code == 2
+            assert err.startswith(f"error: [Errno 13] Permission denied: '{folder}/closed/run")
+            assert err.count("\n") == 1

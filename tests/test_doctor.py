@@ -1,0 +1,197 @@
+"""`hsae doctor`: every line follows from what is there."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from running import hsae
+
+from polytope_hsae import __version__, doctor
+from polytope_hsae.config import PACKAGE
+from polytope_hsae.doctor import Check
+
+
+def test_a_sound_installation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = hsae("doctor")
+    assert answer.code == 0, answer.out
+    assert answer.err == ""
+    lines = {line.split("  ")[0]: line for line in answer.out.splitlines() if line[0] != " "}
+    assert {"python", "polytope-hsae", "torch", "transformers", "numpy", "cpu", "memory", "disk", "assets"} <= set(
+        lines
+    )
+    assert __version__ in lines["polytope-hsae"]
+    assert torch.__version__ in lines["torch"]
+    assert str(tmp_path) in lines["disk"]
+    assert "all as they were packaged" in lines["assets"]
+
+    document = hsae("doctor", "--json")
+    assert (document.code, document.err) == (0, "")
+    found = json.loads(document.out)
+    assert found["ok"] is True
+    assert [check["name"] for check in found["checks"]] == list(lines)
+    assert [check for check in found["checks"] if check["broken"]] == []
+
+
+def test_packages():
+    missing = doctor.dependency(Requirement("no-such-package>=1"))
+    assert missing == Check("no-such-package", "missing", "pip install 'no-such-package>=1'", broken=True)
+    assert doctor.dependency(Requirement("scikit-learn>=1")).advice is None
+    old = doctor.dependency(Requirement("numpy<1"))
+    assert not old.broken
+    assert old.advice == "made for <1: pip install 'numpy<1'"
+
+
+def test_a_package_that_cannot_be_imported(tmp_path):
+    """In a new process, because this one needs the real torch."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise OSError('libtorch.so: cannot open shared object file')\n")
+    command = [sys.executable, "-c", "from polytope_hsae.cli import main; main()", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert answer.returncode == 1, answer.stderr
+    assert "Traceback" not in answer.stderr
+    lines = answer.stdout.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("torch "))
+    assert lines[place].endswith("cannot be imported: libtorch.so: cannot open shared object file")
+    assert lines[place + 1].split(maxsplit=1)[0] == "broken:"
+    assert any(line.startswith("assets ") for line in lines)
+
+
+def test_extras(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", {"datasets": "3.1", "wandb": "0.17"}.get)
+    checks = {check.name: check for check in doctor.extras()}
+    assert list(checks) == ["extra data", "extra wandb", "extra tensorboard"]
+    assert checks["extra data"].found == "datasets 3.1, pyarrow missing"
+    assert checks["extra data"].advice == 'for hub datasets and Parquet files: pip install "polytope-hsae[data]"'
+    assert checks["extra wandb"] == Check("extra wandb", "wandb 0.17")
+
+
+def test_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-package")
+    (check,) = doctor.packages()
+    assert check.found == f"not installed, in {PACKAGE}"
+    assert str(PACKAGE.parent) in check.advice
+
+
+def test_damaged_assets(tmp_path, monkeypatch):
+    shutil.copytree(PACKAGE / "assets", tmp_path / "assets")
+    (tmp_path / "data").mkdir()
+    shutil.copy(PACKAGE / "data/wordnet_nouns.json.gz", tmp_path / "data")
+    assert doctor.assets(tmp_path / "assets").advice is None
+    weights = tmp_path / "assets/textbook-lm-9m/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "assets/quickstart_tokens.safetensors").unlink()
+    check = doctor.assets(tmp_path / "assets")
+    assert check.broken
+    assert check.found == "damaged: quickstart_tokens.safetensors, textbook-lm-9m/model.safetensors"
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    assert hsae("doctor").code == 1
+    assert json.loads(hsae("doctor", "--json").out)["ok"] is False
+
+
+def test_all_packaged_data_has_a_checksum():
+    folder = PACKAGE / "assets"
+    recorded = {(folder / line.split()[1]).resolve() for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    packaged = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"}
+    assert recorded == packaged - {folder / "SHA256SUMS"} | set(PACKAGE.glob("data/*.gz"))
+
+
+def test_cpu(monkeypatch):
+    for cores, advice in ((1, "on fewer cores: --set run.threads=1"), (2, None), (8, "--set run.threads=8 uses all")):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        check = doctor.cpu()
+        assert check.found == f"{cores} cores"
+        assert check.advice is None if advice is None else advice in check.advice
+
+
+def test_memory(tmp_path):
+    def memory(total_kb: int, free_kb: int, limit: str) -> Check:
+        (tmp_path / "meminfo").write_text(f"MemTotal: {total_kb} kB\nMemFree: 1 kB\nMemAvailable: {free_kb} kB\n\n")
+        (tmp_path / "limit").write_text(limit)
+        return doctor.memory(tmp_path / "meminfo", tmp_path / "limit")
+
+    assert memory(8_000_000, 4_000_000, "max\n") == Check("memory", "8.2 GB, 4.1 GB free")
+    assert memory(8_000_000, 1_000_000, "max\n").advice == "the quickstart takes 1.5 GB"
+    limited = memory(8_000_000, 4_000_000, "1000000000\n")
+    assert limited == Check("memory", "8.2 GB, 4.1 GB free, limited to 1.0 GB", "the quickstart takes 1.5 GB")
+    assert doctor.memory(tmp_path / "none") == Check("memory", "unknown")
+
+
+def test_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
+    check = doctor.disk(tmp_path)
+    assert check.found == f"100 MB free of 1.0 TB in {tmp_path}"
+    assert "--out" in check.advice
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5e9, total=1e12))
+    assert doctor.disk(tmp_path).advice is None
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in doctor.disk(tmp_path).advice
+
+
+def test_cuda_devices(monkeypatch):
+    cards = [SimpleNamespace(name="New", major=9, minor=0), SimpleNamespace(name="Old", major=6, minor=1)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (10e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90a", "sm_75", "compute_120"])
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert list(doctor.accelerators()) == [
+        Check("cuda:0", "New, 80 GB, 10 GB free, capability 9.0"),
+        Check(
+            "cuda:1",
+            "Old, 80 GB, 10 GB free, capability 6.1",
+            "this build of torch begins at sm_75: install one for older devices",
+        ),
+        Check("triton", "not installed", "there is a CUDA device: pip install triton"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "driver, built_for, hidden, words",
+    [
+        (False, None, None, None),
+        (False, "13.0", "", None),
+        (True, None, None, "this build of torch is for CPUs"),
+        (True, "13.0", "", "CUDA_VISIBLE_DEVICES is ''"),
+        (True, "13.0", None, "may be too old"),
+    ],
+)
+def test_why_there_is_no_cuda_device(tmp_path, monkeypatch, driver, built_for, hidden, words):
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", Path(__file__) if driver else tmp_path / "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    cuda, _ = doctor.accelerators()
+    assert cuda.found == "no device"
+    assert cuda.advice is None if words is None else words in cuda.advice
+
+
+def test_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert doctor.terminal() == Check("terminal", "none: progress comes as lines, utf-8")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert doctor.terminal().advice == "tables need UTF-8: set PYTHONIOENCODING=utf-8"
+
+
+def test_hub_cache(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert doctor.hub_cache() == Check("hub cache", f"{tmp_path}/hub, not there yet")
+    (tmp_path / "hub/models--one--two").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check = doctor.hub_cache()
+    assert check.found == f"{tmp_path}/hub, 1 repositories"
+    assert "HF_HUB_OFFLINE is set" in check.advice

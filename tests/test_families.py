@@ -1,0 +1,392 @@
+"""`hsae run` on tiny random models of six families, and what `hsae` says of folders that hold no such model."""
+
+import functools
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from running import Answer, hsae, refused
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from polytope_hsae import lm_loading
+from polytope_hsae.data import concepts as concepts_module
+from polytope_hsae.data.concepts import Concepts, noun_words, word_tokens
+from polytope_hsae.data.corpus import load_documents
+from polytope_hsae.data.store import ActivationStore
+from polytope_hsae.data.wordnet import word_forms
+from polytope_hsae.evaluation.concepts import evaluate_concepts
+from polytope_hsae.fileio import read_json, read_tensors
+from polytope_hsae.lm import LanguageModel
+from polytope_hsae.models.base import SparseAutoencoder
+
+FAMILIES = (*tiny.CAUSAL_FAMILIES, "bert")
+NO_HEAD = "the language model has no output head"
+NEEDS_LOGITS = ("ce_recovered", "delta_ce", "kl", "ce_clean", "steering_leakage", "sibling_kl", "steering_unreached")
+ARMS = ["baseline", "flat_topk", "teacher", "permuted_teacher"]
+SMALL = [
+    "concepts.min_test_rows=2", "geometry.permutations=100", "training.batch_size=256", "hsae.n_parents=32",
+    "training.baseline.stages=[{name: train, steps: 4}]",
+    "training.teacher.stages=[{name: stabilise, steps: 2, freeze: [D, G]}, {name: adapt, steps: 2}]",
+    "eval.bootstrap=100", "eval.lm_contexts=4", "eval.steering={target_nats: 0.5, contexts: 2, max_concepts: 2}",
+    "eval.latents.parents=4",
+]  # fmt: skip
+
+
+def settings(*changes: str) -> list[str]:
+    return [part for change in changes for part in ("--set", change)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The packaged configs ask for two threads, which are slow where others use the cores; and the forms of all nouns
+    are the same in every run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda count: None)
+        patch.setattr(concepts_module, "word_forms", functools.cache(word_forms))
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    """Tokenizers of our own: GPT-2's kind, with an end token only, and BERT's."""
+    return {kind: tiny.train_tokenizer(kind) for kind in ("bpe", "wordpiece")}
+
+
+@pytest.fixture(scope="module")
+def smoke(tokenizers, tmp_path_factory) -> Callable[[str], tuple[Answer, Path]]:
+    """What `hsae run smoke` said of a family's model, and its folder; one run per family. Read only."""
+
+    @functools.cache
+    def run(kind: str) -> tuple[Answer, Path]:
+        folder = tmp_path_factory.mktemp(kind)
+        model = tiny.save_family(folder / kind, kind, tokenizers["wordpiece"] if kind == "bert" else None)
+        return hsae("run", "smoke", "--set", f"model.name={model}", "--out", folder / "run"), folder / "run"
+
+    return run
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_smoke_runs_on_a_model_of_any_family(smoke, kind):
+    answer, run = smoke(kind)
+    assert answer.code == 0, answer.err
+    assert answer.err.count("\n") == (1 if kind == "bert" else 0), answer.err
+    manifest = read_json(run / "activations/manifest.json")
+    assert (manifest["model"], manifest["width"], manifest["complete"]) == (kind, 32, True)
+    results = read_json(run / "phase4/results.json")
+    assert list(results["arms"]) == ARMS
+    for metrics in results["arms"].values():
+        assert 0.2 < metrics["ev"]["value"] < 1
+        assert metrics["l0"]["value"] == pytest.approx(8, abs=0.1)
+        assert all(metric["value"] is not None or metric["why"] for metric in metrics.values())
+        if kind != "bert":
+            assert metrics["ce_clean"]["value"] > 5  # it knows nothing
+    assert len(results["targets"]) == 5
+    for name in ARMS:
+        assert name in answer.out
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_random_model_has_no_evidence(smoke, kind):
+    answer, run = smoke(kind)
+    evidence = read_json(run / "phase1/evidence.json")
+    main = evidence["main"]
+    assert main["fraction_z_above_3"] <= 1 / 8
+    assert (main["median_beta"], main["beta_ci95"], main["beta_inside"], main["omega"]) == (None, None, None, None)
+    assert "z > 3" in main["why"]
+    assert set(main["children"]["beta"]) == {None}
+    assert f"median beta none ({main['why']})" in answer.out
+    stand_in = "input embeddings (the model has no output head)"
+    assert evidence["rows_of"] == (stand_in if kind == "bert" else "unembedding")
+    targets = {target["name"]: target for target in read_json(run / "phase4/results.json")["targets"]}
+    for name in ("purity_gain_pp", "leakage_reduction", "steering_leakage_reduction"):
+        assert targets[name]["verdict"] != "PASS", targets[name]
+        assert targets[name]["measured"] is not None or targets[name]["why"]
+
+
+def test_purity_is_chance_on_random_models(smoke):
+    found = [read_json(smoke(kind)[1] / "phase4/results.json")["arms"] for kind in FAMILIES]
+    for name in ARMS:  # a run has four to six concepts of few rows: only all together say something
+        over_chance = [arms[name]["purity"]["value"] - arms[name]["purity"]["chance"] for arms in found]
+        assert abs(np.mean(over_chance)) < 0.15, (name, over_chance)
+
+
+def test_an_encoder_gets_what_needs_no_logits(smoke, tokenizers):
+    answer, run = smoke("bert")
+    assert answer.err == (
+        "warning: bert has no output head (BertForMaskedLM): its input embeddings stand in for the unembedding, "
+        "and nothing that needs logits is available\n"
+    )
+    assert "phase 1: labels are current_token, not next_token: bert does not predict the next token\n" in answer.out
+    results = read_json(run / "phase4/results.json")
+    assert results["label"] == "current_token"
+    for metrics in results["arms"].values():
+        for name in NEEDS_LOGITS:
+            assert (metrics[name]["value"], metrics[name]["why"]) == (None, NO_HEAD), name
+        assert metrics["purity"]["value"] is not None
+    steering = results["targets"][3]
+    assert (steering["verdict"], steering["measured"], steering["why"]) == ("INCONCLUSIVE", None, NO_HEAD)
+    assert read_json(run / "phase4/steering.json")["arms"] == {name: [] for name in ARMS}
+    store = ActivationStore.open(run / "activations")
+    assert store.manifest["belief"] is False
+    assert set(store.column("train", "belief_concept").tolist()) == {-1}
+    # A context starts with [CLS], which is not stored.
+    assert not (store.column("train", "token") == tokenizers["wordpiece"].cls_token_id).any()
+    assert int(store.column("train", "pos").min()) == 1
+
+
+def test_quickstart_reencodes_the_corpus_for_another_tokenizer(tokenizers, tmp_path):
+    model, bpe = tiny.save_family(tmp_path / "other", "gpt2", tokenizers["bpe"], context=256), tokenizers["bpe"]
+    changes = settings(f"model.name={model}", "corpus.max_tokens=12000", "concepts.max_parents=8", *SMALL)
+    answer = hsae("run", "quickstart", *changes, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    results = read_json(tmp_path / "run/phase4/results.json")
+    assert (results["hook"], results["label"]) == ("transformer.h.0", "current_token")
+    assert results["arms"]["teacher"]["purity"]["value"] is not None
+    manifest = read_json(tmp_path / "run/activations/manifest.json")
+    documents = load_documents("tokens", None, bpe, max_tokens=12000, context_length=256, tokenizer_sha256="another")
+    assert documents.sha256() == manifest["documents_sha256"]
+    assert documents.start_id == bpe.eos_token_id
+    first, second = (documents.tokens[a:b] for a, b in zip(documents.starts[:2], documents.starts[1:3], strict=True))
+    assert [bpe.decode(ids[1:]) for ids in (first, second)] == tiny.packaged_texts(2)
+
+
+# -- a parent that the corpus lacks
+
+
+def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
+    model = tiny.save_family(tmp_path / "model", "llama")
+    tokenizer = tiny.packaged_tokenizer()
+    documents = load_documents(
+        "tokens", None, tokenizer, max_tokens=3000, context_length=64, tokenizer_sha256=_sha256(model)
+    )
+    counts = torch.bincount(documents.tokens, minlength=len(tokenizer))
+    occurrences = {word: int(counts[ids].sum()) for word, ids in sorted(word_tokens(tokenizer, noun_words()).items())}
+    absent = [word for word, times in occurrences.items() if times == 0]
+    frequent = sorted(occurrences, key=lambda word: -occurrences[word])
+    tree = {"absent": _children(absent, 5), "thing": _children(frequent[:36], 4), "other": _children(frequent[36:], 3)}
+    (tmp_path / "tree.json").write_text(json.dumps(tree))  # the largest parent comes first
+    changes = settings(
+        f"model.name={model}", "model.hook=layers.0", "corpus.max_tokens=3000", "corpus.context_length=64",
+        f"concepts.ontology={tmp_path}/tree.json", "concepts.label=current_token", "concepts.split=[0.5, 0.2, 0.3]",
+        "teacher.anchor=frozen", *SMALL, "concepts.min_test_rows=1",
+        "arms=[{name: baseline}, {name: teacher, init: teacher}]",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    answer = hsae("phase1", "smoke", *changes, "--out", run)
+    assert answer.code == 0, answer.err
+    for phase in (2, 3, 4):
+        assert hsae(f"phase{phase}", "smoke", *changes, "--out", run).code == 0
+    assert "warning: parents without rows are left out of the teacher: absent\n" in answer.err
+
+    teacher, metadata = read_tensors(run / "phase1/teacher.safetensors")
+    assert json.loads(metadata["unseen_parents"]) == ["absent"]
+    assert json.loads(metadata["parent_names"]) == ["thing", "other"]
+    assert read_json(run / "phase3/teacher/train.json")["teacher_parents"] == [1, 2]
+    assert read_json(run / "phase2/baseline/train.json")["teacher_parents"] == []
+    sae = SparseAutoencoder.from_pretrained(run / "phase3/teacher/model")
+    torch.testing.assert_close(sae.write_directions()[:2], teacher["parent.write"].float())
+
+    # Phase 4 reads concept 1 in slot 0 and concept 2 in slot 1.
+    store, concepts = (
+        ActivationStore.open(run / "activations"),
+        Concepts.from_json(read_json(run / "phase1/concepts.json")),
+    )
+    by_hand = evaluate_concepts(
+        sae, store, concepts, label="current_token", vocab_size=len(tokenizer), min_rows=1,
+        mapping=np.array([-1, 0, 1]), bootstrap=100,
+    )  # fmt: skip
+    metrics = read_json(run / "phase4/results.json")["arms"]["teacher"]
+    assert metrics["purity_own_slots"] == by_hand.result.metrics["purity"].to_json()
+    latents = {
+        latent["latent"]: latent for latent in read_json(run / "phase4/latents.json")["arms"]["teacher"]["parents"]
+    }
+    own = {slot: latents[slot]["concept"] for slot in (0, 1) if not latents[slot]["mapped"]}
+    assert own.items() <= {0: 1, 1: 2}.items()
+    of_first = [child["concept"] for child in latents[0]["children"] if child["concept"] is not None]
+    assert of_first
+    assert set(of_first) <= {row for row, parent in enumerate(concepts.child_parent_R) if parent == 1}
+
+
+def _children(words: list[str], each: int) -> dict[str, list[str]]:
+    """Three children of `each` three-word groups, dealt out in turn."""
+    return {f"{words[0]}-{number}": words[number : 9 * each : 3] for number in range(3)}
+
+
+def _sha256(model: Path) -> str:
+    return lm_loading.sha256_file(model / "tokenizer.json")
+
+
+# -- folders and names that are refused
+
+
+def _write_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def _config_cut_off(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "lla')
+
+
+def _unknown_type(folder: Path) -> None:
+    _write_config(folder, model_type="fancy")
+
+
+def _own_code(folder: Path) -> None:
+    _write_config(folder, model_type="fancy", auto_map={"AutoModelForCausalLM": "modeling_fancy.FancyForCausalLM"})
+
+
+def _own_class(folder: Path) -> None:
+    _write_config(
+        folder, architectures=["FancyForCausalLM"], auto_map={"AutoModelForCausalLM": "fancy.FancyForCausalLM"}
+    )
+
+
+def _wrong_field(folder: Path) -> None:
+    _write_config(folder, hidden_size="wide")
+
+
+def _other_shape(folder: Path) -> None:
+    _write_config(folder, vocab_size=100)
+
+
+def _another_layer(folder: Path) -> None:
+    _write_config(folder, num_hidden_layers=3)
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _pickle(folder: Path) -> None:
+    _no_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+
+
+def _cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _a_shard_is_missing(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    first = dict(list(weights.items())[::2])
+    save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    place = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    _no_weights(folder)
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def _special_tokens_only(folder: Path) -> None:
+    """transformers makes a tokenizer for BERT out of nothing."""
+    _no_tokenizer(folder)
+    (folder / "vocab.txt").touch()
+    _write_config(folder, model_type="bert", architectures=["BertModel"])
+
+
+def _larger_tokenizer(folder: Path) -> None:
+    shutil.copy(tiny.PACKAGED_TOKENIZER / "tokenizer.json", folder)
+
+
+def _encoder_decoder(folder: Path) -> None:
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).save_pretrained(folder)
+
+
+def _sees_later_tokens(folder: Path) -> None:
+    model = tiny.family("bert", tiny.tokenizer())
+    model.save_pretrained(folder)
+    _write_config(folder, architectures=["BertLMHeadModel"])
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (_no_config, "no config.json in"),
+        (_config_cut_off, "is not valid JSON"),
+        (_unknown_type, "found model_type 'fancy', allowed: a type that transformers"),
+        (_own_code, "needs code of its own (auto_map)"),
+        (_own_class, "needs code of its own (auto_map)"),
+        (_wrong_field, "Field 'hidden_size' expected int"),
+        (_other_shape, "embed_tokens.weight of shape (64, 16), allowed by its config.json: (100, 16)"),
+        (_another_layer, "lack model.layers.2.input_layernorm.weight"),
+        (_no_weights, "no model.safetensors in"),
+        (_pickle, "found pytorch_model.bin, allowed: safetensors"),
+        (_cut_off, "model.safetensors in"),
+        (_a_shard_is_missing, "1 of 2 shards are missing in"),
+        (_no_tokenizer, "no tokenizer in"),
+        (_special_tokens_only, "no tokenizer in"),
+        (_larger_tokenizer, "found token 16383, allowed: at most 63, the last row of its embedding"),
+        (_encoder_decoder, "found an encoder-decoder (t5)"),
+        (_sees_later_tokens, "is loaded as a BertLMHeadModel but sees later tokens"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, broken, says):
+    folder = tiny.save(tmp_path / "my-model")
+    broken(folder)
+    answer = hsae("run", "smoke", "--set", f"model.name={folder}", "--out", tmp_path / "run")
+    refused(answer, "model.name: ", "my-model", says)
+    assert answer.out == ""
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_settings_that_a_model_cannot_have_are_refused_before_any_work(tmp_path):
+    folder = tiny.save_family(tmp_path / "my-model", "gpt2")
+    for setting, says in (
+        ("corpus.context_length=256", "corpus.context_length: found 256, allowed: at most 128, what my-model reads"),
+        ("model.hook=layers.2", "model.hook: found 'layers.2', allowed: layers.-2 to layers.1 for my-model"),
+        (
+            "model.hook=transformer.h.7",
+            "model.hook: no module 'transformer.h.7' in my-model; close matches: transformer.",
+        ),
+    ):
+        answer = hsae("run", "smoke", *settings(f"model.name={folder}", setting), "--out", tmp_path / "run")
+        refused(answer, says)
+        assert answer.out == ""
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_hub_id_without_the_hub_is_refused_at_once(tmp_path, monkeypatch):
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(lm_loading, "getproxies", dict)
+    started = time.monotonic()
+    for name in ("nobody/no-such-model", "no-such-model"):
+        answer = hsae("run", "smoke", "--set", f"model.name={name}", "--out", tmp_path / "run")
+        refused(answer, f"model.name: no folder '{name}'", "the hub is out of reach")
+    # What was downloaded before is found.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache/models--someone--tiny"
+    tiny.save(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr(lm_loading.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    lm = LanguageModel.load("someone/tiny")
+    assert (lm.name, lm.revision, lm.width) == ("someone/tiny", commit, tiny.WIDTH)
+    assert time.monotonic() - started < 20
+    monkeypatch.setattr(lm_loading, "getproxies", lambda: {"https": "http://proxy"})
+    assert lm_loading._hub_answers()  # the proxy will say

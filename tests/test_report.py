@@ -1,0 +1,362 @@
+"""What the report says: numbers in words, targets and their bars, the summary, advice, tables."""
+
+import dataclasses
+import shlex
+from itertools import pairwise
+
+import pytest
+from report_run import hand_made, metric, run_files, set_target, steered, write
+from safetensors import safe_open
+
+from polytope_hsae.config import load_config
+from polytope_hsae.data.corpus import PACKAGED_TOKENS
+from polytope_hsae.report import advice
+from polytope_hsae.report.hierarchy import answers
+from polytope_hsae.report.steering import steering_means
+from polytope_hsae.report.summary import summary
+from polytope_hsae.report.tables import arms_table, concepts_table, differences_table, evidence_summary, parents_table
+from polytope_hsae.report.targets import informative_passes, target_rows
+from polytope_hsae.report.words import counted, interval, listed, number, percent
+
+
+@pytest.fixture
+def files():
+    return hand_made()
+
+
+# -- words
+
+
+def test_numbers_are_written_for_readers():
+    assert number(-1234.5678, 1) == "−1,234.6"
+    assert number(0.25, 2, sign=True) == "+0.25"
+    assert number(-0.0001, 2) == "0.00"  # no minus in front of nothing
+    assert number(None) == "–"
+    assert interval([-0.1, 0.25], 1, 100, " %") == "−10.0 to 25.0 %"
+    assert interval(None) == "–"
+    assert percent(0.256) == "26\u00a0%"
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert (counted(1, "concept"), counted(1600, "concept")) == ("1 concept", "1,600 concepts")
+
+
+# -- targets
+
+
+def test_target_rows_show_what_is_required_and_measured(files):
+    rows = {row["key"]: row for row in target_rows(run_files(files))}
+    purity = rows["purity_gain_pp"]
+    assert (purity["required"], purity["measured"], purity["verdict"]) == ("at least 10 points", "30.0 points", "pass")
+    assert purity["interval"] == "20.0 to 40.0 points"
+    assert purity["n"] == "4 concepts"
+    assert rows["leakage_reduction"]["measured"] == "50.0\u00a0%"
+    assert rows["reconstruction_parity"]["required"] == "−5 to 5\u00a0%"
+    assert rows["median_angle_deg"]["n"] == "4 children"
+
+
+def test_a_bar_places_values_on_one_axis(files):
+    purity = next(row for row in target_rows(run_files(files)) if row["key"] == "purity_gain_pp")["bar"]
+    # from 0 (the permuted teacher, and no gain) to 40, with 8 % of 40 free at both ends: 46.4 wide from -3.2
+    assert purity["dot"] == pytest.approx(100 * 33.2 / 46.4, abs=0.01)
+    assert purity["interval"] == pytest.approx((100 * 23.2 / 46.4, 100 * 20 / 46.4), abs=0.01)
+    assert purity["band"] == pytest.approx((100 * 13.2 / 46.4, 100 * 33.2 / 46.4), abs=0.02)  # to the right end
+    assert [label for _, label in purity["ticks"]] == ["0", "10 points"]
+    assert purity["controls"] == [("permuted teacher", pytest.approx(100 * 3.2 / 46.4, abs=0.01), "0.0 points")]
+
+
+def test_steering_is_compared_where_both_arms_reach(files):
+    run = run_files(files)
+    assert steering_means(run, "teacher") == (1, 0.4, 0.1)  # the baseline's 0.2 has no counterpart
+    assert steering_means(run, "permuted_teacher") is None
+    row = next(row for row in target_rows(run) if row["key"] == "steering_leakage_reduction")
+    said = " ".join(row["evidence"])
+    assert "baseline 2 of 2, teacher 1 of 2 and permuted teacher 0 of 2 concepts" in said
+    assert "other words move by 0.100 (teacher) and 0.400 nats (baseline) on average" in said
+
+
+@pytest.mark.parametrize(
+    ("lead", "said"),
+    [
+        ((0.1, 0.3), "+0.200 (0.100 to 0.300), so the words matter"),
+        ((-0.1, 0.3), "do not show that the words matter"),
+        ((-0.3, -0.1), "the control does better"),
+    ],
+)
+def test_the_permuted_teacher_decides_whether_words_matter(files, lead, said):
+    found = files["phase4/ablations.json"]["against_teacher"]["permuted_teacher"]["purity"]
+    found.update(value=sum(lead) / 2, ci95=list(lead))
+    rows = {row["key"]: row for row in target_rows(run_files(files))}
+    assert said in " ".join(rows["purity_gain_pp"]["evidence"])
+
+
+def test_purity_says_what_it_is_counted_on(files):
+    said = " ".join(target_rows(run_files(files))[1]["evidence"])
+    assert "Counted on 50 rows, of the 2 of 2 concepts" in said
+    assert "(20 to 30 rows and 2 held-out words each)" in said
+    assert "Teacher minus flat TopK: +0.200" in said
+
+
+def test_a_pass_that_a_control_shares_is_not_informative(files):
+    assert informative_passes(run_files(files)) == 4  # all but the angle; a control may reconstruct as well
+    rows = {row["key"]: row["caveat"] for row in target_rows(run_files(files))}
+    assert [key for key, caveat in rows.items() if caveat] == ["median_angle_deg"]
+    files["phase4/results.json"]["arms"]["permuted_teacher"]["leakage"] = metric(0.2)
+    row = target_rows(run_files(files))[2]
+    assert row["caveat"]
+    assert "gets 75.0\u00a0%, in the required range" in " ".join(row["evidence"])
+    assert informative_passes(run_files(files)) == 3
+    lead, *_ = summary(run_files(files))
+    assert "Informative: 3 of the 5 that pass." in lead
+
+
+def test_steering_names_the_concept_that_carries_a_mean(files):
+    arms = files["phase4/steering.json"]["arms"]
+    arms["baseline"] = [steered(0, 9, 0.4), steered(1, 3, 0.2)]
+    arms["teacher"] = [steered(0, 9, 3.0), steered(1, 3, 0.1)]
+    row = target_rows(run_files(files))[3]
+    said = " ".join(row["evidence"])
+    assert "by 1.550 (teacher) and 0.300 nats (baseline) on average; the medians are 1.550 and 0.300" in said
+    assert "One concept carries the mean: animal (3.00 nats). Without it: 0.100 and 0.200." in said
+    assert row["detail"]["rows"] == [("animal", ["3.000", "0.400", "–"]), ("tool", ["0.100", "0.200", "–"])]
+    arms["teacher"][0] = steered(0, 9, None)
+    said = " ".join(target_rows(run_files(files))[3]["evidence"])
+    assert "The baseline's own largest, animal (0.40), does not count" in said
+
+
+def test_for_leakage_less_is_better(files):
+    rows = {row["key"]: row for row in target_rows(run_files(files))}
+    assert "so the words matter" in " ".join(rows["leakage_reduction"]["evidence"])
+
+
+def test_the_angle_is_read_beside_its_controls(files):
+    evidence = " ".join(target_rows(run_files(files))[0]["evidence"])
+    assert "90.0° with shuffled rows and 92.0° with pseudo-parents" in evidence
+    assert "decides nothing" in evidence
+    set_target(files, "median_angle_deg", controls={"shuffled_rows": 60.0, "pseudo_parents": None})
+    row = target_rows(run_files(files))[0]
+    assert "decides nothing" not in " ".join(row["evidence"])
+    assert row["bar"]["controls"] == [("shuffled rows", row["bar"]["controls"][0][1], "60.0°")]
+    set_target(files, "median_angle_deg", controls={"shuffled_rows": None, "pseudo_parents": None})
+    assert "too few parents for the controls" in " ".join(target_rows(run_files(files))[0]["evidence"])
+
+
+def test_a_target_without_a_value_says_why(files):
+    for arm in files["phase4/results.json"]["arms"].values():
+        arm["purity"] = {**metric(None), "why": "no rows"}
+    why = {"measured": None, "ci95": None, "n": 0, "verdict": "INCONCLUSIVE", "why": "no rows"}
+    set_target(files, "purity_gain_pp", **why)
+    row = target_rows(run_files(files))[1]
+    assert (row["verdict"], row["measured"], row["why"], row["evidence"]) == ("undecided", "–", "no rows", [])
+    assert row["bar"]["dot"] is None
+    assert row["bar"]["interval"] is None
+
+
+def test_the_summary_counts_verdicts_and_names_what_passed(files):
+    set_target(files, "leakage_reduction", verdict="FAIL")
+    set_target(files, "reconstruction_parity", verdict="INCONCLUSIVE")
+    lead, *rest = summary(run_files(files))
+    assert lead.startswith("Of 5 targets, 3 pass (angle of the hierarchy, gain of purity and")
+    assert "1 fails (fall of leakage) and 1 is undecided (change of reconstruction error)" in lead
+    said = " ".join(rest)
+    assert "children of 50\u00a0% of 2 parents share a direction" in said
+    assert "purity is 0.50 (teacher), 0.20 (baseline)" in said
+    assert "+20.0 points over flat TopK (18.0 to 22.0)" in said
+    assert "The angle decides nothing" in said
+
+
+# -- advice
+
+
+def failed(files, name, **fields):
+    set_target(files, name, verdict="FAIL", **fields)
+
+
+def open_leakage(files, n=4):
+    set_target(files, "leakage_reduction", verdict="INCONCLUSIVE", measured=0.25, ci95=[0.1, 0.4], n=n)
+
+
+def no_evidence(files):
+    files["phase1/evidence.json"]["main"].update(fraction_z_above_3=0.0)
+
+
+def like_controls(files):
+    files["phase1/evidence.json"]["pseudo_parents"].update(fraction_z_above_3=0.5)
+
+
+def unmeasured(files):
+    set_target(files, "purity_gain_pp", verdict="INCONCLUSIVE", measured=None, ci95=None, n=0, why="no rows")
+
+
+def unreached(files):
+    files["phase4/results.json"]["arms"]["teacher"]["steering_unreached"] = metric(0.5)
+
+
+def words_alike(files):
+    files["phase4/ablations.json"]["against_teacher"]["permuted_teacher"]["purity"]["ci95"] = [-0.1, 0.3]
+
+
+def many_dead(files):
+    files["phase4/results.json"]["arms"]["baseline"]["dead_parents"] = metric(0.4)
+
+
+CASES = {
+    "no_hierarchy": (no_evidence, "nothing to hand over", None),
+    "hierarchy_like_controls": (like_controls, "Made-up parents", None),
+    "nothing_measured": (unmeasured, "no rows", "corpus.max_tokens=12000"),
+    "more_concepts": (open_leakage, "10.0 to 40.0", "concepts.max_parents=16"),
+    "steer_at_the_end": (
+        lambda files: failed(files, "steering_leakage_reduction"),
+        "did not measure that",
+        "concepts.label=next_token",
+    ),
+    "smaller_push": (unreached, "50\u00a0% of the concepts in the teacher arm", "eval.steering.target_nats=0.25"),
+    "words_do_not_matter": (words_alike, "any fixed direction", "run.seed=1"),
+    "costs_reconstruction": (
+        lambda files: failed(files, "reconstruction_parity", measured=0.1, ci95=[0.08, 0.12]),
+        "10.0\u00a0% more variance unexplained",
+        None,
+    ),
+    "worse_than_flat": (lambda files: None, "0.700 with 8.0 active latents", "hsae.subspace_dim=8"),
+    "dead_parents": (many_dead, "40\u00a0% (baseline)", "hsae.n_parents=16"),
+    "repeat": (lambda files: None, "All targets pass", "run.seed=1"),
+}
+
+
+def test_every_rule_has_a_case():
+    assert [rule.__name__ for rule in advice.RULES] == list(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_speaks_when_its_numbers_are_there(files, name):
+    change, words, override = CASES[name]
+    change(files)
+    said = getattr(advice, name)(run_files(files))
+    assert words in said.sentence
+    assert override in said.command if override else said.command is None
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("worse_than_flat", "repeat")])
+def test_a_rule_is_silent_otherwise(files, name):
+    assert getattr(advice, name)(run_files(files)) is None
+
+
+def test_the_flat_rule_needs_a_clear_difference(files):
+    files["phase4/ablations.json"]["differences"]["flat_topk"]["ev"]["ci95"] = [-0.01, 0.2]
+    assert advice.worse_than_flat(run_files(files)) is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_rule_proposes_is_a_valid_config(files, name, tmp_path):
+    CASES[name][0](files)
+    said = getattr(advice, name)(run_files(files))
+    if said.command is None:
+        return
+    words = shlex.split(said.command)
+    assert words[:3] == ["hsae", "run", "config.yaml"]
+    path = write(tmp_path, {"config.yaml": files["config.yaml"]}) / "config.yaml"
+    overrides = [value for option, value in pairwise(words) if option == "--set"]
+    assert load_config(str(path), overrides) != load_config(str(path))
+
+
+def test_more_text_goes_as_far_as_the_corpus(files):
+    run = run_files(files)
+
+    def advised(max_tokens, **corpus):
+        new = run.config.corpus.model_copy(update={"max_tokens": max_tokens, **corpus})
+        config = run.config.model_copy(update={"corpus": new})
+        return advice._more_text(dataclasses.replace(run, config=config), "Said.")
+
+    with safe_open(PACKAGED_TOKENS, "np") as stored:
+        assert stored.get_slice("tokens").get_shape() == [advice.PACKAGED_TOKENS]
+    assert f"max_tokens={advice.PACKAGED_TOKENS}" in advised(400_000).command
+    assert advised(550_000).command is None
+    assert "max_tokens=12000" in advised(6_000, source="text", path="x").command  # 5,608 rows were read
+    assert advised(9_000, source="text", path="x").command is None
+
+
+def test_training_longer_is_a_valid_config(files, tmp_path):
+    path = write(tmp_path, {"config.yaml": files["config.yaml"]}) / "config.yaml"
+    words = shlex.split(advice.longer(run_files(files)))
+    before = load_config(str(path))
+    after = load_config(str(path), [value for option, value in pairwise(words) if option == "--set"])
+    for arm in before.arms:
+        steps = [sum(stage.steps for stage in config.arm_stages(arm)) for config in (before, after)]
+        assert steps[1] == 2 * steps[0]
+
+
+def test_advice_follows_the_numbers_in_the_rules_order(files):
+    failed(files, "steering_leakage_reduction")
+    open_leakage(files)
+    sentences = [said.sentence for said in advice.advise(run_files(files))]
+    assert [sentence.split()[0] for sentence in sentences] == ["Undecided", "Steering", "The", "Every"]
+
+
+# -- tables
+
+
+def test_arms_table_has_chance_once_where_it_is_the_same_and_reasons_once(files):
+    table = arms_table(run_files(files))
+    assert table["arms"] == ["teacher", "baseline", "flat TopK", "permuted teacher"]
+    rows = {row["words"].name: row for group in table["groups"] for row in group["rows"]}
+    assert rows["Purity"]["chance"] == "0.250"
+    assert [cell["chance"] for cell in rows["Purity"]["cells"]] == [None] * 4
+    assert rows["Recall"]["chance"] is None
+    assert [cell["chance"] for cell in rows["Recall"]["cells"]] == ["0.200", "0.000", "0.100", "0.300"]
+    cells = rows["Dead children"]["cells"]
+    assert (cells[0]["value"], cells[0]["note"]) == (None, None)  # the hand-made baseline has no such metric
+    assert (cells[2]["value"], cells[2]["note"]) == (None, 1)
+    assert table["notes"] == ["a flat model has no children"]
+
+
+def test_differences_mark_intervals_without_zero(files):
+    table = differences_table(files["phase4/ablations.json"]["differences"])
+    rows = {row["words"].name: row for group in table["groups"] for row in group["rows"]}
+    assert [(cell["value"], cell["excludes_zero"]) for cell in rows["Purity"]["cells"]] == [
+        ("+0.100", True),
+        ("+0.300", True),
+        ("0.000", False),
+    ]
+
+
+def test_concepts_are_listed_with_rows_and_the_arms_that_are_purer(files):
+    table = concepts_table(run_files(files))
+    assert table["arms"][0] == "teacher"
+    assert table["rows"][0] == {"name": "animal", "rows": 30, "n_words": 2, "purity": ["0.50", "0.20", "0.60", "0.10"]}
+    assert table["purer"] == ["baseline 0", "flat TopK 1 (animal)", "permuted teacher 0"]
+
+
+def test_the_hierarchy_is_answered_part_by_part(files):
+    siblings, angles, trained = answers(run_files(files))
+    assert siblings.answer == "for some parents"
+    assert angles.answer == "it fits, but is not shown"
+    assert "90.0° (shuffled rows)" in angles.why
+    assert trained.answer == "not tested"
+    evidence = files["phase1/evidence.json"]
+    evidence["main"]["beta_ci95"] = [0.5, 1.1]
+    assert answers(run_files(files))[1].answer == "no"
+    evidence["main"].update(median_beta=None, fraction_z_above_3=0.0, why="too few")
+    assert [one.answer for one in answers(run_files(files))] == ["no", "not testable", "not tested"]
+
+
+def test_a_control_with_another_beta_supports_right_angles(files):
+    children = {"parent": [0, 1, 2, 3, 4], "beta": [2.0] * 5}
+    control = {"children": children, "median_beta": 2.0, "beta_ci95": [1.9, 2.1]}
+    for name in ("pseudo_parents", "shuffled_rows"):
+        files["phase1/evidence.json"][name].update(control)
+    assert answers(run_files(files))[1].answer == "supported"
+    children["parent"] = [0, 0, 0, 1, 1]
+    assert answers(run_files(files))[1].answer == "it fits, but is not shown"
+
+
+def test_evidence_tables(files):
+    found = evidence_summary(run_files(files))
+    assert [row["share"] for row in found["rows"]] == ["50\u00a0%", "0\u00a0%", "0\u00a0%"]
+    assert [row["note"] for row in found["rows"]] == [None, 1, 1]
+    animal, tool = parents_table(run_files(files))
+    assert dict(zip(("children", "s", "z", "q", "beta", "omega", "angle"), animal["cells"], strict=True))["beta"] == (
+        1.0,
+        "1.00",
+    )
+    assert animal["above"]
+    assert not tool["above"]
+    assert tool["cells"][4] == (None, "–")
