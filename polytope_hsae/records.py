@@ -34,9 +34,14 @@ class Angles(TypedDict):
     median_ci95: Interval
 
 
+Columns = dict[str, list[str | int | float | None]]
+
+
 class Hierarchy(TypedDict):
     """What evidence.json says of WordNet's parents."""
 
+    parents: Columns
+    children: Columns
     angles: Angles
     fraction_z_above_3: float | None
     median_beta: float | None
@@ -46,7 +51,10 @@ class Hierarchy(TypedDict):
 class Control(TypedDict, total=False):
     """The same of a control; `why` stands for what too few parents do not give."""
 
+    parents: Columns
+    children: Columns
     angles: Angles | None
+    fraction_z_above_3: float | None
     why: str
 
 
@@ -55,6 +63,7 @@ class Evidence(TypedDict):
 
     model: str
     rows_of: str
+    permutations: int
     main: Hierarchy
     shuffled_rows: Control
     pseudo_parents: Control
