@@ -6,15 +6,13 @@ It imports no PyTorch: the command line reads its config with it.
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 MAX_DEPTH = 32  # of nested YAML
 SHOWN = 100  # characters of a value in an error
-
-T = TypeVar("T")
 
 
 def parse_json(text: str) -> Any:
@@ -98,7 +96,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def checked(obj: Any, kind: type[T], where: object) -> T:
+def checked(obj: Any, kind: Any, where: object) -> Any:
     """`obj`, unchanged, if it is a `kind`: any type that pydantic checks. Nothing is converted; more keys may be there.
 
     Raises ValueError naming `where` and the first field that does not fit.

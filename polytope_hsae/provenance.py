@@ -100,7 +100,7 @@ class _Phase(TypedDict):
     seconds: float
 
 
-class _State(TypedDict):
+class State(TypedDict):
     """The content of provenance.json."""
 
     phases: dict[str, _Phase]
@@ -111,7 +111,7 @@ class Provenance:
 
     def __init__(self, run: Path):
         self.path = run / "provenance.json"
-        self.state: _State = read_json(self.path, _State) if self.path.exists() else {"phases": {}}
+        self.state: State = read_json(self.path, State) if self.path.exists() else {"phases": {}}
 
     def is_done(self, phase: int, config: Config, inputs: dict[str, str], outputs: list[Path], force: bool) -> bool:
         """True when the phase's outputs are there and the recorded dependencies equal the present ones.

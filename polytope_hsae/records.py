@@ -35,9 +35,14 @@ class Angles(TypedDict):
     median_ci95: Interval
 
 
+Columns = dict[str, list[str | int | float | None]]
+
+
 class Hierarchy(TypedDict):
     """What evidence.json says of WordNet's parents."""
 
+    parents: Columns
+    children: Columns
     angles: Angles
     fraction_z_above_3: float | None
     median_beta: float | None
@@ -47,7 +52,10 @@ class Hierarchy(TypedDict):
 class Control(TypedDict, total=False):
     """The same of a control; `why` stands for what too few parents do not give."""
 
+    parents: Columns
+    children: Columns
     angles: Angles | None
+    fraction_z_above_3: float | None
     why: str
 
 
@@ -56,6 +64,7 @@ class Evidence(TypedDict):
 
     model: str
     rows_of: str
+    permutations: int
     main: Hierarchy
     shuffled_rows: Control
     pseudo_parents: Control

@@ -100,6 +100,12 @@ def steered(concept: int, number: int, leakage: float | None) -> dict[str, Any]:
     }
 
 
+def train(arm: str) -> dict[str, Any]:
+    """train.json of an arm."""
+    budget = {"steps": 24, "tokens": 6144, "parameters": 1000}
+    return {"arm": arm, "identity": {}, **budget, "teacher_parents": [], "validation": {"val_ev": 0.5, "val_l0": 8.0}}
+
+
 def hand_made() -> dict[str, Any]:
     """Path in the run folder -> content (text as it is, the rest as JSON)."""
     words = {"train": ["a", "b"], "val": [], "test": ["c"]}
@@ -116,7 +122,9 @@ def hand_made() -> dict[str, Any]:
         found = {name: metric(values[place], chance=CHANCE[name]) for name, values in OWN.items()}
         found["fvu"] = metric(round(1 - OWN["ev"][place], 9), chance=1.0)
         found["l0"] = metric(8.0, 0.0)
+        found["ce_recovered"] = metric(0.8, chance=0.0)
         found["dead_parents"] = metric(0.0, 0.0)
+        found["dead_children"] = metric(0.0, 0.0)
         found["recall"] = metric(0.5, chance=0.1 * place)
         found["steering_leakage"] = metric(0.4, chance=0.5)
         found["steering_unreached"] = metric(0.0, 0.0)
@@ -237,7 +245,7 @@ def hand_made() -> dict[str, Any]:
     }
     for arm in ARMS:
         phase_number = 3 if "teacher" in arm else 2
-        files[f"phase{phase_number}/{arm}/train.json"] = {"steps": 24, "tokens": 6144, "parameters": 1000}
+        files[f"phase{phase_number}/{arm}/train.json"] = train(arm)
     return copy.deepcopy(files)
 
 
@@ -257,7 +265,7 @@ def run_files(files: dict[str, Any]) -> RunFiles:
         config_text=files["config.yaml"],
         provenance=files["provenance.json"],
         metrics=[json.loads(line) for line in files["metrics.jsonl"].splitlines()],
-        train={arm: {"steps": 24, "tokens": 6144, "parameters": 1000} for arm in ARMS},
+        train={arm: train(arm) for arm in ARMS},
         concepts=files["phase1/concepts.json"],
         evidence=files["phase1/evidence.json"],
         results=files["phase4/results.json"],

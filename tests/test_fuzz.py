@@ -124,9 +124,10 @@ RECORDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "evidence.json": (
         Evidence,
         {
-            "model": "m", "rows_of": "unembedding",
+            "model": "m", "rows_of": "unembedding", "permutations": 100,
             "shuffled_rows": {"angles": ANGLES}, "pseudo_parents": {"why": "few"},
-            "main": {"angles": ANGLES, "fraction_z_above_3": 1.0, "median_beta": None, "beta_ci95": None},
+            "main": {"angles": ANGLES, "fraction_z_above_3": 1.0, "median_beta": None, "beta_ci95": None,
+                     "parents": {"name": ["p"], "z": [None]}, "children": {"name": ["c"], "beta": [0.5]}},
         },
     ),
     "results.json": (

@@ -57,7 +57,7 @@ def test_nothing_is_wider_than_the_screen(report, width):
     assert report.evaluate(OVERFLOW) == 0
     report.locator("details.parent > summary").first.click()
     report.locator("details.child > summary").first.click()
-    for details in report.locator("#config details > summary").all():
+    for details in report.locator("main section:not(#tree) details > summary").all():
         details.click()
     assert report.evaluate(OVERFLOW) == 0
 
@@ -67,6 +67,8 @@ def test_search_finds_concepts_words_and_numbers(report):
     name = report.locator("details.parent .name.concept").first.inner_text()
     search.fill(name)
     assert name in parents.locator(".name").all_inner_texts()
+    assert parents.first.locator("mark").first.inner_text().lower() in name.lower()  # every closed row shows its match
+    assert all(parent.locator("mark").count() for parent in parents.all())
     assert "match" in report.locator("#tree-count").inner_text()
     search.fill("no such word anywhere")
     assert parents.count() == 0
@@ -128,6 +130,7 @@ def test_the_theme_follows_the_system_and_the_button(open_page, finished):
 
 
 def test_the_table_of_parents_sorts(report):
+    report.locator("summary", has_text="Every parent").click()
     heading = report.locator("table.sortable th[scope=col]", has_text="z").first
     cells = report.locator("table.sortable tbody tr td:nth-child(4)")
 

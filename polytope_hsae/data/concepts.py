@@ -131,7 +131,7 @@ class Concepts:
     @classmethod
     def from_json(cls, obj: Any) -> "Concepts":
         """Inverse of `to_json`. Raises ValueError naming the first field of another kind."""
-        tree = checked(obj, _Tree, "concepts: not the layout of concepts.json")
+        tree: _Tree = checked(obj, _Tree, "concepts: not the layout of concepts.json")
         return cls([
             Parent(p["name"], p["synset"], [
                 Child(c["name"], c["synset"], {fold: words for fold, words in c["words"].items()}, c["tokens"])

@@ -167,7 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a harvest, complete or not. Raises ValueError when there is none or it has another layout."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder}: no {MANIFEST}, not an activation store")
-    return read_json(folder / MANIFEST, Manifest)
+    manifest: Manifest = read_json(folder / MANIFEST, Manifest)
+    return manifest
 
 
 def _check_columns(path: Path, manifest: Manifest, rows: int) -> None:

@@ -1,5 +1,6 @@
 """Training one arm: phases 2 and 3 differ only in how a model starts and in its stages."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,29 @@ OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 def train_phase(run: Run, phase: int) -> None:
     """Train every arm of a phase that is not trained yet. Raises ConfigError before that if a later one cannot be."""
     for arm in run.config.arms:
-        s, width = run.config.arm_hsae(arm).subspace_dim, run.store.width
-        if arm.kind == "hsae" and s > width:
-            raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
+        require_trainable(arm, run.config.arm_hsae(arm), run.store.width, memory_of(run.device))
     for arm in run.config.arms:
         if arm.phase == phase:
             train_arm(run, arm)
+
+
+def require_trainable(arm: ArmConfig, hsae: HSAEConfig, width: int, memory: int) -> None:
+    """Raise ConfigError when an arm's model has subspaces wider than the residual or needs more bytes than `memory`."""
+    P, C, s = hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim
+    if arm.kind == "hsae" and s > width:
+        raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
+    decoder = P * (1 + C) * width if arm.kind == "topk" else P * (width + s * width + C * s)
+    needed = 2 * decoder * 4 * 4  # an encoder as large, and float32 of each weight, its gradient and Adam's two moments
+    if needed > memory:
+        found = f"{arm.name} with {2 * decoder:,} weights, {needed / 1e9:,.0f} GB in training"
+        raise ConfigError(f"hsae.n_parents: found {P} ({found}), allowed: what fits into {memory / 1e9:,.0f} GB")
+
+
+def memory_of(device: str) -> int:
+    """Bytes of memory that a device has."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def trained_models(run: Run, phase: int) -> list[Path]:

@@ -78,6 +78,10 @@ class Run:
 
     def _claim_folder(self) -> None:
         """Write config.yaml, or check that the one there asks for the same results of all phases that have begun."""
+        try:
+            str(self.folder).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"--out: found {str(self.folder)!r}, allowed: a name in UTF-8, to be printed") from error
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise ConfigError(f"--out: found {str(self.folder)!r}, not a folder; allowed: a folder or a new name")
         path = self.folder / "config.yaml"

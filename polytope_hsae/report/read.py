@@ -1,6 +1,5 @@
 """What a report is made from: the JSON files of a finished run folder (docs/design.md, Artifacts)."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +7,11 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..fileio import read_json
-from ..records import Ablations
+from ..parsing import parse_json
+from ..provenance import State
+from ..records import Ablations, Evidence, Results, Steering, Train
 
+KINDS: dict[str, Any] = {"evidence": Evidence, "results": Results, "steering": Steering, "ablations": Ablations}
 PHASE_FILES = {1: ("concepts", "evidence"), 4: ("results", "steering", "ablations", "latents")}
 
 
@@ -88,7 +90,7 @@ def read_run(folder: Path) -> RunFiles:
     for name in ("config.yaml", "provenance.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: found no {name}, allowed: the folder of a finished run; {again}")
-    provenance = read_json(folder / "provenance.json")
+    provenance = read_json(folder / "provenance.json", State)
     if "phase4" not in provenance["phases"]:
         raise ValueError(f"{folder}: phase 4 is not finished; {again}")
     config = load_config(str(folder / "config.yaml"))
@@ -98,15 +100,14 @@ def read_run(folder: Path) -> RunFiles:
         if not path.is_file():
             raise ValueError(f"{path}: missing, so the run is not finished; {again}")
     manifest = folder / "activations" / "manifest.json"
-    files = {name: read_json(path) for name, path in paths.items()}
-    files["ablations"] = read_json(paths["ablations"], Ablations)
+    files = {name: read_json(path, KINDS.get(name, dict)) for name, path in paths.items()}
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return RunFiles(
         config=config,
         config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
         provenance=provenance,
-        metrics=[json.loads(line) for line in lines],
-        train={name: read_json(path) for name, path in trained.items()},
+        metrics=[parse_json(line) for line in lines],
+        train={name: read_json(path, Train) for name, path in trained.items()},
         store=read_json(manifest) if manifest.is_file() else None,
         **files,
     )
