@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, ConfigError, TeacherConfig
+from ..config import ArmConfig, Config, ConfigError, TeacherConfig
 from ..data.concepts import permuted_words
 from ..data.store import ActivationStore
 from ..data.stream import RowStream
@@ -34,18 +34,19 @@ OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 def train_phase(run: Run, phase: int) -> None:
     """Train every arm of a phase that is not trained yet. Raises ConfigError before that if a later one cannot be."""
     for arm in run.config.arms:
-        require_trainable(arm, run.config.arm_hsae(arm), run.store.width, memory_of(run.device))
+        require_trainable(run.config, arm, run.store.width, memory_of(run.device))
     for arm in run.config.arms:
         if arm.phase == phase:
             train_arm(run, arm)
 
 
-def require_trainable(arm: ArmConfig, hsae: HSAEConfig, width: int, memory: int) -> None:
+def require_trainable(config: Config, arm: ArmConfig, width: int, memory: int) -> None:
     """Raise ConfigError when an arm's model has subspaces wider than the residual or needs more bytes than `memory`."""
+    hsae = config.arm_hsae(arm)
     P, C, s = hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim
     if arm.kind == "hsae" and s > width:
         raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
-    decoder = P * (1 + C) * width if arm.kind == "topk" else P * (width + s * width + C * s)
+    decoder = P * (width + s * width + C * s) if arm.kind == "hsae" else config.arm_flat(arm).n_latents * width
     needed = 2 * decoder * 4 * 4  # an encoder as large, and float32 of each weight, its gradient and Adam's two moments
     if needed > memory:
         found = f"{arm.name} with {2 * decoder:,} weights, {needed / 1e9:,.0f} GB in training"
