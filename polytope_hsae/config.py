@@ -116,7 +116,7 @@ class DataConfig(Block):
     normalize: Literal["rms", "unit_row", "none"] = Field(
         "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
     )
-    bias_rows: int | None = Field(
+    bias_rows: Whole | None = Field(
         4096, ge=1, description="Train rows whose geometric median starts b_dec; null = all of them, read as a stream."
     )
 
@@ -199,8 +199,8 @@ class HSAEConfig(Block):
     causal_ortho_lambda: float = Field(0.0, ge=0, description="Weight of parent-child causal orthogonality.")
     causal_orth_form: Literal["atom", "literal"] = Field("atom", description="Atom itself, or atom minus parent.")
     aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead parents and children rebuild.")
-    aux_k_parent: int = Field(32, ge=1, description="Dead parents used per row, at most.")
-    aux_k_child: int = Field(8, ge=1, description="Dead children of active parents used per row, at most.")
+    aux_k_parent: Whole = Field(32, ge=1, description="Dead parents used per row, at most.")
+    aux_k_child: Whole = Field(8, ge=1, description="Dead children of active parents used per row, at most.")
 
     @classmethod
     def jax_compat(
@@ -334,12 +334,12 @@ class TrainingConfig(Block):
 class FlatConfig(Block):
     """What every flat SAE has (docs/method.md section 1)."""
 
-    n_latents: int = Field(ge=1, description="P: latents.")
+    n_latents: Whole = Field(ge=1, description="P: latents.")
     k: float = Field(gt=0, description="Active latents per row, on average.")
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
     project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
     aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")
-    aux_k: int = Field(32, ge=1, description="Dead latents used per row, at most.")
+    aux_k: Whole = Field(32, ge=1, description="Dead latents used per row, at most.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -348,7 +348,7 @@ class FlatConfig(Block):
 
 
 class TopKConfig(FlatConfig):
-    k: int = Field(ge=1, description="Active latents per row.")
+    k: Whole = Field(ge=1, description="Active latents per row.")
 
 
 class BatchTopKConfig(FlatConfig):
@@ -417,16 +417,18 @@ class ArmConfig(Block):
 
 class SteeringConfig(Block):
     target_nats: float = Field(3.0, gt=0, description="Rise of the target's log-odds, nats.")
-    contexts: int = Field(16, ge=1, description="Contexts that every concept is steered in.")
-    context_length: int = Field(24, ge=4, description="Tokens per context.")
-    max_concepts: int = Field(20, ge=1, description="Concepts steered at most, evenly spaced in file order.")
+    contexts: Whole = Field(16, ge=1, description="Contexts that every concept is steered in.")
+    context_length: Whole = Field(24, ge=4, description="Tokens per context.")
+    max_concepts: Whole = Field(20, ge=1, description="Concepts steered at most, evenly spaced in file order.")
 
 
 class LatentsConfig(Block):
-    parents: int = Field(96, ge=1, description="Parents described: all with a concept, then the most used, up to this.")
-    contexts: int = Field(4, ge=1, description="Contexts shown of a parent, from different documents where possible.")
-    window: int = Field(12, ge=1, description="Tokens of a context before and after its strongest one.")
-    words: int = Field(10, ge=1, description="Words shown in every list.")
+    parents: Whole = Field(
+        96, ge=1, description="Parents described: all with a concept, then the most used, up to this."
+    )
+    contexts: Whole = Field(4, ge=1, description="Contexts shown of a parent, from different documents where possible.")
+    window: Whole = Field(12, ge=1, description="Tokens of a context before and after its strongest one.")
+    words: Whole = Field(10, ge=1, description="Words shown in every list.")
 
 
 class TargetsConfig(Block):
@@ -439,8 +441,8 @@ class TargetsConfig(Block):
 
 class EvalConfig(Block):
     split: Literal["val", "test"] = Field("test", description="Split that is read: val to choose, test once.")
-    bootstrap: int = Field(1000, ge=100, description="Bootstrap resamples of every interval.")
-    lm_contexts: int = Field(64, ge=1, description="Contexts for CE and KL through the language model, at most.")
+    bootstrap: Whole = Field(1000, ge=100, description="Bootstrap resamples of every interval.")
+    lm_contexts: Whole = Field(64, ge=1, description="Contexts for CE and KL through the language model, at most.")
     steering: SteeringConfig = Field(default_factory=SteeringConfig, description="Steering.")
     latents: LatentsConfig = Field(default_factory=LatentsConfig, description="What latents.json describes.")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="Thresholds of the targets.")

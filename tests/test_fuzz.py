@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from polytope_hsae.config import (
+    FLAT_KINDS,
     Config,
     ConfigError,
     HSAEConfig,
@@ -40,8 +41,8 @@ from polytope_hsae.data.stream import RowStream
 from polytope_hsae.fileio import read_json, write_json, write_tensors
 from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.models.base import SparseAutoencoder
-from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE
+from polytope_hsae.phases.flat_arms import MODELS
 from polytope_hsae.phases.measure import metrics_table
 from polytope_hsae.provenance import Provenance
 from polytope_hsae.records import Evidence, Results, Train
@@ -198,8 +199,9 @@ def read_teacher(folder: Path) -> None:
 
 
 def write_model(folder: Path, kind: str) -> None:
-    flat = TopKSAE(TopKConfig(n_latents=8, k=3), WIDTH)
-    (flat if kind == "topk" else HierarchicalSAE(SHAPE, WIDTH)).save_pretrained(folder / "model")
+    flat = {"n_latents": 8, "k": 3}
+    model = HierarchicalSAE(SHAPE, WIDTH) if kind == "hsae" else MODELS[kind](FLAT_KINDS[kind](**flat), WIDTH)
+    model.save_pretrained(folder / "model")
 
 
 def read_model(folder: Path) -> None:
@@ -288,7 +290,7 @@ READERS = {
                      partial(read_corpus, source="tokens", name="corpus.safetensors")),
     "metrics": Reader("metrics.jsonl", broken_lines, write_metrics, read_metrics, writes=True),
 }  # fmt: skip
-for kind in ("hsae", "topk"):
+for kind in ("hsae", *FLAT_KINDS):
     write = partial(write_model, kind=kind)
     READERS[f"{kind} config"] = Reader("model/config.json", broken_json, write, read_model)
     READERS[f"{kind} tensors"] = Reader("model/model.safetensors", broken_tensors, write, read_model)
