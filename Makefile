@@ -10,7 +10,7 @@ demo: .venv/core
 	$(BIN)/hsae run quickstart
 
 test: .venv/dev
-	$(BIN)/pytest --cov=polytope_hsae --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --cov=polytope_hsae --cov-fail-under=85
 
 fuzz: .venv/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_fuzz.py
