@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import LossOverrides
 from ..config import TopKConfig as TopKConfig
-from ..ops import reference as ops
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import geometric_median, project_out, row_norms
