@@ -318,6 +318,12 @@ class TrainingConfig(Block):
     penalty_warmup_steps: Whole = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     grad_clip: float | None = Field(1.0, gt=0, description="Global gradient norm at most; null = no clipping.")
+    precision: Literal["bf16", "tf32", "float32"] | None = Field(
+        None, description="Matrix products on a GPU; null = bf16. Weights, sums and a CPU are always float32."
+    )
+    cuda_graph: bool = Field(
+        False, description="On a GPU, replay a step's work as one CUDA graph: pays where a step takes a few ms."
+    )
     dead_after: Whole = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
     dead_after_routed: Whole = Field(
         2_000, ge=1, description="Routed tokens without firing after which a child is dead."

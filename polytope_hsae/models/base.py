@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from .. import ops
 from ..config import Block, LossOverrides
 from ..fileio import FLOATS, PICKLE_SUFFIXES, check_tensors, read_json, read_tensors, write_json, write_tensors
 from ..parsing import misfit, shown
@@ -55,6 +56,7 @@ class SparseAutoencoder(nn.Module):
         self.normalize = normalize
         self.router_temperature = 1.0
         self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
+        self.precision: ops.Precision = "float32"  # of the matrix products on a GPU; the trainer sets it
         self.register_buffer("data_mean", torch.zeros(width))
         self.register_buffer("data_scale", torch.ones(()))
 
@@ -104,8 +106,7 @@ class SparseAutoencoder(nn.Module):
     def to_normalized(self, h_Bd: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x [B, d], row norms [B] or None)."""
         if self.normalize == "unit_row":
-            norms_B = h_Bd.norm(dim=1) + UNIT_ROW_EPS
-            return h_Bd / norms_B[:, None], norms_B
+            return ops.divide_by_norm(h_Bd, UNIT_ROW_EPS)
         return (h_Bd - self.data_mean) / self.data_scale, None
 
     def to_raw(self, x_Bd: Tensor, row_scale_B: Tensor | None) -> Tensor:

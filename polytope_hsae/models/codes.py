@@ -45,6 +45,9 @@ class ModelOutput(NamedTuple):
     router_logits [B,P] before selection; child_pre [B,k,C] pre-activations of the routed parents' children.
     A flat SAE has x_hat_top = x_hat, child_pre of width 0, and prefixes [n,B,d]: reconstructions by prefixes of its
     latents, the last one x_hat (n = 1 but for Matryoshka).
+    parent_sum [B]: each row's summed parent codes, all P of them, where a kernel has taken it along; the logits then
+    carry no gradient. errors: each row's squared error [B] of x_hat and of x_hat_top, where a kernel has taken them
+    along; x_hat and x_hat_top then carry no gradient.
     """
 
     x: Tensor
@@ -54,3 +57,5 @@ class ModelOutput(NamedTuple):
     router_logits: Tensor
     child_pre: Tensor
     prefixes: Tensor | None = None
+    parent_sum: Tensor | None = None
+    errors: tuple[Tensor, Tensor] | None = None

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import LossOverrides, TopKConfig
-from ..ops import reference as ops
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import geometric_median, project_out, row_norms

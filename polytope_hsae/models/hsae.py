@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import HSAEConfig, LossOverrides
 from ..geometry.bases import dual_rows
-from ..ops import reference as ops
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
@@ -112,18 +112,66 @@ class HierarchicalSAE(SparseAutoencoder):
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
         x, row_scale = self.to_normalized(h_Bd)
-        centred = x if self.b_dec is None else x - self.b_dec
-        parent_index, parent_value, logits = self.encode_parent(centred, generator)
-        top = ops.weighted_row_sum(self.D, parent_index, parent_value)
-        child_input = centred
-        if self.config.child_input == "residual":
+        kernels = ops.uses_kernels(x, self.D) and self.b_dec is not None and not x.requires_grad
+        origin = self.b_dec if kernels else None  # then the kernels give b_dec its gradient, and no row needs one
+        centred = x if self.b_dec is None else x - (self.b_dec if origin is None else self.b_dec.detach())
+        residual = self.config.child_input == "residual"
+        rows = centred if residual else ops.operand(centred, self.precision)
+        parent_index, parent_value, logits, code_sum = self._route(rows, generator, origin)
+        routes = ops.routing(parent_index, self.D, self.precision)
+        if routes.plan is not None and not residual and self.training and not x.requires_grad:
+            child_index, child_value, child_pre, place = self._open_children(rows, routes, parent_value, origin)
+            x_hat, top, *errors = ops.reconstruct(
+                x, routes, parent_value, place, child_value, self.D, self.Up, self.G, self.b_dec
+            )
+            codes = Codes(parent_index, parent_value, child_index, child_value, row_scale)
+            return ModelOutput(x, x_hat, top, codes, logits, child_pre, None, code_sum, (errors[0], errors[1]))
+        top = ops.weighted_row_sum(self.D, parent_index, parent_value, routes)
+        child_input = rows
+        if residual:
             child_input = centred - (top.detach() if self.config.child_input_detach else top)
-        child_index, child_value, child_pre = self.encode_children(child_input, parent_index, parent_value)
+            if origin is not None and not self.config.child_input_detach:
+                child_input, origin = centred + (origin.detach() - origin) - top, None
+        child_index, child_value, child_pre, place = self._open_children(child_input, routes, parent_value, origin)
         if self.b_dec is not None:
             top = top + self.b_dec
-        x_hat = top + ops.decode_children(child_index, child_value, self.Up, self.G)
+        x_hat = top + ops.decode_children(child_index, child_value, self.Up, self.G, routes, place)
         codes = Codes(parent_index, parent_value, child_index, child_value, row_scale)
-        return ModelOutput(x, x_hat, top, codes, logits, child_pre)
+        return ModelOutput(x, x_hat, top, codes, logits, child_pre, parent_sum=code_sum)
+
+    def _route(
+        self, x_Bd: Tensor, generator: torch.Generator | None, origin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `encode_parent`, and each row's summed parent codes [B] where the kernels have them."""
+        config = self.config
+        straight_through = config.gate == "straight_through"
+        # Dead parents need a gradient through all logits, and so does the soft mask of a single parent.
+        dense = config.aux_weight > 0 or (straight_through and config.topk_parent == 1)
+        if dense or not ops.uses_kernels(self.E):
+            x_Bd = x_Bd.to(self.E.dtype)
+            if origin is not None:
+                x_Bd = x_Bd + (origin.detach() - origin)
+            return *self.encode_parent(x_Bd, generator), None
+
+        def noise(logits_BP: Tensor) -> Tensor:
+            return routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
+
+        index, logit, code_sum, logits = ops.route(
+            x_Bd,
+            self.E,
+            self.b_E,
+            origin,
+            config.topk_parent,
+            threshold=self.threshold,
+            noise=noise if straight_through and self.training else None,
+            sum_codes=config.l1_scope == "all" and self.training,
+            precision=self.precision,
+        )
+        value = parent_code(logit, config.magnitude, self.threshold)
+        if straight_through:
+            slots = torch.arange(config.topk_parent, device=logit.device).expand_as(logit)
+            value = value * straight_through_gate(logit, slots, self.router_temperature)
+        return index, value, logits, code_sum
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
@@ -149,24 +197,32 @@ class HierarchicalSAE(SparseAutoencoder):
 
         A child contributes only while its parent's code is above 0.
         """
-        config = self.config
-        pre_BkC = ops.encode_children(x_Bd, parent_Bk, self.Down, self.F, self.b_F)
+        routes = ops.routing(parent_Bk, self.Down, self.precision)
+        return self._open_children(x_Bd, routes, value_Bk)[:3]
+
+    def _open_children(
+        self, x_Bd: Tensor, routes: ops.Routing, value_Bk: Tensor, origin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `encode_children`, and where in [k*C] each chosen child stands [B, K]."""
+        config, parent_Bk = self.config, routes.parent_Bk
+        pre_BkC = ops.encode_children(x_Bd, routes, self.Down, self.F, self.b_F, origin)
         B, k, C = pre_BkC.shape
         flat_BkC = parent_Bk.unsqueeze(2) * C + torch.arange(C, device=parent_Bk.device)
         open_BkC = (value_Bk > 0).unsqueeze(2).expand(B, k, C)
-        score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
         if config.child_budget == "shared":
+            score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
             index = torch.topk(score_BkC.flatten(1), config.active_children, dim=1).indices
         else:
             offset = (torch.arange(k, device=parent_Bk.device) * C).view(1, k, 1)
             if config.topk_child == 1:
-                best_Bkc = score_BkC.argmax(dim=2, keepdim=True)  # the first of equal ones
+                best_Bkc = ops.best_child(pre_BkC, value_Bk)
             else:
+                score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
                 best_Bkc = torch.topk(score_BkC, config.topk_child, dim=2).indices
             index = (best_Bkc + offset).flatten(1)
         value = child_code(pre_BkC.flatten(1).gather(1, index), config.magnitude, self.threshold)
         value = value * open_BkC.flatten(1).gather(1, index)
-        return flat_BkC.flatten(1).gather(1, index), value, pre_BkC
+        return flat_BkC.flatten(1).gather(1, index), value, pre_BkC, index
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d] = b_dec + parents + children."""
@@ -217,23 +273,26 @@ class HierarchicalSAE(SparseAutoencoder):
         if not self.config.normalize_decoder:
             return
         metric = self._norm_metric(geometry)
-        if self.D.requires_grad:
+        if self.D.requires_grad and not (metric is None and ops.normalize_rows_(self.D)):
             self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
         if self.gram_reference is not None:
             if self.Up.requires_grad:
                 self.Up.copy_(restore_gram(self.Up, self.gram_reference, metric))
         elif self.G.requires_grad:
+            if self.config.normalize_child == "decoder" and ops.normalize_rows_(self.G):
+                return
             self.G.div_(self._child_norms(geometry).clamp_min(1e-12))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Remove from the gradients of D and G what would change a constrained norm at first order."""
         metric = self._norm_metric()
-        if self.D.grad is not None:
+        if self.D.grad is not None and not (metric is None and ops.project_out_(self.D.grad, self.D.detach())):
             normal_Pd = self.D if metric is None else self.D @ metric
             self.D.grad.copy_(project_out(self.D.grad, normal_Pd))
-        if self.G.grad is not None:
-            normal_PCs = self.G @ gram(self.Up, metric) if self.config.normalize_child == "atom" else self.G
+        atoms = self.config.normalize_child == "atom"
+        if self.G.grad is not None and (atoms or not ops.project_out_(self.G.grad, self.G.detach())):
+            normal_PCs = self.G @ gram(self.Up, metric) if atoms else self.G
             self.G.grad.copy_(project_out(self.G.grad, normal_PCs))
 
     @torch.no_grad()
@@ -247,7 +306,7 @@ class HierarchicalSAE(SparseAutoencoder):
     ) -> dict[str, tuple[float, Tensor]]:
         """Every loss term that is on, by name: (weight, value)."""
         config = overrides.apply(self.config)
-        return loss_terms(output, config, self.tensors(), self._penalty_metric(), self.threshold, dead)
+        return loss_terms(output, config, self.tensors(), self._penalty_metric(), self.threshold, dead, self.precision)
 
     def _penalty_metric(self) -> Tensor | None:
         return self.sigma_inv if self.config.causal_orth_form == "literal" else self.sigma

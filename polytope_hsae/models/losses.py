@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..config import HSAEConfig
-from ..ops import reference as ops
 from .codes import Dead, ModelOutput
-from .magnitude import child_code, parent_code
+from .magnitude import CHILD_SLOPE, child_code, parent_code
 
 PENALTIES = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "gram", "causal_orth")
 JAX_EPS = 1e-6
@@ -19,8 +19,11 @@ JAX_EPS = 1e-6
 
 def reconstruction_error(x_Bd: Tensor, x_hat_Bd: Tensor, reduction: str) -> Tensor:
     """Mean over rows of the squared error summed over d (`sum`), or averaged over d (`mean`)."""
-    error = (x_Bd - x_hat_Bd).square().sum(1).mean()
-    return error / x_Bd.shape[1] if reduction == "mean" else error
+    return _mean_error(ops.squared_error(x_Bd, x_hat_Bd), x_Bd.shape[1], reduction)
+
+
+def _mean_error(error_B: Tensor, width: int, reduction: str) -> Tensor:
+    return error_B.mean() / width if reduction == "mean" else error_B.mean()
 
 
 def biorth_identity(E: Tensor, D: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ def biorth_offdiag(E: Tensor, D: Tensor) -> Tensor:
     return (total - diagonal) / (E.numel() // (n * m) * (n * n - n))
 
 
-def biorth_jax(E: Tensor, D: Tensor) -> Tensor:
+def biorth_jax(E: Tensor, D: Tensor, precision: ops.Precision = "float32") -> Tensor:
     """|M - 1 diag(M)^T|_F / (P^2 - P) with M_ij = D_i . E_j of unit rows [P, d]: the published code's penalty.
 
     It subtracts the diagonal from every *row* of M, which is a slip (`biorth_offdiag` is what was meant). With
@@ -57,6 +60,8 @@ def biorth_jax(E: Tensor, D: Tensor) -> Tensor:
     P, d = E.shape
     if P == 1:
         return E.new_zeros(())
+    if ops.uses_kernels(E, D) and d < P:
+        return ops.biorth_jax(E, D, JAX_EPS, precision)
     E, D = (rows / (rows.norm(dim=1, keepdim=True) + JAX_EPS) for rows in (E, D))
     total = (D @ E.T).square().sum() if d >= P else ((D.T @ D) * (E.T @ E)).sum()
     diagonal_P, column_P = (E * D).sum(1), E @ D.sum(0)
@@ -113,26 +118,39 @@ def loss_terms(
     metric: Tensor | None,
     threshold: Tensor | None = None,
     dead: Dead | None = None,
+    precision: ops.Precision = "float32",
 ) -> dict[str, tuple[float, Tensor]]:
     """Every term that is on, by name: (weight, value). The loss is the sum of weight * value.
 
     parameters: the model's tensors by name; metric: of the causal penalty [d, d], None = Euclidean; threshold: of
-    leaky_offset codes; dead: who takes part in the auxiliary terms, None = nobody.
+    leaky_offset codes; dead: who takes part in the auxiliary terms, None = nobody; precision: of the matrix products
+    on a GPU.
     """
     codes, reduction = output.codes, config.recon_reduction
     size = "relu" if config.magnitude == "binary" else config.magnitude
     every_code = config.l1_scope == "all"
-    terms = {"recon": (1.0, reconstruction_error(output.x, output.x_hat, reduction))}
+    if output.errors is None:
+        recon, recon_top = (reconstruction_error(output.x, y, reduction) for y in (output.x_hat, output.x_hat_top))
+    else:
+        recon, recon_top = (_mean_error(error_B, output.x.shape[1], reduction) for error_B in output.errors)
+    terms = {"recon": (1.0, recon)}
     if config.top_level_beta > 0:
-        terms["recon_top"] = (config.top_level_beta, reconstruction_error(output.x, output.x_hat_top, reduction))
+        terms["recon_top"] = (config.top_level_beta, recon_top)
     if config.l1_parent > 0:
-        covered = parent_code(output.router_logits, size, threshold) if every_code else codes.parent_value
-        terms["l1_parent"] = (config.l1_parent, l1(covered))
+        if every_code and output.parent_sum is not None:
+            value = output.parent_sum.mean()
+        else:
+            value = l1(parent_code(output.router_logits, size, threshold) if every_code else codes.parent_value)
+        terms["l1_parent"] = (config.l1_parent, value)
     if config.l1_child > 0:
-        covered = child_code(output.child_pre, size, threshold) if every_code else codes.child_value
-        terms["l1_child"] = (config.l1_child, l1(covered))
+        if every_code and ops.uses_kernels(output.child_pre):
+            slope = 0.0 if threshold is None else CHILD_SLOPE
+            value = ops.code_size(output.child_pre.flatten(1), threshold, slope).mean()
+        else:
+            value = l1(child_code(output.child_pre, size, threshold) if every_code else codes.child_value)
+        terms["l1_child"] = (config.l1_child, value)
     if config.biorth_lambda > 0 and config.use_offdiag_biorth == "jax":
-        terms["biorth_router"] = (config.biorth_lambda, biorth_jax(parameters["E"], parameters["D"]))
+        terms["biorth_router"] = (config.biorth_lambda, biorth_jax(parameters["E"], parameters["D"], precision))
     elif config.biorth_lambda > 0:
         form: Callable[[Tensor, Tensor], Tensor] = biorth_offdiag if config.use_offdiag_biorth else biorth_identity
         terms["biorth_router"] = (config.biorth_lambda, form(parameters["E"], parameters["D"]))

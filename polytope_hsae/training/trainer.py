@@ -27,6 +27,8 @@ from .checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from .graph import StepGraph
+from .optimizer import FusedAdamW
 from .schedule import learning_rate, penalty_warmup, rate_multiplier, stage_at
 from .usage import Usage
 
@@ -80,11 +82,17 @@ class HSAETrainer:
         ]
         for stage, group in product(stages, groups):
             rate_multiplier(group["names"], stage.lr_mult)  # a contradiction shows before the first step
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = FusedAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        model.precision = config.precision or ("bf16" if self.device.type == "cuda" else "float32")
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.usage = Usage(model.n_parents, model.n_children, self.device)
         self.anchor = Anchor(model, n_teacher, teacher or TeacherConfig())
         self.stop_signal: int | None = None
+        self.broken = torch.zeros((), device=self.device)  # steps whose gradient norm was not finite
+        self.numbers = torch.zeros(2, device=self.device)  # penalty warm-up and routing temperature, for the graph
+        self.graph: StepGraph | None = None
+        if config.cuda_graph and self.optimizer.fused and config.accumulate == 1:
+            self.graph = StepGraph(self.generator)
 
     @property
     def rows_per_step(self) -> int:
@@ -128,35 +136,87 @@ class HSAETrainer:
         model.train()
         model.update_router_temperature(self.step, self.total)
         warmup = penalty_warmup(config, self.step)
+        rate = learning_rate(config, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * rate_multiplier(group["names"], {**model.lr_mult, **stage.lr_mult})
+        frozen = {id(parameter) for parameter in self.parameters.values() if not parameter.requires_grad}
+        self.optimizer.prepare(frozen)
+        temperature = model.router_temperature
+        if self.graph is None:
+            output, terms, loss, grad_norm = self._work(stage, warmup)
+        else:
+            output, terms, loss, grad_norm = self._replay(stage, warmup, frozen)
+            model.router_temperature = temperature
+        if self.optimizer.fused:
+            self._look_for_nan(grad_norm, terms)
+        self.step += 1
+        return lambda: {
+            "loss": loss,
+            **{name: value.detach() for name, (_, value) in terms.items()},
+            "lr": rate,
+            "penalty_warmup": warmup,
+            "grad_norm": grad_norm,
+            **self._usage_log(output, temperature),
+        }
+
+    def _work(
+        self, stage: StageConfig, warmup: float | Tensor, rows_Bd: Tensor | None = None
+    ) -> tuple[ModelOutput, dict[str, tuple[float, Tensor]], Tensor, Tensor]:
+        """Forward, backward and update; the last micro-batch's output and loss terms, the loss, the gradient norm."""
+        config, model = self.config, self.model
         for _ in range(config.accumulate):
-            output = model(self.stream.next().to(self.device), self.generator)
+            batch_Bd = self.stream.next().to(self.device) if rows_Bd is None else rows_Bd
+            output = model(batch_Bd, self.generator)
             terms = model.loss_terms(output, stage.loss, self.usage.dead(config)) | self.anchor.terms()
             weighted = [w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
-            self._require_finite("loss", loss, terms)
+            if not self.optimizer.fused:
+                self._require_finite("loss", loss, terms)
             (loss / config.accumulate).backward()
             self.usage.update(output.codes)
         if model.config.project_gradient:
             model.project_gradients()
-        grad_norm = clip_gradients(list(self.parameters.values()), config.grad_clip)
-        self._require_finite("gradient norm", grad_norm, terms)
-        rate = learning_rate(config, self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * rate_multiplier(group["names"], {**model.lr_mult, **stage.lr_mult})
+        grad_norm = self._clip(terms)
         self.anchor.before_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
         model.normalize_decoder_weights()
         self.anchor.after_step()
-        self.step += 1
-        return lambda: {
-            "loss": loss.detach(),
-            **{name: value.detach() for name, (_, value) in terms.items()},
-            "lr": rate,
-            "penalty_warmup": warmup,
-            "grad_norm": grad_norm,
-            **self._usage_log(output),
-        }
+        return output, terms, loss.detach(), grad_norm
+
+    def _replay(self, stage: StageConfig, warmup: float, frozen: set[int]) -> Any:
+        """`_work` through the graph: the numbers that change from step to step are sent ahead, as tensors."""
+        assert self.graph is not None
+        numbers = torch.tensor([warmup, self.model.router_temperature]).pin_memory()
+        self.numbers.copy_(numbers, non_blocking=True)
+        self.model.router_temperature = self.numbers[1]  # type: ignore[assignment]
+        # Restoring the atoms' norms while G is frozen takes a Cholesky factor, which waits for the GPU.
+        waits = getattr(self.model, "gram_reference", None) is not None
+        key = None if waits else (stage.name, tuple(sorted(frozen)))
+        return self.graph(
+            key, lambda rows: self._work(stage, self.numbers[0], rows), self.stream.next().to(self.device)
+        )
+
+    def _clip(self, terms: dict[str, tuple[float, Tensor]]) -> Tensor:
+        """Clip the gradients, or with kernels tell the optimiser by how much; returns their norm before."""
+        parameters, limit = list(self.parameters.values()), self.config.grad_clip
+        if not self.optimizer.fused:
+            norm = clip_gradients(parameters, limit)
+            self._require_finite("gradient norm", norm, terms)
+            return norm
+        norm, self.optimizer.gradient_scale = clip_factor(parameters, limit)
+        self.broken += torch.where(torch.isfinite(norm), 0, 1)
+        return norm
+
+    def _look_for_nan(self, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
+        """On a GPU nothing waits for a gradient norm: one that is not finite changes no parameter there.
+
+        It is looked for on the steps that wait anyway: those that are logged, validated or saved.
+        """
+        after, config = self.step + 1, self.config
+        waiting = (config.log_every, config.val_every, config.checkpoint_every)
+        if after == self.total or any(after % every == 0 for every in waiting):
+            self._require_finite("gradient norm", torch.where(self.broken > 0, torch.nan, grad_norm), terms)
 
     def _require_finite(self, what: str, value: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
         """A gradient may break before the loss does; neither may reach a parameter or a checkpoint."""
@@ -166,14 +226,14 @@ class HSAETrainer:
             raise Diverged(f"training: {found}; last good checkpoint: {kept}")
 
     @torch.no_grad()
-    def _usage_log(self, output: ModelOutput) -> dict[str, Any]:
+    def _usage_log(self, output: ModelOutput, temperature: float) -> dict[str, Any]:
         codes, config = output.codes, self.config
         load_P = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=self.model.n_parents).double()
         share_P = load_P / load_P.sum().clamp_min(1)
         values: dict[str, Any] = {
             "active_parents_per_sample": (codes.parent_value > 0).sum(1).double().mean(),
             "active_children_per_sample": (codes.child_value > 0).sum(1).double().mean(),
-            "router_temperature": self.model.router_temperature,
+            "router_temperature": temperature,
             "router_entropy": -(share_P * share_P.clamp_min(1e-30).log()).sum(),
             "router_max_load": load_P.max() / len(codes.parent_index),
             "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
@@ -259,6 +319,15 @@ def clip_gradients(parameters: Sequence[Tensor], limit: float | None) -> Tensor:
         for gradient in gradients:
             gradient.mul_(scale)
     return norm
+
+
+@torch.no_grad()
+def clip_factor(parameters: Sequence[Tensor], limit: float | None) -> tuple[Tensor, Tensor]:
+    """Global norm of the gradients, and the factor that clips them: NaN if the norm is not finite."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp_max(1.0)
+    return norm, torch.where(torch.isfinite(norm), factor, torch.nan)
 
 
 def discard_checkpoints(folder: Path) -> None:

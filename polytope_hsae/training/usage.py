@@ -21,13 +21,14 @@ class Usage:
     @torch.no_grad()
     def update(self, codes: Codes) -> None:
         """Count one batch."""
-        used = codes.parent_value > 0
-        routed_P = torch.bincount(codes.parent_index[used], minlength=len(self.idle_parent))
-        self.idle_parent += len(codes.parent_index)
-        self.idle_parent[routed_P > 0] = 0
+        used_Bk = (codes.parent_value > 0).to(torch.int64)  # no boolean indexing: a GPU would wait for its size
+        routed_P = torch.zeros_like(self.idle_parent).scatter_add_(0, codes.parent_index.flatten(), used_Bk.flatten())
+        self.idle_parent.copy_(torch.where(routed_P > 0, 0, self.idle_parent + len(codes.parent_index)))
         if self.n_children:
-            self.idle_child += routed_P.repeat_interleave(self.n_children)
-            self.idle_child[codes.child_index[codes.child_value > 0]] = 0
+            idle_R = self.idle_child + routed_P.repeat_interleave(self.n_children)
+            fired_BK = (codes.child_value > 0).to(torch.int64)
+            fired_R = torch.zeros_like(idle_R).scatter_add_(0, codes.child_index.flatten(), fired_BK.flatten())
+            self.idle_child.copy_(torch.where(fired_R > 0, 0, idle_R))
 
     def dead_parents(self, after: int) -> Tensor:
         """Mask [P] of parents not active for `after` tokens."""

@@ -1,0 +1,1 @@
+"""The GPU forms of the operations in `..reference`, in Triton; importing this package needs triton."""

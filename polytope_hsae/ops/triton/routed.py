@@ -1,0 +1,195 @@
+"""Three products between rows and the weights of the parents that each row was routed to, and their gradients.
+
+    dot:    out[b, j] = W[p] x[b]                  [B, k, m]   p = the parent in slot j of row b
+    sum:    out[b]    = sum_j W[p]^T c[b, j]       [B, d]
+    outer:  out[p]    = sum of c[b, j] x[b]^T      [P, m, d]   over the slots that name p
+
+Each is the gradient of the other two, so all of the model's routed work is made of them. `dot` and `outer` walk over
+the pairs of one parent at a time, gather their rows once and use the matrix units; `sum` walks over a row's parents.
+Nothing is added with atomics: the same input gives the same bits.
+
+Shapes: B rows, k slots per row, N = B k pairs, P parents, m weight rows per parent, d width, T pairs per tile.
+A pair's row is pair // divisor: the divisor is k where the rows are the batch's, 1 where every pair has its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .plan import TILE, Plan
+
+DTYPE = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+MODE = {"bf16": "tf32", "tf32": "tf32", "float32": "ieee"}  # of tl.dot; bf16 operands ignore it
+
+
+def _block(n: int, most: int) -> int:
+    return max(16, min(most, triton.next_power_of_2(n)))
+
+
+@triton.jit
+def _dot_kernel(
+    rows, weight, out, order, tile_parent, tile_start, tile_end, divisor, d,
+    M: tl.constexpr, MB: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
+    if first < end:
+        parent = tl.load(tile_parent + tile).to(tl.int64)
+        slot = first + tl.arange(0, T)
+        here = slot < end
+        pair = tl.load(order + slot, mask=here, other=0).to(tl.int64)
+        m, c = tl.arange(0, MB), tl.arange(0, D)
+        row_at = rows + (pair // divisor)[:, None] * d + c[None, :]
+        weight_at = weight + (parent * M + m)[None, :] * d + c[:, None]
+        total = tl.zeros((T, MB), tl.float32)
+        for at in range(0, d, D):
+            x = tl.load(row_at + at, mask=here[:, None] & (c[None, :] < d - at), other=0.0)
+            w = tl.load(weight_at + at, mask=(m[None, :] < M) & (c[:, None] < d - at), other=0.0)
+            total = tl.dot(x, w, total, input_precision=MODE)
+        tl.store(out + pair[:, None] * M + m[None, :], total, mask=here[:, None] & (m[None, :] < M))
+
+
+@triton.jit
+def _outer_kernel(
+    coef, rows, out, order, chunk_start, chunk_end, chunk_place, divisor, d,
+    M: tl.constexpr, MB: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """The sum over one chunk of a parent's pairs."""
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunk_start + chunk), tl.load(chunk_end + chunk)
+    place = tl.load(chunk_place + chunk).to(tl.int64)
+    m, c = tl.arange(0, MB), tl.program_id(1) * D + tl.arange(0, D)
+    total = tl.zeros((MB, D), tl.float32)
+    for at in range(first, end, T):
+        slot = at + tl.arange(0, T)
+        here = slot < end
+        pair = tl.load(order + slot, mask=here, other=0).to(tl.int64)
+        left = tl.load(coef + pair[None, :] * M + m[:, None], mask=here[None, :] & (m[:, None] < M), other=0.0)
+        row = rows + (pair // divisor)[:, None] * d
+        x = tl.load(row + c[None, :], mask=here[:, None] & (c[None, :] < d), other=0.0)
+        total = tl.dot(left.to(x.dtype), x, total, input_precision=MODE)
+    at = out + (place * M + m)[:, None] * d + c[None, :]
+    tl.store(at, total, mask=(place >= 0) & (m[:, None] < M) & (c[None, :] < d))
+
+
+@triton.jit
+def _add_chunks_kernel(out, first_chunk, P, n, PARENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the later chunks of some parents to their first ones, in order."""
+    begin = tl.program_id(0).to(tl.int64) * PARENTS
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(0, PARENTS):
+        parent = begin + i
+        inside = parent < P
+        first = tl.load(first_chunk + parent, mask=inside, other=0)
+        more = tl.load(first_chunk + parent + 1, mask=inside, other=0) - first - 1
+        if more > 0:
+            extra = first - parent + P
+            total = tl.load(out + parent * n + at, mask=at < n, other=0.0)
+            for chunk in range(0, more):
+                total += tl.load(out + (extra + chunk) * n + at, mask=at < n, other=0.0)
+            tl.store(out + parent * n + at, total, mask=at < n)
+
+
+@triton.jit
+def _sum_kernel(coef, weight, parent, out, d, R, M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """One row, one block of columns. Blocks of columns are the slow axis: their weights then stay in the L2 cache."""
+    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
+    total = tl.zeros((ROWS, D), tl.float32)
+    for at in range(0, R, ROWS):
+        r = at + tl.arange(0, ROWS)
+        p = tl.load(parent + b * (R // M) + r // M, mask=r < R, other=0).to(tl.int64)
+        scale = tl.load(coef + b * R + r, mask=r < R, other=0.0).to(tl.float32)
+        inside = (r < R)[:, None] & (c[None, :] < d)
+        w = tl.load(weight + (p * M + r % M)[:, None] * d + c[None, :], mask=inside, other=0.0)
+        total += scale[:, None] * w.to(tl.float32)
+    tl.store(out + b * d + c, tl.sum(total, 0), mask=c < d)
+
+
+@triton.jit
+def _tile_sum_kernel(
+    coef, weight, out, order, tile_parent, tile_start, tile_end, d,
+    M: tl.constexpr, T: tl.constexpr, K: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """W[p]^T c for every pair: the tiles of one block of columns come one after the other."""
+    tile = tl.program_id(0)
+    first, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
+    if first < end:
+        parent = tl.load(tile_parent + tile).to(tl.int64)
+        slot = first + tl.arange(0, T)
+        here = slot < end
+        pair = tl.load(order + slot, mask=here, other=0).to(tl.int64)
+        c = tl.program_id(1) * D + tl.arange(0, D)
+        total = tl.zeros((T, D), tl.float32)
+        for at in range(0, M, K):
+            m = at + tl.arange(0, K)
+            w = tl.load(
+                weight + (parent * M + m)[:, None] * d + c[None, :], mask=(m[:, None] < M) & (c[None, :] < d), other=0.0
+            )
+            left = tl.load(coef + pair[:, None] * M + m[None, :], mask=here[:, None] & (m[None, :] < M), other=0.0)
+            total = tl.dot(left.to(w.dtype), w, total, input_precision=MODE)
+        tl.store(out + pair[:, None] * d + c[None, :], total, mask=here[:, None] & (c[None, :] < d))
+
+
+def dot(rows: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
+    """float32 [N, m]; rows [N / divisor, d]."""
+    _, M, d = weight_Pmd.shape
+    dtype = DTYPE[precision]
+    rows, weight = rows.to(dtype).contiguous(), weight_Pmd.to(dtype).contiguous()
+    out = rows.new_empty(len(plan.order), M, dtype=torch.float32)
+    MB = _block(M, 256)
+    D = _block(d, 128 if MB <= 32 and precision == "bf16" else 64 if MB <= 128 else 32)
+    grid = (len(plan.tile_parent),)
+    _dot_kernel[grid](
+        rows, weight, out, plan.order, plan.tile_parent, plan.tile_start, plan.tile_end, divisor, d,
+        M=M, MB=MB, T=TILE, D=D, MODE=MODE[precision], num_warps=4, num_stages=3 if d > D else 1,
+    )  # fmt: skip
+    return out
+
+
+def outer(coef_Nm: Tensor, rows: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
+    """float32 [P, m, d]; every entry is written, also where a parent has no pair."""
+    P, M, d = len(plan.start) - 1, coef_Nm.shape[1], rows.shape[1]
+    dtype = DTYPE[precision]
+    rows, coef_Nm = rows.to(dtype).contiguous(), coef_Nm.to(dtype).contiguous()
+    n_chunks = len(plan.chunk_place)
+    out = rows.new_empty(n_chunks, M, d, dtype=torch.float32)  # from P on: later chunks of parents with many pairs
+    MB = _block(M, 256)
+    small = MB <= 16
+    D = _block(d, 256 if small else 128 if MB <= 128 else 64)
+    if precision != "bf16":
+        D = min(D, 64)
+    _outer_kernel[(n_chunks, triton.cdiv(d, D))](
+        coef_Nm, rows, out, plan.order, plan.chunk_start, plan.chunk_end, plan.chunk_place, divisor, d,
+        M=M, MB=MB, T=16 if small else 32, D=D, MODE=MODE[precision], num_warps=4 if small else 8,
+        num_stages=4 if small else 3,
+    )  # fmt: skip
+    if n_chunks > P:
+        parents, block = triton.cdiv(P, 1024), 1024
+        grid = (triton.cdiv(P, parents), triton.cdiv(M * d, block))
+        _add_chunks_kernel[grid](out, plan.first_chunk, P, M * d, PARENTS=parents, BLOCK=block)
+    return out[:P]
+
+
+def sum_rows(coef_Nm: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
+    """float32 [N / divisor, d]."""
+    _, M, d = weight_Pmd.shape
+    weight, coef_Nm = weight_Pmd.to(DTYPE[precision]).contiguous(), coef_Nm.contiguous()
+    N = len(plan.order)
+    if divisor > 1 and M < 16:
+        out = weight.new_empty(N // divisor, d, dtype=torch.float32)
+        D = _block(d, 256)
+        grid = (N // divisor, triton.cdiv(d, D))
+        R = divisor * M
+        ROWS = min(8, triton.next_power_of_2(R))
+        _sum_kernel[grid](coef_Nm, weight, plan.parent_Bk, out, d, R, M=M, ROWS=ROWS, D=D, num_warps=1)
+        return out
+    # Many weight rows per parent: a matrix product per tile, then the sum of each row's slots.
+    slots = weight.new_empty(N, d, dtype=torch.float32 if divisor == 1 else DTYPE[precision])
+    D = _block(d, 128)
+    grid = (len(plan.tile_parent), triton.cdiv(d, D))
+    _tile_sum_kernel[grid](
+        coef_Nm, weight, slots, plan.order, plan.tile_parent, plan.tile_start, plan.tile_end, d,
+        M=M, T=TILE, K=_block(M, 32), D=D, MODE=MODE[precision], num_warps=4, num_stages=3 if M > 32 else 1,
+    )  # fmt: skip
+    return slots if divisor == 1 else slots.view(-1, divisor, d).sum(1, dtype=torch.float32)

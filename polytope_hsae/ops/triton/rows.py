@@ -1,0 +1,160 @@
+"""Row-wise steps that would otherwise take several passes over memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _squared_error_kernel(x, x_hat, out, d, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, d, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        a = tl.load(x + row * d + c, mask=c < d, other=0.0).to(tl.float32)
+        b = tl.load(x_hat + row * d + c, mask=c < d, other=0.0).to(tl.float32)
+        total += (a - b) * (a - b)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit
+def _squared_error_grad_kernel(x, x_hat, grad, out, d, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    g = 2 * tl.load(grad + row)
+    for at in range(0, d, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        a = tl.load(x + row * d + c, mask=c < d, other=0.0).to(tl.float32)
+        b = tl.load(x_hat + row * d + c, mask=c < d, other=0.0).to(tl.float32)
+        tl.store(out + row * d + c, g * (b - a), mask=c < d)
+
+
+def squared_error(x_Bd: Tensor, x_hat_Bd: Tensor) -> Tensor:
+    """Each row's squared error, float32 [B]."""
+    B, d = x_Bd.shape
+    out = torch.empty(B, device=x_Bd.device)
+    if B:
+        _squared_error_kernel[(B,)](x_Bd.contiguous(), x_hat_Bd.contiguous(), out, d, BLOCK=1024)
+    return out
+
+
+def squared_error_grad(x_Bd: Tensor, x_hat_Bd: Tensor, grad_B: Tensor) -> Tensor:
+    """Gradient of the rows' squared errors with respect to x_hat."""
+    B, d = x_Bd.shape
+    out = torch.empty(B, d, device=x_Bd.device)
+    if B:
+        _squared_error_grad_kernel[(B,)](
+            x_Bd.contiguous(), x_hat_Bd.contiguous(), grad_B.contiguous(), out, d, BLOCK=1024
+        )
+    return out
+
+
+@triton.jit
+def _reconstruct_kernel(x, top, x_hat, bias, error, error_top, d, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total, total_top = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, d, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        inside = c < d
+        a = tl.load(x + row * d + c, mask=inside, other=0.0)
+        t = tl.load(top + row * d + c, mask=inside, other=0.0)
+        if BIAS:
+            t += tl.load(bias + c, mask=inside, other=0.0)
+            tl.store(top + row * d + c, t, mask=inside)
+        b = t + tl.load(x_hat + row * d + c, mask=inside, other=0.0)
+        tl.store(x_hat + row * d + c, b, mask=inside)
+        total += (a - b) * (a - b)
+        total_top += (a - t) * (a - t)
+    tl.store(error + row, tl.sum(total, 0))
+    tl.store(error_top + row, tl.sum(total_top, 0))
+
+
+@triton.jit
+def _reconstruct_grad_kernel(x, top, x_hat, grad, grad_top, of_hat, of_both, d, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    g, h = 2 * tl.load(grad + row), 2 * tl.load(grad_top + row)
+    for at in range(0, d, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        a = tl.load(x + row * d + c, mask=c < d, other=0.0)
+        e = g * (tl.load(x_hat + row * d + c, mask=c < d, other=0.0) - a)
+        f = h * (tl.load(top + row * d + c, mask=c < d, other=0.0) - a)
+        tl.store(of_hat + row * d + c, e, mask=c < d)
+        tl.store(of_both + row * d + c, e + f, mask=c < d)
+
+
+def reconstruct_(x: Tensor, top: Tensor, x_hat: Tensor, bias_d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add the bias to `top` and then `top` to `x_hat`, in place, all float32 [B, d]; both rows' squared errors [B]."""
+    B, d = x.shape
+    error, error_top = torch.empty(B, device=x.device), torch.empty(B, device=x.device)
+    _reconstruct_kernel[(B,)](x, top, x_hat, bias_d, error, error_top, d, BLOCK=1024, BIAS=bias_d is not None)
+    return error, error_top
+
+
+def reconstruct_grad(
+    x: Tensor, top: Tensor, x_hat: Tensor, grad_B: Tensor, grad_top_B: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the two errors with respect to what the children add, and to what the parents add."""
+    of_hat, of_both = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    B, d = x.shape
+    _reconstruct_grad_kernel[(B,)](
+        x, top, x_hat, grad_B.contiguous(), grad_top_B.contiguous(), of_hat, of_both, d, BLOCK=1024
+    )
+    return of_hat, of_both
+
+
+@triton.jit
+def _project_kernel(grad, normal, d, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    inside = (row < R) & (c < d)
+    g = tl.load(grad + row * d + c, mask=inside, other=0.0)
+    w = tl.load(normal + row * d + c, mask=inside, other=0.0)
+    along = tl.sum(g * w, 1) / tl.maximum(tl.sum(w * w, 1), 1e-24)
+    tl.store(grad + row * d + c, g - along[:, None] * w, mask=inside)
+
+
+@triton.jit
+def _normalize_kernel(rows, d, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    inside = (row < R) & (c < d)
+    w = tl.load(rows + row * d + c, mask=inside, other=0.0)
+    norm = tl.maximum(tl.sqrt(tl.sum(w * w, 1)), 1e-12)
+    tl.store(rows + row * d + c, w / norm[:, None], mask=inside)
+
+
+def _rows_per_program(d: int) -> tuple[int, int]:
+    block = triton.next_power_of_2(d)
+    return max(1, 1024 // block), block
+
+
+def project_out_(grad: Tensor, normal: Tensor) -> None:
+    """Remove in place from every row [..., d] its component along the row of `normal`; both contiguous float32."""
+    ROWS, BLOCK = _rows_per_program(grad.shape[-1])
+    R = grad.numel() // grad.shape[-1]
+    _project_kernel[(triton.cdiv(R, ROWS),)](grad, normal, grad.shape[-1], R, ROWS=ROWS, BLOCK=BLOCK)
+
+
+def normalize_rows_(rows: Tensor) -> None:
+    """Divide in place every row [..., d] by its Euclidean norm; contiguous float32."""
+    ROWS, BLOCK = _rows_per_program(rows.shape[-1])
+    R = rows.numel() // rows.shape[-1]
+    _normalize_kernel[(triton.cdiv(R, ROWS),)](rows, rows.shape[-1], R, ROWS=ROWS, BLOCK=BLOCK)
+
+
+@triton.jit
+def _divide_by_norm_kernel(rows, out, norm, d, eps, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(rows + row * d + c, mask=c < d, other=0.0).to(tl.float32)
+    size = tl.sqrt(tl.sum(x * x, 0)) + eps
+    tl.store(norm + row, size)
+    tl.store(out + row * d + c, x / size, mask=c < d)
+
+
+def divide_by_norm(rows_Bd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norm + eps, float32 [B, d], and those divisors [B]."""
+    (B, d), rows_Bd = rows_Bd.shape, rows_Bd.contiguous()
+    out, norm = torch.empty(B, d, device=rows_Bd.device), torch.empty(B, device=rows_Bd.device)
+    if B:
+        _divide_by_norm_kernel[(B,)](rows_Bd, out, norm, d, eps, BLOCK=triton.next_power_of_2(d))
+    return out, norm

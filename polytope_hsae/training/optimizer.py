@@ -1,0 +1,61 @@
+"""AdamW whose step on a GPU is one kernel per tensor, with the clipping inside; elsewhere it is PyTorch's own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """As torch.optim.AdamW, with the same state; `fused` says whether the kernels are used.
+
+    With the kernels a step has two halves. `prepare` counts the step and sends what changes with it (rates, bias
+    corrections) to the GPU; `step` launches the kernels, which read it there, so that a CUDA graph can replay them.
+    `gradient_scale`, one number on the GPU, multiplies every gradient; where it is NaN nothing changes.
+    """
+
+    gradient_scale: Tensor
+
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.fused = ops.uses_kernels(*parameters) and all(parameter.is_contiguous() for parameter in parameters)
+        self.hyper = torch.zeros(len(parameters), 4, device=parameters[0].device)
+
+    def prepare(self, frozen: set[int]) -> None:
+        """Count a step of every parameter whose id is not in `frozen`; nothing without the kernels."""
+        if not self.fused:
+            return
+        rows = []
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state and id(parameter) not in frozen:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                if id(parameter) not in frozen:
+                    state["step"] += 1
+                t, rate = state["step"].item() if state else 1.0, float(group["lr"])
+                rows.append([rate, 1 - rate * group["weight_decay"], 1 / (1 - b1**t), (1 - b2**t) ** -0.5])
+        # Fresh pinned memory every time: the copy runs later, when this function has long returned.
+        self.hyper.copy_(torch.tensor(rows).pin_memory(), non_blocking=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if not self.fused:
+            return super().step(closure)
+        number = 0
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    ops.adam_(
+                        parameter, state["exp_avg"], state["exp_avg_sq"], self.gradient_scale, self.hyper[number],
+                        b1=b1, b2=b2, eps=group["eps"],
+                    )  # fmt: skip
+                number += 1
+        return None
