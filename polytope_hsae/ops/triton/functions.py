@@ -118,12 +118,13 @@ class Route(torch.autograd.Function):
         if grad_value is not None:
             of_logits.scatter_add_(1, index, grad_value.to(of_logits.dtype))
         of_x = of_logits @ E if need_x else None
-        of_E = product(of_logits.T, x) if need_E else None
+        of_weight = product(of_logits.T, x) if need_E else None
         of_b = of_origin = None
         if need_b or need_origin:
-            of_b = of_logits.sum(0, dtype=torch.float32)
-            of_origin = -(of_b.to(E.dtype) @ E).float()
-        return of_x, of_E, of_b, of_origin, None, None, None, None, None
+            summed_P = of_logits.sum(0, dtype=torch.float32)
+            of_b = summed_P if need_b else None
+            of_origin = -(summed_P.to(E.dtype) @ E).float() if need_origin else None
+        return of_x, of_weight, of_b, of_origin, None, None, None, None, None
 
 
 class RoutedBias(torch.autograd.Function):
