@@ -24,12 +24,11 @@ Layout = Mapping[str, tuple[Sequence[torch.dtype], Sequence[str | int]]]
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Let an error of writing in the block be an OSError that names the file: a full disk does not say where."""
+    """Let an error of writing in the block name the file: a full disk does not say where, others name a temporary."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
 

@@ -4,9 +4,10 @@ It imports no PyTorch: the command line reads its config with it.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -21,7 +22,7 @@ def parse_json(text: str) -> Any:
     Raises ValueError saying what is wrong; the caller names the file.
     """
     try:
-        obj = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_number)
+        obj = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_number, parse_float=_finite)
         if "\\u" in text:
             json.dumps(obj, ensure_ascii=False).encode("utf-8")  # one half of a surrogate pair alone is no text
     except RecursionError as error:
@@ -37,8 +38,13 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(name: str) -> None:
+def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(cut(digits))
 
 
 def parse_yaml(text: str) -> Any:

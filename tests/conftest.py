@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def sigint_is_heard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_have_room():
+    """A test runner may set COLUMNS, which would fold the tables that tests look for words in."""
+    os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session")

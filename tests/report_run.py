@@ -102,7 +102,7 @@ def steered(concept: int, number: int, leakage: float | None) -> dict[str, Any]:
 
 def train(arm: str) -> dict[str, Any]:
     """train.json of an arm."""
-    budget = {"steps": 24, "tokens": 6144, "parameters": 1000}
+    budget = {"steps": 24, "tokens": 6144, "parameters": 1000, "flops_per_row": 100}
     return {"arm": arm, "identity": {}, **budget, "teacher_parents": [], "validation": {"val_ev": 0.5, "val_l0": 8.0}}
 
 

@@ -314,6 +314,7 @@ def test_models_and_records(finished, tmp_path):
         (model / "config.json", "[]", "model/config.json: found [], allowed: input should be a valid dictionary"),
         (model / "config.json", "\0", "model/config.json: not valid JSON"),
         (arm / "train.json", "{}", "baseline/train.json: arm: found nothing, allowed: a value"),
+        (arm / "train.json", '{"steps": 1e999}', "baseline/train.json: not valid JSON (1e999 is not a number in JSON)"),
     ):
         path.write_text(content)
         refused(hsae("phase4", *SMOKE, "--out", run), words)

@@ -88,7 +88,7 @@ def test_bad_input_is_refused_in_one_line(run, finished, tmp_path):
         compare_models(run, [tmp_path / "narrow"])
     config = tmp_path / "narrow/config.json"
     config.write_text(config.read_text().replace("TopKSAE", "Other"))
-    with pytest.raises(ValueError, match="architecture: found 'Other', allowed: HierarchicalSAE, TopKSAE"):
+    with pytest.raises(ValueError, match="architecture: found 'Other', allowed: BatchTopKSAE, HierarchicalSAE"):
         compare_models(run, [tmp_path / "narrow"])
 
 

@@ -310,6 +310,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values")
 @pytest.mark.parametrize("name", READERS)
 def test_a_broken_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
     reader, folder = READERS[name], tmp_path_factory.mktemp("fuzz")
