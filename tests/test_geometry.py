@@ -142,6 +142,10 @@ def test_geometry_file(tmp_path: Path, geometry: CausalGeometry) -> None:
     write_tensors(paths[1], {"sigma": tensors["sigma"]}, metadata)
     with pytest.raises(ValueError, match="missing sigma_inv_sqrt, sigma_sqrt, spectrum"):
         CausalGeometry.load(paths[1])
+    for spectrum in (tensors["spectrum"].flip(0), -tensors["spectrum"]):
+        write_tensors(paths[1], {**tensors, "spectrum": spectrum}, metadata)
+        with pytest.raises(ValueError, match=r"b\.safetensors: spectrum: found \[.*, allowed: rising numbers above 0"):
+            CausalGeometry.load(paths[1])
 
 
 def test_mean_vectors(unembedding: Tensor, geometry: CausalGeometry) -> None:

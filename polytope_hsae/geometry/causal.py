@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from polytope_hsae.fileio import check_tensors, read_tensors, write_tensors
-from polytope_hsae.parsing import checked
+from polytope_hsae.parsing import checked, shown
 
 METRICS = ("causal", "identity", "diagonal", "random", "residual_covariance")
 _BLOCK_ROWS = 16_384
@@ -258,8 +258,9 @@ class CausalGeometry:
             raise ValueError(f"{path}: not a geometry file, missing {', '.join(sorted(missing))}")
         check_tensors(path, tensors, _LAYOUT)
         checked(metadata, _Metadata, path)
-        if not (tensors["spectrum"] > 0).all():
-            raise ValueError(f"{path}: spectrum: found an eigenvalue that is not positive, allowed: positive ones")
+        spectrum = tensors["spectrum"].tolist()
+        if spectrum != sorted(spectrum) or min(spectrum, default=0) <= 0:
+            raise ValueError(f"{path}: spectrum: found {shown(spectrum)}, allowed: rising numbers above 0")
         geometry = cls.__new__(cls)
         for name in _LAYOUT:
             setattr(geometry, name, tensors[name])
