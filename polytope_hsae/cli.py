@@ -266,7 +266,6 @@ def bench_command(
     as_json: JsonOption = False,
 ) -> None:
     """Time a training step, ours and others', beside what this machine can do at best."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler tells of its starts and stops otherwise
     from .bench.run import PEERS, ROUTINGS, Options, bench, chosen, device_of
     from .bench.shapes import load_shape
     from .bench.table import markdown
@@ -278,10 +277,14 @@ def bench_command(
     names = shapes or (["jax-compat", "v2-focused"] if place == "cuda" else ["quickstart"])
     asked = [load_shape(name, overrides) for name in names]
     console = Console(stderr=True, quiet=quiet, highlight=False)
-    document = bench(asked, Options(place, steps, which, routings), lambda line: console.print(line, markup=False))
-    if out is not None:
-        write_json(out / "bench.json", document)
-        write_text(out / "bench.md", markdown(document))
+
+    def save(document: dict[str, Any]) -> None:
+        if out is not None:
+            write_json(out / "bench.json", document)
+            write_text(out / "bench.md", markdown(document))
+
+    options = Options(place, steps, which, routings)
+    document = bench(asked, options, lambda line: console.print(line, markup=False), save)
     if as_json:
         _print_json(document)
     elif not quiet:

@@ -86,7 +86,7 @@ class LoopHSAE(nn.Module):
         rows = x if self.b_dec is None else x - self.b_dec
         logits_BP = linear(rows, self.E, self.b_E)
         self.chosen_Bk, value_Bk = self._choose_parents(logits_BP)
-        top = torch.zeros_like(logits_BP).scatter(1, self.chosen_Bk, value_Bk) @ self.D
+        top = torch.zeros_like(logits_BP).scatter(1, self.chosen_Bk, value_Bk.to(logits_BP.dtype)) @ self.D
         if config.child_input == "residual":
             rows = rows - (top.detach() if config.child_input_detach else top)
         where = [(self.chosen_Bk == p).nonzero(as_tuple=True) for p in range(config.n_parents)]

@@ -4,8 +4,8 @@ A measurement is forward, backward, constraints and AdamW on rows that lie on th
 config's last baseline stage has on. What has no number has a `why`.
 """
 
-import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ PEERS = ("flat", "loop", "jax")
 ROUTINGS = ("uniform", "zipf")
 SMALLEST = 16  # a peer's batch is halved until it fits, down to this share of the shape's
 LOOP_SECONDS, LOOP_PARENTS = 60, (64, 256)  # a loop that takes longer is not measured; the sizes that say how long
-JAX_SECONDS = 240
-Say = Callable[[str], None]
+LOOP, SLOW_MS = "H-SAE, loop over parents", 5_000
+JAX_SECONDS = 200
 
 
 class Options(NamedTuple):
@@ -58,22 +58,33 @@ def device_of(name: str) -> str:
     return name
 
 
-def bench(shapes: list[Shape], options: Options, say: Say = lambda line: None) -> dict[str, Any]:
-    """All measurements of all shapes, with ceilings, environment and configuration."""
+def bench(
+    shapes: list[Shape],
+    options: Options,
+    say: Callable[[str], None] = lambda line: None,
+    save: Callable[[dict[str, Any]], None] = lambda document: None,
+) -> dict[str, Any]:
+    """All measurements of all shapes, with ceilings, environment and configuration.
+
+    `save` gets the document after every measurement, so that what was measured outlives an interruption.
+    """
     device = options.device
     torch.manual_seed(0)
     say("ceilings")
     limits = ceilings(device, options.steps)
-    free_memory(device)
-    measured = [_Bench(shape, options, limits, say).all() for shape in shapes]
     packages = {name: _version(name) for name in ("triton", "jax")}
-    return {
-        "environment": {**environment(device), **packages, "cpu": platform.processor() or platform.machine()},
+    document: dict[str, Any] = {
+        "environment": {**environment(device), **packages},
         "cuda": torch.version.cuda,
         "steps": options.steps,
         "ceilings": limits._asdict(),
-        "shapes": measured,
+        "shapes": [],
     }
+    for shape in shapes:
+        measuring = ShapeBench(shape, options, limits, say, lambda: save(document))
+        document["shapes"].append(measuring.record)
+        measuring.measure()
+    return document
 
 
 def _version(name: str) -> str | None:
@@ -83,11 +94,30 @@ def _version(name: str) -> str | None:
         return None
 
 
+@torch.no_grad()
+def start(shape: Shape, device: str) -> HierarchicalSAE:
+    """A random model of the shape, drawn on the device: a CPU takes a minute to draw the largest ones.
+
+    Every tensor has the spread that it has in a real start, which a model of k parents shows.
+    """
+    config, width, normalize = shape.hsae, shape.width, shape.normalize
+    small = HierarchicalSAE(config.model_copy(update={"n_parents": config.topk_parent}), width, normalize)
+    spread = {name: float(tensor.std(correction=0)) for name, tensor in small.named_parameters()}
+    with torch.device("meta"):
+        model = HierarchicalSAE(config, width, normalize)
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=spread[name])
+    for name, buffer in small.named_buffers():  # none depends on the number of parents
+        model.get_buffer(name).copy_(buffer)
+    return model
+
+
 def ours(
     shape: Shape, device: str, routing: str, steps: int, *, seconds: float = 20, by_part: bool = True
 ) -> dict[str, Any]:
     """Our step on a shape: ms, peak, largest load, and ms by part. Raises torch.OutOfMemoryError."""
-    model = HierarchicalSAE(shape.hsae, shape.width, shape.normalize).to(device)
+    model = start(shape, device)
     model.normalize_decoder_weights()
     batch = shape.training.batch_size
     rows = make_rows(routing, batch, model.E.detach(), shape.hsae.topk_parent)
@@ -105,24 +135,22 @@ def _record(work: Callable[[], object], device: str, steps: int, seconds: float,
     return {"ms": took, "steps": len(found), "peak_gib": peak, "parts": split}
 
 
-class _Bench:
-    """The measurements of one shape."""
+class ShapeBench:
+    """The measurements of one shape; `record` grows with each."""
 
-    def __init__(self, shape: Shape, options: Options, limits: Ceilings, say: Say):
-        self.shape, self.options, self.limits, self.say = shape, options, limits, say
+    def __init__(
+        self,
+        shape: Shape,
+        options: Options,
+        limits: Ceilings,
+        say: Callable[[str], None],
+        save: Callable[[], None] = lambda: None,
+    ):
+        self.shape, self.options, self.limits, self.say, self.save = shape, options, limits, say, save
         self.device = options.device
         self.precision = shape.training.precision or "bf16" if self.device == "cuda" else "float32"
         self.rows: list[dict[str, Any]] = []
-
-    def all(self) -> dict[str, Any]:
-        """Ours, then each peer, and what they were measured with."""
-        for routing in self.options.routings:
-            self._ours(routing)
-        self._modes(self.options.routings[0])
-        for peer in self.options.peers:
-            {"flat": self._flat, "loop": self._loop, "jax": self._jax}[peer]()
-        shape = self.shape
-        return {
+        self.record = {
             "name": shape.name,
             "width": shape.width,
             "normalize": shape.normalize,
@@ -131,6 +159,14 @@ class _Bench:
             "floor": self._floor(self.precision, shape.training.batch_size),
             "measured": self.rows,
         }
+
+    def measure(self) -> None:
+        """Ours, then each peer."""
+        for routing in self.options.routings:
+            self._ours(routing)
+        self._modes(self.options.routings[0])
+        for peer in self.options.peers:
+            {"flat": self._flat, "loop": self._loop, "jax": self._jax}[peer]()
 
     def _floor(self, precision: str, batch: int) -> dict[str, Any]:
         return floor_record(hsae_parts(self.shape.losses, self.shape.width, batch, precision), self.limits, precision)
@@ -151,7 +187,7 @@ class _Bench:
             for precision in ("bf16", "tf32", "float32"):
                 if precision != self.precision:
                     shape = self.shape.with_training(precision=precision)
-                    self._add(f"ours, {precision}", routing, precision, lambda s=shape: self._our_step(s, routing))
+                    self._add(f"ours, {precision}", routing, precision, partial(self._our_step, shape, routing))
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         name = f"ours, {self.precision}, deterministic"
@@ -184,20 +220,23 @@ class _Bench:
                     return floor_record(needed, self.limits, self.precision)
 
                 name = f"flat TopK, {n_latents:,} latents, k {active}"
-                self._add(name, routing, self.precision, lambda step=step: self._halving(step), floor)
+                self._add(name, routing, self.precision, partial(self._halving, step), floor)
 
     def _loop(self) -> None:
         for routing in self.options.routings:
-            self._add("H-SAE, loop over parents", routing, self.precision, lambda r=routing: self._looped(r))
+            self._add(LOOP, routing, self.precision, partial(self._looped, routing))
 
     def _looped(self, routing: str) -> dict[str, Any]:
         """The loop, unless two smaller ones say on a straight line that a step would take too long."""
         hsae = self.shape.hsae
         if hsae.aux_weight > 0:
             return {"why": "the loop has no auxiliary losses"}
+        slow = next((one for one in self.rows if one["what"] == LOOP and one.get("ms", 0) > SLOW_MS), None)
+        if slow is not None:
+            return {"why": f"a step took {slow['ms'] / 1e3:.0f} s with {slow['routing']} routing, which was enough"}
         small = [P for P in LOOP_PARENTS if hsae.topk_parent <= P < hsae.n_parents]
         if len(small) == 2 and hsae.n_parents > 4 * small[1]:
-            took = [self._halving(lambda batch, P=P: self._loop_step(batch, routing, P, 2)) for P in small]
+            took = [self._halving(partial(self._loop_step, routing, P, 2)) for P in small]
             if any("why" in one for one in took):
                 return next(one for one in took if "why" in one)
             per_parent = max(0.0, (took[1]["ms"] - took[0]["ms"]) / (small[1] - small[0]))
@@ -207,13 +246,12 @@ class _Bench:
                     "why": f"a step would take about {expected:.0f} s, by those of {small[0]} and {small[1]} parents "
                     f"({took[0]['ms']:.0f} and {took[1]['ms']:.0f} ms)"
                 }
-        return self._halving(lambda batch: self._loop_step(batch, routing, hsae.n_parents, self.options.steps))
+        return self._halving(partial(self._loop_step, routing, hsae.n_parents, self.options.steps))
 
-    def _loop_step(self, batch: int, routing: str, n_parents: int, steps: int) -> dict[str, Any]:
+    def _loop_step(self, routing: str, n_parents: int, steps: int, batch: int) -> dict[str, Any]:
         shape = self.shape
-        smaller = shape.hsae.model_copy(update={"n_parents": n_parents})
-        losses = shape.losses.model_copy(update={"n_parents": n_parents})
-        model = LoopHSAE(HierarchicalSAE(smaller, shape.width, shape.normalize).to(self.device), losses)
+        smaller = shape._replace(hsae=shape.hsae.model_copy(update={"n_parents": n_parents}))
+        model = LoopHSAE(start(smaller, self.device), smaller.losses)
         return self._peer_step(model, batch, routing, shape.hsae.topk_parent, steps)
 
     def _peer_step(
@@ -230,7 +268,7 @@ class _Bench:
         """The step at the shape's batch or, where that does not fit into memory, at a half of it, a quarter, ..."""
         batch = whole = self.shape.training.batch_size
         while True:
-            found = guarded(lambda batch=batch: step(batch), self.device)
+            found = guarded(partial(step, batch), self.device)
             if "why" not in found or batch // 2 < whole / SMALLEST:
                 return found
             batch //= 2
@@ -242,7 +280,7 @@ class _Bench:
             self.shape, list(self.options.routings), self.device, min(10, self.options.steps), JAX_SECONDS
         )
         for routing, record in found.items():
-            self._add("H-SAE in JAX", routing, "float32", lambda record=record: record)
+            self._add("H-SAE in JAX", routing, "float32", partial(dict, record))
 
     # the record of one measurement
 
@@ -260,7 +298,8 @@ class _Bench:
         if "why" not in found:
             batch, ms = found["batch"], found["ms"]
             least = floor(batch) if floor is not None else self._floor(precision, batch)
-            first = next((one for one in self.rows if one["routing"] == routing and "rows_per_s" in one), None)
+            ours_ran = (one for one in self.rows if one["routing"] == routing and one["what"].startswith("ours"))
+            first = next((one["rows_per_s"] for one in ours_ran if "rows_per_s" in one), None)
             rate = batch / ms * 1e3
             record |= {
                 "rows_per_s": rate,
@@ -268,6 +307,7 @@ class _Bench:
                 "tflop_per_s": least["flops"] / ms / 1e9,
                 "floor_ms": least["ms"],
                 "times_floor": ms / least["ms"],
-                "of_ours": rate / first["rows_per_s"] if first is not None else 1.0,
+                "of_ours": rate / first if first is not None else 1.0 if what.startswith("ours") else None,
             }
         self.rows.append(record)
+        self.save()

@@ -49,22 +49,11 @@ def _cells(one: dict[str, Any], batch: int) -> list[str]:
     if "why" in one:
         return [one["what"], one["routing"], *["-"] * (len(HEAD) - 2)]
     name = one["what"] if one["batch"] == batch else f"{one['what']}, B {one['batch']:,}"
-    peak = "-" if one["peak_gib"] is None else f"{one['peak_gib']:.1f}"
-    numbers = [
-        f"{one['ms']:.2f}",
-        f"{one['rows_per_s']:,.0f}",
-        peak,
-        f"{one['tb_per_s']:.3g}",
-        f"{one['tflop_per_s']:.3g}",
-    ]
-    return [
-        name,
-        one["routing"],
-        *numbers,
-        f"{one['times_floor']:.2f}",
-        f"{one['of_ours']:.3f}",
-        f"{one['max_load']:.3f}",
-    ]
+    forms = {
+        "ms": ".2f", "rows_per_s": ",.0f", "peak_gib": ".1f", "tb_per_s": ".3g", "tflop_per_s": ".3g",
+        "times_floor": ".2f", "of_ours": ".3f", "max_load": ".3f",
+    }  # fmt: skip
+    return [name, one["routing"], *("-" if one[key] is None else f"{one[key]:{form}}" for key, form in forms.items())]
 
 
 def _table(head: tuple[str, ...] | list[str], rows: list[list[str]]) -> list[str]:
