@@ -60,6 +60,8 @@ class Run:
         torch.set_num_threads(config.run.threads)
         keep_freed_memory()
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+        # Nothing here reads what nothing has written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         random.seed(config.run.seed)
         if not read_only:
             self._claim_folder()

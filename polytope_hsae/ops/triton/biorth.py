@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dense import dense, product
 from .routed import DTYPE
 
 
@@ -65,21 +66,23 @@ class BiorthJax(torch.autograd.Function):
         inner = torch.empty(P, device=E.device)
         block = triton.next_power_of_2(d)
         _unit_kernel[(P,)](E, D, unit_E, unit_D, inner, d, eps, BLOCK=block, num_warps=8)
-        gram_D, gram_E = product(unit_D.T, unit_D), product(unit_E.T, unit_E)
         s = unit_D.sum(0, dtype=torch.float32)
-        column = product(unit_E, s.to(unit_E.dtype)[:, None])[:, 0]
+        with dense(precision):
+            gram_D, gram_E = product(unit_D.T, unit_D), product(unit_E.T, unit_E)
+            column = product(unit_E, s.to(unit_E.dtype)[:, None])[:, 0]
         squared = (gram_D * gram_E).sum() - 2 * (inner * column).sum() + P * inner.square().sum()
         root = squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         ctx.save_for_backward(E, D, unit_E, unit_D, gram_E, gram_D, inner, column, s, root)
-        ctx.eps = eps
+        ctx.eps, ctx.precision = eps, precision
         return root / (P * P - P)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         E, D, unit_E, unit_D, gram_E, gram_D, inner, column, s, root = ctx.saved_tensors
         P, d = E.shape
-        t = product(inner.to(unit_E.dtype)[None, :], unit_E)[0]
-        product_E, product_D = unit_E @ gram_D.to(unit_E.dtype), unit_D @ gram_E.to(unit_D.dtype)
+        with dense(ctx.precision):
+            t = product(inner.to(unit_E.dtype)[None, :], unit_E)[0]
+            product_E, product_D = unit_E @ gram_D.to(unit_E.dtype), unit_D @ gram_E.to(unit_D.dtype)
         factor = grad / (2 * root * (P * P - P))
         grad_E, grad_D = torch.empty_like(E), torch.empty_like(D)
         block = triton.next_power_of_2(d)
@@ -88,10 +91,3 @@ class BiorthJax(torch.autograd.Function):
             BLOCK=block, num_warps=8,
         )  # fmt: skip
         return grad_E, grad_D, None, None
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A matrix product with a float32 result."""
-    if a.dtype == torch.bfloat16 and a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

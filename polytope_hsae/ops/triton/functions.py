@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .biorth import product
 from .decode import decode
+from .dense import dense, product
 from .plan import Plan, make_plan
 from .routed import DTYPE, dot, dot_and_outer, outer, sum_rows
 from .rows import reconstruct_grad, squared_error, squared_error_grad
@@ -105,7 +105,8 @@ class Route(torch.autograd.Function):
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, E = x.to(DTYPE[precision]), E.to(DTYPE[precision])
-        logits = torch.nn.functional.linear(x, E, None if b_E is None else b_E.to(E.dtype))
+        with dense(precision):
+            logits = torch.nn.functional.linear(x, E, None if b_E is None else b_E.to(E.dtype))
         code_sum = None
         if noise is None or want_sum:
             index, value, code_sum = select(logits, k, threshold, want_sum)
@@ -132,8 +133,9 @@ class Route(torch.autograd.Function):
         of_logits = torch.zeros_like(logits) if grad_sum is None else spread(logits, grad_sum, threshold)
         if grad_value is not None:
             of_logits.scatter_add_(1, index, grad_value.to(of_logits.dtype))
-        of_x = of_logits @ E if need_x else None
-        of_weight = product(of_logits.T, x) if need_E else None
+        with dense(ctx.precision):
+            of_x = of_logits @ E if need_x else None
+            of_weight = product(of_logits.T, x) if need_E else None
         of_b = of_origin = None
         if need_b or need_origin:
             summed_P = of_logits.sum(0, dtype=torch.float32)
