@@ -140,9 +140,7 @@ def _write_shards(
         )
 
 
-def _plan(
-    documents: Documents, members: Mapping[str, Tensor], context_length: int, shard_rows: int
-) -> list[_Shard]:
+def _plan(documents: Documents, members: Mapping[str, Tensor], context_length: int, shard_rows: int) -> list[_Shard]:
     """Contexts of every split cut into shards of at most `shard_rows` rows (or one context)."""
     plan: list[_Shard] = []
     prefix = 0 if documents.start_id is None else 1

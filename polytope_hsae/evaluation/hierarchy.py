@@ -100,8 +100,8 @@ def firing_metrics(found: Firings) -> dict[str, Metric]:
     `parent_given_child`: of all child codes, those whose parent is on; chance: as often as that parent is on anyway.
     `child_given_parent`, with `_q25` and `_q75`: over children whose parent is on in MIN_PARENT_ROWS rows or more, the
     median share of these rows with the child on; chance: the share of all rows. `largest_load`: share of rows with the
-    parent on that is on most; chance: all on equally often. `entropy`: of the parents' shares of all parent codes, nats;
-    chance: its largest value. A flat model's latents count as parents.
+    parent on that is on most; chance: all on equally often. `entropy`: of the parents' shares of all parent codes, in
+    nats; chance: its largest value. A flat model's latents count as parents.
     """
     parent_P = found.parents_P.double().cpu()
     total = float(parent_P.sum())
@@ -160,7 +160,9 @@ def make_probes(
     shrinkage: float = 0.05,
     seed: int = 0,
 ) -> Probes:
-    """Shrinkage-LDA probes of the child concepts with `min_rows` train rows (train words) or more, from `max_rows` rows.
+    """Shrinkage-LDA probes of the child concepts with `min_rows` train rows (train words) or more.
+
+    At most `max_rows` random train rows are read.
 
     A probe is the covector S^-1 (mean of the child's rows - mean of all), S the shrunk covariance within classes. It is
     paired with atoms in the metric Sigma = S^-1 at every hook, the final residual too: there, too, S says how rows vary
@@ -208,7 +210,9 @@ def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes
     best_Q, f1_Q = _best_children(sae, store, probes)
     used_Q = (f1_Q > 0).nonzero().squeeze(1)
     if len(used_Q) < 2:
-        return {name: unavailable(f"{len(used_Q)} child concepts have a child latent, at least 2 needed") for name in names}
+        return {
+            name: unavailable(f"{len(used_Q)} child concepts have a child latent, at least 2 needed") for name in names
+        }
     latent_M, probe_Md = best_Q[used_Q], probes.probe_Qd[used_Q]
     owner_M = latent_M // sae.n_children
     atoms_Md = sae.atoms(owner_M)[torch.arange(len(latent_M)), latent_M % sae.n_children]

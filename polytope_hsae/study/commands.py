@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="A grid of arms, L0 and seeds on real text: one JSON file per run, a table and plots from those.")
+app = typer.Typer(
+    help="A grid of arms, L0 and seeds on real text: one JSON file per run, a table and plots from those."
+)
 
 
 @app.command("run")
@@ -13,7 +15,9 @@ def run_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The study's YAML file, e.g. studies/win/study.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key.path=value: a field of the study (text=FOLDER), or else of its config; repeatable."),
+        typer.Option(
+            "--set", help="key.path=value: a field of the study (text=FOLDER), or else of its config; repeatable."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Study folder; default studies/NAME.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Arms whose name fits this glob.")] = None,

@@ -44,7 +44,9 @@ def text_hashes(study: Study, config: Config) -> dict[str, str]:
         files = {name: str(Path(study.text) / file) for name, file in TEXTS.items()}
     for path in files.values():
         if path is not None and not Path(path).is_file():
-            raise ConfigError(f"text: found no file {path!r}, allowed: --set text=FOLDER with {', '.join(TEXTS.values())}")
+            raise ConfigError(
+                f"text: found no file {path!r}, allowed: --set text=FOLDER with {', '.join(TEXTS.values())}"
+            )
     return {name: "packaged" if path is None else sha256_file(path) for name, path in files.items()}
 
 
@@ -138,7 +140,9 @@ class StudyData:
         train = load("text", folder / TEXTS["train"], options.max_tokens)
         held_out = load("text", folder / TEXTS["heldout"], self.study.heldout_tokens)
         if held_out.n_documents < 2:
-            raise ConfigError(f"text: found {held_out.n_documents} held-out document, allowed: 2 or more, for val and test")
+            raise ConfigError(
+                f"text: found {held_out.n_documents} held-out document, allowed: 2 or more, for val and test"
+            )
         order = torch.randperm(held_out.n_documents, generator=torch.Generator().manual_seed(self.config.run.seed))
         val, test = (order + train.n_documents).tensor_split(2)
         starts = torch.cat([train.starts, held_out.starts + train.n_tokens])

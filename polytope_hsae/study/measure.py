@@ -86,7 +86,7 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
     if failed is None:
         model.eval()
         model.precision = "float32"
-        if isinstance(model, FlatSAE):
+        if isinstance(model, FlatSAE) and isinstance(made, FlatConfig):
             # A threshold is a choice, and choices are made on val.
             model.calibrate(Sample(hook.store, "val", CALIBRATION_ROWS, run.seed), made.k)
         record |= {split: held_out(study, data, hook, run, model, split) for split in ("val", "test")[: 1 + test]}
@@ -185,7 +185,9 @@ def _synchronised(device: str) -> float:
 def sources_sha256() -> str:
     """SHA-256 over the package's Python files: the code's version where there is no commit."""
     package = Path(__file__).parents[1]
-    return sha256_json({path.relative_to(package).as_posix(): sha256_file(path) for path in sorted(package.rglob("*.py"))})
+    return sha256_json(
+        {path.relative_to(package).as_posix(): sha256_file(path) for path in sorted(package.rglob("*.py"))}
+    )
 
 
 @cache

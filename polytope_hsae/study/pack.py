@@ -16,7 +16,10 @@ def pack_runs(folder: Path, file: Path) -> int:
 
 
 def unpack_runs(file: Path, folder: Path) -> int:
-    """Write every line of `file` as a run's file; returns how many. Raises ValueError, before any, for a line that is none."""
+    """Write every line of `file` as a run's file; returns how many.
+
+    Raises ValueError, before any is written, for a line that is none.
+    """
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:

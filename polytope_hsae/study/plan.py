@@ -96,11 +96,15 @@ class Study(Block):
         for arm in self.arms:
             where = f"arms.{arm.name}"
             if arm.lr is not None and len(set(arm.lr)) != len(self.lr):
-                raise ValueError(f"{where}.lr: found {arm.lr}, allowed: {len(self.lr)} rates, as many as every arm tries")
+                raise ValueError(
+                    f"{where}.lr: found {arm.lr}, allowed: {len(self.lr)} rates, as many as every arm tries"
+                )
             if arm.kind == "hsae":
                 lacking = [l0 for l0 in self.l0 if l0 not in arm.l0]
                 if lacking:
-                    raise ValueError(f"{where}.l0: found nothing for {lacking[0]}, allowed: fields of hsae that give it")
+                    raise ValueError(
+                        f"{where}.l0: found nothing for {lacking[0]}, allowed: fields of hsae that give it"
+                    )
                 if arm.size.params is not None:
                     raise ValueError(f"{where}.size: found params, allowed: atoms for an H-SAE")
             elif arm.l0:
@@ -244,8 +248,8 @@ def model_config(study: Study, base: Config, run: RunKey, width: int) -> HSAECon
 def hsae_parameters(config: HSAEConfig, d: int) -> int:
     """Parameters of an H-SAE, tied tensors once."""
     P, C, s = config.n_parents, config.n_children_per_parent, config.subspace_dim
-    pairs = ((config.use_tied_decoders_parent, P * d), (config.tie_projectors, P * s * d))
-    pairs += ((config.use_tied_decoders_child, P * C * s),)
+    pairs = [(config.use_tied_decoders_parent, P * d), (config.tie_projectors, P * s * d)]
+    pairs.append((config.use_tied_decoders_child, P * C * s))
     weights = sum(size * (1 if tie is True else 2) for tie, size in pairs)
     return weights + (P + P * C) * config.use_encoder_bias + d * config.use_decoder_bias
 
@@ -258,9 +262,8 @@ def settings_hash(study: Study, base: Config, run: RunKey) -> str:
     other = study.arm(run.arm).size.params
     matched = None
     if other is not None:
-        hsae = run_config(study, base, run._replace(arm=other)).arms[0].hsae
-        matched = {**tree["hsae"], **hsae}
-        matched = [matched[key] for key in SHAPE]
+        hsae = {**tree["hsae"], **run_config(study, base, run._replace(arm=other)).arms[0].hsae}
+        matched = [hsae[key] for key in SHAPE]
     made = config.arm_hsae(arm) if arm.kind == "hsae" else config.arm_flat(arm)
     return sha256_json(
         {
@@ -277,15 +280,23 @@ def settings_hash(study: Study, base: Config, run: RunKey) -> str:
     )
 
 
-SHAPE = ("n_parents", "n_children_per_parent", "subspace_dim", "use_encoder_bias", "use_decoder_bias")
-SHAPE += ("use_tied_decoders_parent", "use_tied_decoders_child", "tie_projectors")
+SHAPE = (  # fields of hsae that decide its number of parameters
+    "n_parents",
+    "n_children_per_parent",
+    "subspace_dim",
+    "use_encoder_bias",
+    "use_decoder_bias",
+    "use_tied_decoders_parent",
+    "use_tied_decoders_child",
+    "tie_projectors",
+)
 _OTHER_LABELS = ("label", "belief_threshold")  # the label follows the hook
 _NO_RESULT = (*NOT_IN_RESULTS, "cuda_graph", "log_every", "val_every", "val_rows")
 
 
 def dump_study(study: Study) -> str:
     """The study as YAML."""
-    return yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)
+    return yaml.safe_dump(study.model_dump(exclude_defaults=True), sort_keys=False, width=120)
 
 
 def places_removed(overrides: list[str]) -> list[str]:

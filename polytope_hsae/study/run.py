@@ -6,7 +6,6 @@ again. So a study that was stopped goes on, and one that was changed makes anew 
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
 from ..config import Config, ConfigError
@@ -62,25 +62,29 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
     folder = Path("studies") / study.name if out is None else out
     _claim(folder, path, overrides, study)
     if options.only is not None and not any(fnmatchcase(arm.name, options.only) for arm in study.arms):
-        raise ConfigError(f"--only: found {options.only!r}, allowed: {', '.join(arm.name for arm in study.arms)}, or a glob")
+        raise ConfigError(
+            f"--only: found {options.only!r}, allowed: {', '.join(arm.name for arm in study.arms)}, or a glob"
+        )
     device = device_of(options.device)
+    disable_progress_bar()  # of loading, on standard error, where errors are one line
     with_device = base.model_copy(update={"run": base.run.model_copy(update={"device": device})})
     data = StudyData(study, with_device, options.cache, device)
     data.prepare(say)
     records = _finished(study, base, data.sha256, folder, options.test, say)
     say(f"study: {len(records)} of {n_runs(study)} runs are there")
-    made = 0
     for record in _made(study, with_device, data, records, options):
         run = key_of(record)
         write_json(folder / "runs" / run.file, record)
-        made += 1
-        result = record["failed"] or f"EV {_number(record['val']['ev'])}, CE {_number(record['val']['ce_recovered'])}"
-        say(f"study: {len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {result}, {record['seconds']:.1f} s")
+        say(f"study: {len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {_line(record)}")
     return folder
 
 
-def _number(metric: Mapping[str, Any]) -> str:
-    return "-" if metric["value"] is None else f"{metric['value']:.4f}"
+def _line(record: Mapping[str, Any]) -> str:
+    """A run's result in a few words."""
+    if record["failed"] is not None:
+        return str(record["failed"])
+    values = [f"{record['val'][name]['value'] or float('nan'):.4f}" for name in ("ev", "ce_recovered")]
+    return f"EV {values[0]}, CE recovered {values[1]}, {record['train_seconds']:.1f} of {record['seconds']:.1f} s"
 
 
 def n_runs(study: Study) -> int:
@@ -94,7 +98,10 @@ def key_of(record: Mapping[str, Any]) -> RunKey:
 
 
 def due(study: Study, records: Records) -> list[RunKey]:
-    """The runs that can be made now: rates not tried yet, then the best rate's other seeds; `records` of finished ones."""
+    """The runs that can be made now: rates not tried yet, then the best rate's other seeds.
+
+    records: of the finished ones.
+    """
     return [run for cell in study.cells for run in _due_in(study, cell, records)]
 
 
@@ -155,7 +162,9 @@ def _claim(folder: Path, path: Path, overrides: list[str], study: Study) -> None
     target = folder / "study.yaml"
     if target.is_file() and target.samefile(path):
         if lasting:
-            raise ConfigError(f"--set: found {lasting[0]!r} for {target}, allowed: --out FOLDER, or a change of the file")
+            raise ConfigError(
+                f"--set: found {lasting[0]!r} for {target}, allowed: --out FOLDER, or a change of the file"
+            )
         return
     update_text(target, dump_study(load_study(path, lasting)[0]))
 
@@ -194,7 +203,9 @@ def _made(
                     records[pending.pop(future)] = future.result()
                     yield future.result()
         except BrokenProcessPool as error:
-            raise OSError("study: a worker was killed (out of memory?), try fewer --workers; finished runs are kept") from error
+            raise OSError(
+                "study: a worker was killed (out of memory?), try fewer --workers; finished runs are kept"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -206,7 +217,7 @@ def _start(study: Study, config: Config, options: Options, device: str) -> None:
     """Begin a worker process: it loads what its runs share once."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
     keep_freed_memory()
-    sys.stderr = open(os.devnull, "w")  # progress bars of loading
+    disable_progress_bar()
     _worker[:] = [study, config, StudyData(study, config, options.cache, device), options]
 
 
