@@ -138,7 +138,7 @@ class ActivationStore:
 
     def moments(self, split: str, batch_size: int = 8192) -> tuple[Tensor, float]:
         """Mean of the rows (float64 [d]) and their mean squared distance from it, in one pass."""
-        mean_d = torch.zeros(self.width, dtype=torch.float64)
+        mean_d = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         summed, count = 0.0, 0
         for acts_bd, _ in self.batches(split, batch_size):
             acts_bd = acts_bd.double()
@@ -148,7 +148,7 @@ class ActivationStore:
             summed += float(shift_d.square().sum()) * count * rows / (count + rows)
             mean_d += shift_d * rows / (count + rows)
             count += rows
-        return mean_d, summed / count
+        return mean_d.cpu(), summed / count
 
     def _checked(self, split: str) -> str:
         if split not in self._bounds:

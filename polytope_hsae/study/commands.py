@@ -20,7 +20,7 @@ def run_command(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Study folder; default studies/NAME.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Arms whose name fits this glob.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Only this arm, or a glob of ARM-HOOK-L0.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Runs made now, at most.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Runs at once, each in a process.")] = 1,
     test: Annotated[bool, typer.Option("--test", help="Measure on test documents, too.")] = False,

@@ -114,7 +114,8 @@ class StudyData:
         concepts = make_concepts(self.config, self.lm.tokenizer)
         write_json(self.folder / "concepts.json", concepts.to_json())
         for hook in self.study.hooks:
-            store = self._harvest(hook, documents, members)
+            opened = self._harvest(hook, documents, members)
+            store = ResidentStore(opened.folder, opened.manifest, self.device)
             say(f"study: {hook}: {', '.join(f'{store.n_rows(split):,} {split}' for split in SPLITS)} rows")
             self._write_probes(hook, store, concepts)
         write_json(self.folder / "identity.json", self.identity)

@@ -15,7 +15,7 @@ from .. import __version__
 from ..config import Config, FlatConfig, HSAEConfig
 from ..data.stream import RowStream
 from ..evaluation.bootstrap import Metric
-from ..evaluation.hierarchy import count_firings, hierarchy_metrics
+from ..evaluation.hierarchy import Firings, count_firings, hierarchy_metrics
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..fileio import sha256_file, sha256_json
 from ..models.base import SparseAutoencoder
@@ -59,7 +59,7 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
     )
     failed = None
     try:
-        with faster_products(config.training.precision):
+        with faster_products(data.device, config.training.precision):
             trainer.fit(_Silent())
     except Diverged as error:
         failed = str(error)
@@ -89,15 +89,18 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
         if isinstance(model, FlatSAE) and isinstance(made, FlatConfig):
             # A threshold is a choice, and choices are made on val.
             model.calibrate(Sample(hook.store, "val", CALIBRATION_ROWS, run.seed), made.k)
-        record |= {split: held_out(study, data, hook, run, model, split) for split in ("val", "test")[: 1 + test]}
+        firings = {split: count_firings(model, hook.store, split) for split in ("val", "test")[: 1 + test]}
+        record |= {split: held_out(study, data, hook, run, model, split, firings[split]) for split in firings}
         in_train = count_firings(model, hook.store, "train", study.measure.usage_rows)
         dead = {"dead_parents": in_train.dead_parents, "dead_children": in_train.dead_children}
         record["usage"] = {**dead, "rows": in_train.rows}
-        metrics = hierarchy_metrics(model, hook.store, count_firings(model, hook.store, "val"), hook.probes, run.seed)
+        metrics = hierarchy_metrics(model, hook.store, firings["val"], hook.probes, run.seed)
         record["hierarchy"] = {name: _short(metric) for name, metric in metrics.items()}
     record["seconds"] = round(_synchronised(data.device) - clock, 2)
     del model
     gc.collect()
+    if data.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # each run has a stream of its own, whose memory no other stream takes over
     return record
 
 
@@ -108,7 +111,7 @@ def initial_model(config: Config, made: HSAEConfig | FlatConfig, hook: HookData,
 
 
 def held_out(
-    study: Study, data: StudyData, hook: HookData, run: RunKey, model: SparseAutoencoder, split: str
+    study: Study, data: StudyData, hook: HookData, run: RunKey, model: SparseAutoencoder, split: str, firings: Firings
 ) -> dict[str, Any]:
     """Reconstruction, language model and L0 on the documents of `split`."""
     train_mean_d = hook.moments[0]
@@ -125,7 +128,6 @@ def held_out(
         batch_size=study.measure.context_batch,
         bootstrap=BOOTSTRAP,
     )["model"]
-    firings = count_firings(model, hook.store, split)
     metrics = {name: found.metrics[name] for name in MEASURED} | {name: spliced.metrics[name] for name in LM_MEASURED}
     return {
         **{name: _short(metric) for name, metric in metrics.items()},
@@ -145,13 +147,14 @@ def _short(metric: Metric) -> dict[str, Any]:
 
 
 @contextmanager
-def faster_products(precision: str | None) -> Iterator[None]:
+def faster_products(device: str, precision: str | None) -> Iterator[None]:
     """Let PyTorch's own float32 products on a GPU use TF32 while a model trains, unless float32 is asked for.
 
     Flat models have no kernels of their own; an H-SAE's products are in bf16 by default.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    if device.startswith("cuda") and precision != "float32":
+        torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

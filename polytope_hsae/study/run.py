@@ -61,10 +61,9 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
     study, base = load_study(path, overrides)
     folder = Path("studies") / study.name if out is None else out
     _claim(folder, path, overrides, study)
-    if options.only is not None and not any(fnmatchcase(arm.name, options.only) for arm in study.arms):
-        raise ConfigError(
-            f"--only: found {options.only!r}, allowed: {', '.join(arm.name for arm in study.arms)}, or a glob"
-        )
+    if not any(wanted(cell, options.only) for cell in study.cells):
+        names = ", ".join(arm.name for arm in study.arms)
+        raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of ARM-HOOK-L0")
     device = device_of(options.device)
     disable_progress_bar()  # of loading, on standard error, where errors are one line
     with_device = base.model_copy(update={"run": base.run.model_copy(update={"device": device})})
@@ -77,6 +76,11 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
         write_json(folder / "runs" / run.file, record)
         say(f"study: {len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {_line(record)}")
     return folder
+
+
+def wanted(cell: Cell, only: str | None) -> bool:
+    """Whether --only asks for a cell: by its arm's name or as ARM-HOOK-L0, globs too."""
+    return only is None or any(fnmatchcase(name, only) for name in (cell.arm, f"{cell.arm}-{cell.hook}-{cell.l0}"))
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -141,8 +145,7 @@ def _finished(
     kept = {}
     seeds, rates = set(study.seeds), {arm.name: study.rates(arm) for arm in study.arms}
     for run, record in read_records(folder).items():
-        wanted = Cell(*run[:3]) in study.cells and run.seed in seeds and run.lr in rates[run.arm]
-        if not wanted:
+        if not (Cell(*run[:3]) in study.cells and run.seed in seeds and run.lr in rates[run.arm]):
             continue
         if record["settings_sha256"] != settings_hash(study, base, run):
             say(f"study: {run.file}: made with other settings, is made again")
@@ -177,7 +180,7 @@ def _made(
 
     def startable() -> list[RunKey]:
         runs = [run for run in due(study, records) if run not in started]
-        runs = [run for run in runs if options.only is None or fnmatchcase(run.arm, options.only)]
+        runs = [run for run in runs if wanted(Cell(*run[:3]), options.only)]
         return runs if options.limit is None else runs[: max(0, options.limit - len(started))]
 
     if options.workers == 1:

@@ -37,9 +37,9 @@ HIERARCHY = (
     "concepts",
 )
 NOTES = (
-    "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train rows",
-    "read for it. Largest load: share of validation rows with the parent (a flat arm's latent) that is on most. Flat arms",
-    "have no hierarchy values, because they have no children.",
+    "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
+    "rows read for it. Largest load: share of validation rows with the parent (a flat arm's latent) that is on most.",
+    "Flat arms have no hierarchy values, because they have no children.",
 )
 
 
@@ -71,8 +71,8 @@ def table(results: Results, split: str) -> str:
         f"{study.steps:,} steps of {study.batch_size:,} rows; {'validation' if split == 'val' else 'test'} values"
         f" ({rows:,} validation rows), mean ± standard deviation over seeds. The rate is the one of "
         f"{len(study.lr)} with the largest validation EV at seed {study.seeds[0]}; the other seeds use it."
-        f" Differences are paired by seed; *equal* means within {TOLERANCE:.0%}. Training times are of {_workers(results)} on"
-        f" {listed(_devices(results))}. {results.runs} runs.",
+        f" Differences are paired by seed; *equal* means within {TOLERANCE:.0%}. Training times are of"
+        f" {_workers(results)} on {listed(_devices(results))}. {results.runs} runs.",
     ]
     if results.left_out:
         lines += [
