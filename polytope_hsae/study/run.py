@@ -66,6 +66,7 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
         raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of ARM-HOOK-L0")
     device = device_of(options.device)
     disable_progress_bar()  # of loading, on standard error, where errors are one line
+    torch.set_num_threads(base.run.threads)
     with_device = base.model_copy(update={"run": base.run.model_copy(update={"device": device})})
     data = StudyData(study, with_device, options.cache, device)
     data.prepare(say)
