@@ -1,13 +1,15 @@
 """hsae study: runs, resuming, what a changed arm does, and a table from the files alone."""
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from running import files, hsae, refused
+from running import Answer, files, hsae, refused
+from tiny import save_family
 
 from polytope_hsae.config import ConfigError
 from polytope_hsae.models.base import SparseAutoencoder
@@ -24,7 +26,6 @@ TINY: dict[str, Any] = {
         "run.threads": 1,
         "corpus.max_tokens": 4000,
         "hsae.causal_ortho_lambda": 0,
-        "concepts.max_parents": 6,
         "concepts.min_test_rows": 2,
     },
     "hooks": [HOOK],
@@ -46,6 +47,16 @@ TINY: dict[str, Any] = {
     ],
 }
 
+WORDS = {
+    "animal": {"pet": ["dog", "cat", "horse"], "wild": ["wolf", "lion", "bear"], "water": ["fish", "whale", "shark"]},
+    "body": {"limb": ["hand", "arm", "leg"], "face": ["eye", "nose", "mouth"], "inside": ["heart", "brain", "blood"]},
+    "place": {
+        "town": ["city", "village", "street"],
+        "nature": ["river", "hill", "sea"],
+        "house": ["room", "door", "wall"],
+    },
+}
+
 
 def written(folder: Path, **changes: Any) -> Path:
     """The tiny study's file with some fields replaced."""
@@ -54,22 +65,32 @@ def written(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def run(path: Path, out: Path, fixtures: Path, *more: object) -> Answer:
+    """`hsae study run` with a tiny language model, on the CPU."""
+    places = ("--set", f"model.name={fixtures / 'lm'}", "--set", f"concepts.ontology={fixtures / 'words.yaml'}")
+    shared = ("--cache", fixtures / "cache", "--device", "cpu")
+    return hsae("study", "run", path, "--out", out, *places, *shared, *more)
+
+
 def with_arm(place: int, **changes: Any) -> list[dict[str, Any]]:
     """The tiny study's arms with some fields of one replaced."""
     return [{**arm, **(changes if number == place else {})} for number, arm in enumerate(TINY["arms"])]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Activations that all studies here share."""
-    return tmp_path_factory.mktemp("cache")
+def fixtures(tmp_path_factory) -> Path:
+    """A tiny language model, a small tree of words, and the activations that all studies here share."""
+    folder = tmp_path_factory.mktemp("fixtures")
+    save_family(folder / "lm", "llama")
+    (folder / "words.yaml").write_text(yaml.safe_dump(WORDS))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, cache) -> Path:
+def done(tmp_path_factory, fixtures) -> Path:
     """The folder of a finished tiny study. Read only."""
     folder = tmp_path_factory.mktemp("study")
-    answer = hsae("study", "run", written(folder), "--out", folder / "out", "--cache", cache, "--device", "cpu")
+    answer = run(written(folder), folder / "out", fixtures)
     assert answer.code == 0, answer.err
     return folder / "out"
 
@@ -106,32 +127,31 @@ def test_a_study_leaves_one_small_file_for_every_run(done):
         assert chosen == {max(trials, key=trials.__getitem__)}
 
 
-def test_a_finished_study_is_not_run_again(done, cache):
+def test_a_finished_study_is_not_run_again(done, fixtures):
     before = files(done)
-    answer = hsae("study", "run", done / "study.yaml", "--out", done, "--cache", cache, "--device", "cpu")
+    answer = run(done / "study.yaml", done, fixtures)
     assert (answer.code, files(done)) == (0, before), answer.err
     assert "6 of 6 runs are there" in answer.out
 
 
-def test_a_stopped_study_goes_on_and_ends_with_the_same_numbers(done, cache, tmp_path):
+def test_a_stopped_study_goes_on_and_ends_with_the_same_numbers(done, fixtures, tmp_path):
     out = tmp_path / "out"
-    command = ("study", "run", written(tmp_path), "--out", out, "--cache", cache, "--device", "cpu")
-    assert hsae(*command, "--limit", 1).code == 0
+    path = written(tmp_path)
+    assert run(path, out, fixtures, "--limit", 1).code == 0
     assert len(records(out)) == 1
     (out / "runs" / ".half.json.12345678.tmp").write_text("{")  # what a kill in the middle of a write leaves
-    assert hsae(*command, "--only", "top*").code == 0
+    assert run(path, out, fixtures, "--only", "top*").code == 0
     assert {record["arm"] for record in records(out).values()} == {"nested", "topk"}
-    assert hsae(*command).code == 0
+    assert run(path, out, fixtures).code == 0
     assert not list((out / "runs").glob(".*"))
     for name, record in records(done).items():
         for part in ("val", "usage", "hierarchy", "config", "settings_sha256", "data_sha256"):
             assert records(out)[name][part] == record[part]
 
 
-def test_runs_in_worker_processes_give_the_same_numbers(done, cache, tmp_path):
+def test_runs_in_worker_processes_give_the_same_numbers(done, fixtures, tmp_path):
     out = tmp_path / "out"
-    arguments = ("--out", out, "--cache", cache, "--device", "cpu", "--workers", 2, "--only", f"topk-{HOOK}-4")
-    answer = hsae("study", "run", written(tmp_path), *arguments)
+    answer = run(written(tmp_path), out, fixtures, "--workers", 2, "--only", f"topk-{HOOK}-4")
     assert answer.code == 0, answer.err
     found = records(out)
     assert len(found) == 3
@@ -140,7 +160,7 @@ def test_runs_in_worker_processes_give_the_same_numbers(done, cache, tmp_path):
         assert record["val"]["ev"]["value"] == pytest.approx(records(done)[name]["val"]["ev"]["value"], abs=1e-4)
 
 
-def test_a_changed_arm_is_made_again_and_not_mixed(done, cache, tmp_path):
+def test_a_changed_arm_is_made_again_and_not_mixed(done, fixtures, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(done, out)
     before = records(out)
@@ -150,7 +170,7 @@ def test_a_changed_arm_is_made_again_and_not_mixed(done, cache, tmp_path):
     left = read_results(out)
     assert {result.cell.arm for result in left.found} == {"topk"}
     assert len(left.left_out) == 3
-    answer = hsae("study", "run", out / "study.yaml", "--out", out, "--cache", cache, "--device", "cpu")
+    answer = run(out / "study.yaml", out, fixtures)
     assert answer.code == 0, answer.err
     assert answer.out.count("made with other settings, is made again") == 3
     assert (out / "study.yaml").read_text() == text
@@ -187,11 +207,9 @@ def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):
     refused(hsae("study", "table", out, "--test"), "test values", "--test")
 
 
-def test_packed_runs_are_the_same_files_again(done, cache, tmp_path):
+def test_packed_runs_are_the_same_files_again(done, fixtures, tmp_path):
     packed = tmp_path / "runs.jsonl"
-    answer = hsae(
-        "study", "run", done / "study.yaml", "--out", done, "--cache", cache, "--device", "cpu", "--pack", packed
-    )
+    answer = run(done / "study.yaml", done, fixtures, "--pack", packed)
     assert answer.code == 0, answer.err
     assert len(packed.read_text().splitlines()) == 6
     assert hsae("study", "unpack", packed, tmp_path / "out").code == 0
@@ -200,18 +218,15 @@ def test_packed_runs_are_the_same_files_again(done, cache, tmp_path):
     refused(hsae("study", "unpack", packed, tmp_path / "other"), "line 1", "arm")
 
 
-def test_text_from_a_folder_and_test_values(tmp_path):
+def test_text_from_a_folder_and_test_values(fixtures, tmp_path):
     texts = tmp_path / "text"
     texts.mkdir()
     paragraph = "The farmer fed the horse, and the dog ran after the cat near the old house by the river.\n"
-    import lzma
-
     for name, repeats in (("train", 60), ("heldout", 30)):
         with lzma.open(texts / f"{name}.txt.xz", "wt") as stream:
             stream.write("\n".join(f"{number}. {paragraph * 6}" for number in range(repeats)))
     path = written(tmp_path, arms=TINY["arms"][:1], lr=[1e-3], seeds=[0])
-    arguments = ("--out", tmp_path / "out", "--cache", tmp_path / "cache", "--device", "cpu", "--test")
-    answer = hsae("study", "run", path, "--set", f"text={texts}", *arguments)
+    answer = run(path, tmp_path / "out", fixtures, "--set", f"text={texts}", "--test")
     assert answer.code == 0, answer.err
     (record,) = records(tmp_path / "out").values()
     assert set(record["text_sha256"]) == {"train", "heldout"}
@@ -249,7 +264,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(tmp_path, changes, words)
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_cannot_be_are_refused_in_one_line(done, cache, tmp_path):
+def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path):
     path = written(tmp_path)
     refused(hsae("study", "run", tmp_path / "none.yaml"), "none.yaml", "allowed: a YAML file")
     refused(hsae("study", "run", path, "--only", "x*", "--out", tmp_path / "a"), "--only", "nested, topk")

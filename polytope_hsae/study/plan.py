@@ -274,7 +274,7 @@ def settings_hash(study: Study, base: Config, run: RunKey) -> str:
             "steps": study.steps,
             "data": [tree["data"][key] for key in ("normalize", "bias_rows")],
             "geometry": tree["geometry"],
-            "concepts": {key: value for key, value in tree["concepts"].items() if key not in _OTHER_LABELS},
+            "concepts": {key: value for key, value in tree["concepts"].items() if key not in _OF_DATA},
             "measure": study.measure.model_dump(mode="json", exclude={"context_batch"}),
         }
     )
@@ -290,7 +290,7 @@ SHAPE = (  # fields of hsae that decide its number of parameters
     "use_tied_decoders_child",
     "tie_projectors",
 )
-_OTHER_LABELS = ("label", "belief_threshold")  # the label follows the hook
+_OF_DATA = ("label", "belief_threshold", "ontology")  # the label follows the hook, the ontology is known by its bytes
 _NO_RESULT = (*NOT_IN_RESULTS, "cuda_graph", "log_every", "val_every", "val_rows")
 
 
