@@ -18,6 +18,7 @@ from rich.console import Console
 from . import __version__
 from .completion import complete_config, complete_field
 from .config import Config, load_config
+from .study.commands import app as study_app
 from .units import size
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Hierarchical sparse autoencoders with teachers from the geometry of language models.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(study_app, name="study")
 
 
 class Split(StrEnum):

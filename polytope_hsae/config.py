@@ -607,7 +607,7 @@ def _validated(block: type[BlockT], fields: dict[str, Any], where: str) -> Block
     try:
         return block.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"{where}.{_first_line(error, block)}") from error
+        raise ValueError(f"{where}.{first_line(error, block)}") from error
 
 
 def _keys_beside(block: type[Block], location: tuple[int | str, ...]) -> list[str]:
@@ -620,7 +620,7 @@ def _keys_beside(block: type[Block], location: tuple[int | str, ...]) -> list[st
     return list(block.model_fields)
 
 
-def _first_line(error: ValidationError, block: type[Block]) -> str:
+def first_line(error: ValidationError, block: type[Block]) -> str:
     """One line for the first problem of a pydantic error about `block`: field, found, allowed."""
     problem = error.errors()[0]
     if problem["type"] != "extra_forbidden":
@@ -659,14 +659,15 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of config blocks")
     for override in overrides or []:
-        _override(tree, override)
+        apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_first_line(error, Config)) from error
+        raise ConfigError(first_line(error, Config)) from error
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put one "key.path=value" into a tree. Raises ConfigError when it is none, or its place is not there."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set: found {shown(override)}, allowed: key.path=value")

@@ -29,6 +29,7 @@ from polytope_hsae.models.matryoshka import MatryoshkaSAE
 from polytope_hsae.models.selection import level_for_l0, pack
 from polytope_hsae.phases.flat_arms import MODELS
 from polytope_hsae.training.trainer import HSAETrainer
+from polytope_hsae.training.usage import Usage
 
 WIDTH = 6
 WITH_THRESHOLDS = ("batchtopk", "jumprelu", "matryoshka")
@@ -60,6 +61,8 @@ def reads_rows(model):
 
 class OneSplit:
     """A store of one split in memory."""
+
+    device = torch.device("cpu")
 
     def __init__(self, rows):
         self.rows = rows
@@ -270,6 +273,30 @@ def test_matryoshka_decodes_every_code_once(monkeypatch):
     model = make_model("matryoshka", n_latents=16, k=4)
     assert decoded == [model(normal(20, WIDTH)).codes.parent_index.numel()]
     assert model.eval()(normal(0, WIDTH)).x_hat.shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
+def test_all_latents_at_once_are_the_same_as_the_picked_ones(kind, monkeypatch):
+    """On a GPU a batch is trained through whole products: same error, same loss, same gradients, same use."""
+    config = FLAT_KINDS[kind](n_latents=24, k=3)
+    x_Bd = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for whole in (False, True):
+        model = MODELS[kind](config, 8, "none", seed=0)
+        model.initialize_bias([x_Bd])
+        model.train()
+        monkeypatch.setattr(model, "trains_whole", lambda logits_BP, whole=whole: whole)
+        output = model(x_Bd)
+        terms = model.loss_terms(output, LossOverrides())
+        loss = sum(weight * value for weight, value in terms.values())
+        loss.backward()
+        usage = Usage(24, 0, torch.device("cpu"))
+        usage.update(output.codes)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append([output.prefixes, loss, output.codes.dense_parents(24), usage.idle_parent, *gradients])
+        assert (output.codes.parent_index.shape == (40, 24)) == whole
+    for picked, at_once in zip(*found, strict=True):
+        torch.testing.assert_close(at_once, picked)
 
 
 def test_prefixes_are_rounded_and_counted_once():

@@ -24,6 +24,8 @@ WIDTH = 6
 class MemoryStore:
     """An activation store of one split in memory, in three shards."""
 
+    device = torch.device("cpu")
+
     def __init__(self, rows):
         self.rows = rows
 

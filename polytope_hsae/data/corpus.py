@@ -160,6 +160,17 @@ def context_ids(documents: Documents, context: Tensor) -> Tensor:
     return ids if documents.start_id is None else torch.cat([torch.tensor([documents.start_id]), ids])
 
 
+def padded_contexts(documents: Documents, rows_n3: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids and mask int64 [n,T] of n contexts, padded on the right to the longest."""
+    texts = [context_ids(documents, row) for row in rows_n3]
+    ids_nT = torch.zeros(len(texts), max(len(text) for text in texts), dtype=torch.int64)
+    mask_nT = torch.zeros_like(ids_nT)
+    for row, text in enumerate(texts):
+        ids_nT[row, : len(text)] = text
+        mask_nT[row, : len(text)] = 1
+    return ids_nT, mask_nT
+
+
 def context_batches(
     documents: Documents, rows_n3: Tensor, batch_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

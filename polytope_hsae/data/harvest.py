@@ -6,7 +6,7 @@ Shapes: N rows of a shard, n rows of a chunk, d residual width, V vocabulary, M 
 P parents, c contexts of a shard.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,11 +57,13 @@ def harvest(
     belief_threshold: float = 0.3,
     seed: int = 0,
     split: Sequence[float] = (0.8, 0.05, 0.15),
+    members: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> ActivationStore:
     """Write the activation store of `documents` at `hook` into `folder` and open it.
 
-    Documents are split by `split` (train, val, test) and `seed`. `belief` adds the belief labels
+    Documents are split by `split` (train, val, test) and `seed`, unless `members` gives the document numbers (int64)
+    of every split. `belief` adds the belief labels
     (docs/method.md §3) when the model has a head and `concepts` are given. `progress(rows done, rows in
     all)` is called after every batch. A folder with a harvest of the same settings is continued. Raises
     ValueError when its settings differ (naming them), for a split without rows, for contexts or tokens
@@ -75,7 +77,11 @@ def harvest(
         raise ValueError(f"corpus: found token {largest}, allowed: 0 to {lm.vocab_size - 1}, what {lm.name} reads")
     folder = Path(folder)
     index = ConceptIndex(concepts, lm) if belief and lm.has_head and concepts is not None else None
-    plan = _plan(documents, split, seed, context_length, shard_rows)
+    if members is None:
+        members = split_documents(documents.n_documents, split, seed)
+    else:
+        split = [len(members[name]) for name in SPLITS]
+    plan = _plan(documents, members, context_length, shard_rows)
     manifest = {
         "format": FORMAT,
         "model": lm.name,
@@ -134,13 +140,11 @@ def _write_shards(
         )
 
 
-def _plan(
-    documents: Documents, split: Sequence[float], seed: int, context_length: int, shard_rows: int
-) -> list[_Shard]:
+def _plan(documents: Documents, members: Mapping[str, Tensor], context_length: int, shard_rows: int) -> list[_Shard]:
     """Contexts of every split cut into shards of at most `shard_rows` rows (or one context)."""
     plan: list[_Shard] = []
     prefix = 0 if documents.start_id is None else 1
-    for name, doc_ids in split_documents(documents.n_documents, split, seed).items():
+    for name, doc_ids in members.items():
         contexts_n3 = contexts(documents, doc_ids, context_length)
         rows_n = contexts_n3[:, 2] + prefix - 1
         if not rows_n.numel():

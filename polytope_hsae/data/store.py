@@ -54,6 +54,8 @@ class Manifest(TypedDict):
 class ActivationStore:
     """A complete harvest, opened for reading. Make one with `ActivationStore.open(folder)`."""
 
+    device = torch.device("cpu")  # where `acts` gives its rows
+
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -136,7 +138,7 @@ class ActivationStore:
 
     def moments(self, split: str, batch_size: int = 8192) -> tuple[Tensor, float]:
         """Mean of the rows (float64 [d]) and their mean squared distance from it, in one pass."""
-        mean_d = torch.zeros(self.width, dtype=torch.float64)
+        mean_d = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         summed, count = 0.0, 0
         for acts_bd, _ in self.batches(split, batch_size):
             acts_bd = acts_bd.double()
@@ -146,7 +148,7 @@ class ActivationStore:
             summed += float(shift_d.square().sum()) * count * rows / (count + rows)
             mean_d += shift_d * rows / (count + rows)
             count += rows
-        return mean_d, summed / count
+        return mean_d.cpu(), summed / count
 
     def _checked(self, split: str) -> str:
         if split not in self._bounds:
@@ -161,6 +163,32 @@ class ActivationStore:
 
     def _read(self, file: str, name: str) -> Tensor:
         return read_tensors(self.folder / file)[0][name]
+
+
+class ResidentStore(ActivationStore):
+    """A store whose activations lie on a device as they are stored: a batch is taken there, without the host.
+
+    A split is loaded when it is first asked for.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, device: str | torch.device = "cpu") -> None:
+        super().__init__(folder, manifest)
+        self.device = torch.device(device)
+        self._resident: dict[str, Tensor] = {}
+
+    def acts(self, split: str, indices: Tensor) -> Tensor:
+        """Rows float32 [n,d] on the device, in the order asked for; the device itself checks the range."""
+        if split not in self._resident:
+            self._resident[split] = self._load(split)
+        return self._resident[split].index_select(0, indices.to(self.device)).float()
+
+    def _load(self, split: str) -> Tensor:
+        bounds = self.shard_bounds(split)
+        dtype = getattr(torch, self.manifest["dtype"])
+        acts_Nd = torch.empty(bounds[-1], self.width, dtype=dtype, device=self.device)
+        for first, last, file in zip(bounds, bounds[1:], self._files[split], strict=False):
+            acts_Nd[first:last] = self._read(file, "acts").to(self.device)
+        return acts_Nd
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -49,7 +49,7 @@ class RowStream:
         return self.store.acts(self.split, self.next_rows())
 
     def next_rows(self) -> Tensor:
-        """Row numbers of the next batch, int64 [B]; counts them as consumed."""
+        """Row numbers of the next batch, int64 [B] on the store's device; counts them as consumed."""
         parts: list[Tensor] = []
         missing = self.batch_size
         while missing:
@@ -91,7 +91,8 @@ class RowStream:
             bounds = self.store.shard_bounds(self.split)
             rows = torch.cat([torch.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
             generator = self._generator(epoch, 1 + index)
-            self._window_order = rows[torch.randperm(rows.numel(), generator=generator)]
+            order = rows[torch.randperm(rows.numel(), generator=generator)]
+            self._window_order = order.to(self.store.device)
             self._window_key = (epoch, index)
         return start, self._window_order
 

@@ -41,6 +41,13 @@ class LabelledRows(NamedTuple):
     parent_N: IntArray
 
 
+class LabelledChildren(NamedTuple):
+    """Row numbers in the split [N] (ascending) and the child concept (row of concepts.json) each carries [N]."""
+
+    row_N: IntArray
+    child_N: IntArray
+
+
 class SparseActivations(NamedTuple):
     """Parent codes of N rows: latent index and value >= 0, [N, k] each; a latent occurs at most once with
     value > 0.
@@ -95,16 +102,32 @@ def labelled_rows(
     vocab_size: int,
     belief_threshold: float = 0.3,
 ) -> LabelledRows:
-    """Rows of a split that carry a parent through a word of `fold`.
+    """Rows of a split that carry a parent through a word of `fold`; arguments as for `labelled_children`."""
+    row_N, child_N = labelled_children(
+        store, split, concepts, label=label, fold=fold, vocab_size=vocab_size, belief_threshold=belief_threshold
+    )
+    return LabelledRows(row_N, np.asarray(concepts.child_parent_R, dtype=np.int64)[child_N])
 
-    `current_token`: the row's token is one of the parent's; `next_token`: the following token is; `belief`:
+
+def labelled_children(
+    store: ActivationStore,
+    split: str,
+    concepts: Concepts,
+    *,
+    label: Label,
+    fold: str,
+    vocab_size: int,
+    belief_threshold: float = 0.3,
+) -> LabelledChildren:
+    """Rows of a split that carry a child concept through a word of `fold`.
+
+    `current_token`: the row's token is one of the child's; `next_token`: the following token is; `belief`:
     the model puts at least `belief_threshold` on the concept, and the most probable of the concept's tokens
     belongs to `fold`.
     """
     if label not in get_args(Label):
         raise ValueError(f"label: found {label!r}, allowed: {', '.join(get_args(Label))}")
     child_of_token_V = concepts.token_to_child(vocab_size=vocab_size, folds=(fold,)).cpu().numpy().astype(np.int64)
-    parent_R = np.asarray(concepts.child_parent_R, dtype=np.int64)
     column = {"current_token": "token", "next_token": "next_token", "belief": "belief_token"}[label]
     token_N = store.column(split, column).cpu().numpy().astype(np.int64)
     child_N = np.where(token_N >= 0, child_of_token_V[np.maximum(token_N, 0)], -1)
@@ -113,7 +136,7 @@ def labelled_rows(
         belief_child_N = store.column(split, "belief_concept").cpu().numpy().astype(np.int64)
         child_N = np.where((child_N >= 0) & believed_N, belief_child_N, -1)
     row_N = np.flatnonzero(child_N >= 0)
-    return LabelledRows(row_N, parent_R[child_N[row_N]])
+    return LabelledChildren(row_N, child_N[row_N])
 
 
 @torch.no_grad()

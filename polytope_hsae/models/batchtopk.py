@@ -32,15 +32,23 @@ class BatchTopKSAE(FlatSAE):
 
     def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and codes [B, k'], k' the largest row's number of codes."""
-        if not self.training:
-            return pack(logits_BP, logits_BP > self.threshold)
+        return pack(logits_BP, self._kept(logits_BP) if self.training else logits_BP > self.threshold)
+
+    def every(self, logits_BP: Tensor) -> Tensor | None:
+        """As `FlatSAE.every`."""
+        if not self.trains_whole(logits_BP):
+            return None
+        return torch.where(self._kept(logits_BP), logits_BP, 0.0)
+
+    def _kept(self, logits_BP: Tensor) -> Tensor:
+        """The batch's largest positive logits, as a mask [B, P]; the smallest of them is remembered."""
         budget = round(self.config.k * len(logits_BP))
         kept = torch.topk(logits_BP.detach().flatten(), budget, sorted=False)
         keep_BP = torch.zeros_like(logits_BP, dtype=torch.bool)
         keep_BP.view(-1)[kept.indices] = kept.values > 0
         if budget:
             self._remember(kept.values.min().clamp_min(0))
-        return pack(logits_BP, keep_BP)
+        return keep_BP
 
     @torch.no_grad()
     def _remember(self, smallest: Tensor) -> None:

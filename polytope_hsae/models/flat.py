@@ -41,6 +41,18 @@ class FlatSAE(SparseAutoencoder):
         """Indices [B, k'], distinct within a row, and codes [B, k'] >= 0; a slot of code 0 is not in use."""
         raise NotImplementedError
 
+    def every(self, logits_BP: Tensor) -> Tensor | None:
+        """The codes of all latents [B, P] where a batch is trained as a whole; None: `select` picks them out."""
+        return None
+
+    def trains_whole(self, logits_BP: Tensor) -> bool:
+        """Whether a kind whose rows have varying numbers of codes computes with all latents: in training on a GPU.
+
+        It would have to wait for the largest number there, and a whole product is faster than gathering. Codes, losses
+        and gradients are the same.
+        """
+        return self.training and logits_BP.is_cuda
+
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
         """Set the thresholds, where a kind has them, so that raw rows [B, d] have `target_l0` codes on average.
 
@@ -53,10 +65,11 @@ class FlatSAE(SparseAutoencoder):
         """One pass over raw rows [B, d]."""
         x, row_scale = self.to_normalized(h_Bd)
         logits = self.logits(x)
-        index, value = self.select(logits)
+        whole = self.every(logits)
+        index, value = self.select(logits) if whole is None else (all_latents(logits), whole)
         empty = index.new_zeros(len(index), 0)
         codes = Codes(index, value, empty, empty.to(x.dtype), row_scale)
-        prefixes = self.decode_prefixes(codes)
+        prefixes = self.decode_prefixes(codes) if whole is None else self.decode_whole(whole)
         x_hat = prefixes[-1]
         return ModelOutput(x, x_hat, x_hat, codes, logits, x.new_zeros(*index.shape, 0), prefixes)
 
@@ -71,6 +84,10 @@ class FlatSAE(SparseAutoencoder):
     def decode_prefixes(self, codes: Codes) -> Tensor:
         """Reconstructions [n, B, d] by the first latents, by more, ..., by all; the loss is their mean error."""
         return self.decode_normalized(codes).unsqueeze(0)
+
+    def decode_whole(self, value_BP: Tensor) -> Tensor:
+        """The same from the codes of all latents."""
+        return (value_BP @ self.D + self.b_dec).unsqueeze(0)
 
     # training
 
@@ -104,6 +121,11 @@ class FlatSAE(SparseAutoencoder):
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
         """Start b_dec at the geometric median of raw rows, given as batches [B, d]."""
         self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))
+
+
+def all_latents(logits_BP: Tensor) -> Tensor:
+    """Indices [B, P] of a slot for every latent, one row of memory for all."""
+    return torch.arange(logits_BP.shape[1], device=logits_BP.device).expand(logits_BP.shape)
 
 
 class TopKSAE(FlatSAE):

@@ -83,14 +83,24 @@ class JumpReLUSAE(FlatSAE):
         z_Bk = logits_BP.gather(1, index_Bk)
         return index_Bk, JumpReLU.apply(z_Bk, threshold_P[index_Bk], self.config.bandwidth)
 
+    def every(self, logits_BP: Tensor) -> Tensor | None:
+        """As `FlatSAE.every`."""
+        if not self.trains_whole(logits_BP):
+            return None
+        return JumpReLU.apply(logits_BP, self.log_threshold.exp().expand_as(logits_BP), self.config.bandwidth)
+
     def loss_terms(
         self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
     ) -> dict[str, tuple[float, Tensor]]:
         """Those of every flat SAE and `l0`: (L0/k - 1)^2 times the batch's error of an empty code, b_dec alone."""
         terms = super().loss_terms(output, overrides, dead)
         config, index_Bk = self.config, output.codes.parent_index
-        z_Bk = output.router_logits.detach().gather(1, index_Bk)
-        l0 = Step.apply(z_Bk, self.log_threshold.exp()[index_Bk], config.bandwidth).sum(1).mean()
+        z_Bk, threshold_Bk = output.router_logits.detach(), self.log_threshold.exp()
+        if index_Bk.shape == z_Bk.shape:  # a slot for every latent, in order or not
+            threshold_Bk = threshold_Bk.expand_as(z_Bk)
+        else:
+            z_Bk, threshold_Bk = z_Bk.gather(1, index_Bk), threshold_Bk[index_Bk]
+        l0 = Step.apply(z_Bk, threshold_Bk, config.bandwidth).sum(1).mean()
         empty = reconstruction_error(output.x, self.b_dec.detach().expand_as(output.x), config.recon_reduction)
         return terms | {"l0": (config.l0_weight, (l0 / config.k - 1).square() * empty)}
 

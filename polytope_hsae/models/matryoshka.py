@@ -3,6 +3,7 @@
 Shapes: B rows, d width, P latents, n prefixes, k' slots of a row's codes.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -42,5 +43,13 @@ class MatryoshkaSAE(BatchTopKSAE):
         groups = embedding_bag(
             index_Bk.flatten(), self.D, run_Bn.flatten(), mode="sum", per_sample_weights=value_Bk.flatten()
         )
-        prefixes = accumulate(groups.view(B, len(self.bounds), self.width).unbind(1))
-        return torch.stack([x_hat_Bd + self.b_dec for x_hat_Bd in prefixes])
+        return self._added_up(groups.view(B, len(self.bounds), self.width).unbind(1))
+
+    def decode_whole(self, value_BP: Tensor) -> Tensor:
+        """The same from the codes of all latents."""
+        starts = [0, *self.bounds[:-1]]
+        return self._added_up([value_BP[:, a:b] @ self.D[a:b] for a, b in zip(starts, self.bounds, strict=True)])
+
+    def _added_up(self, groups: Iterable[Tensor]) -> Tensor:
+        """Running sums of the groups' shares [B, d], each with the bias."""
+        return torch.stack([x_hat_Bd + self.b_dec for x_hat_Bd in accumulate(groups)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, Config, ConfigError, TeacherConfig
+from ..config import ArmConfig, Config, ConfigError, FlatConfig, TeacherConfig
 from ..data.concepts import permuted_words
 from ..data.store import ActivationStore
 from ..data.stream import RowStream
@@ -22,7 +22,7 @@ from ..records import Train
 from ..teacher import Teacher
 from ..tracking import open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
-from .flat_arms import flat_model, match_line, match_record
+from .flat_arms import MODELS, flat_config, match_line, match_record
 from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
 from .run import Run
 
@@ -150,19 +150,37 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
 
 def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
     """The arm's model on the run's device, with the data's normalisation and its bias at the median of a sample."""
-    config, store = run.config, run.store
-    seed = config.run.seed
+    flat = None if arm.kind == "hsae" else flat_config(run, arm)
+    sigma = load_geometry(run).sigma if flat is None else None
+    return fresh_model(run.config, arm, run.store, run.train_moments, run.device, flat, sigma)
+
+
+def fresh_model(
+    config: Config,
+    arm: ArmConfig,
+    store: ActivationStore,
+    moments: tuple[torch.Tensor, float],
+    device: str,
+    flat: FlatConfig | None,
+    sigma: torch.Tensor | None,
+) -> SparseAutoencoder:
+    """A model at its random start: `flat` is a flat arm's config, `sigma` [d, d] an H-SAE's metric where it has one.
+
+    moments: mean [d] of the train rows and their mean squared distance from it.
+    """
+    seed, normalize = config.run.seed, config.data.normalize
     model: SparseAutoencoder
-    if arm.kind == "hsae":
-        model = HierarchicalSAE(config.arm_hsae(arm), store.width, config.data.normalize, seed=seed)
-        sigma = load_geometry(run).sigma
-        model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
+    if flat is None:
+        model = HierarchicalSAE(config.arm_hsae(arm), store.width, normalize, seed=seed)
+        if sigma is not None:
+            model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
     else:
-        model = flat_model(run, arm)
-    mean, spread = run.train_moments
+        model = MODELS[arm.kind](flat, store.width, normalize, seed=seed)
+    mean, spread = moments
     model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
+    model.to(device)
     model.initialize_bias(Sample(store, "train", config.data.bias_rows, seed))
-    return model.to(run.device)
+    return model
 
 
 class Sample:

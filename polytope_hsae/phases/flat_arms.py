@@ -23,12 +23,6 @@ TOLERANCE = 0.02  # relative difference up to which two arms are matched
 NAMES = {"l0": "L0", "params": "parameters", "flops": "FLOPs per row"}
 
 
-def flat_model(run: Run, arm: ArmConfig) -> FlatSAE:
-    """The arm's model at its random start."""
-    config = run.config
-    return MODELS[arm.kind](flat_config(run, arm), run.store.width, config.data.normalize, seed=config.run.seed)
-
-
 def flat_config(run: Run, arm: ArmConfig) -> FlatConfig:
     """The arm's config, sized by the arm that `match` names. Raises ValueError where no number of latents fits."""
     if not arm.match:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..data.corpus import Documents, context_batches, context_ids, contexts, load_documents, split_documents
+from ..data.corpus import Documents, context_ids, contexts, load_documents, padded_contexts, split_documents
 from ..evaluation.bootstrap import Evaluation
 from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
@@ -92,14 +92,8 @@ class HeldOut:
         steering = config.eval.steering
         self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
         rows = rows[: config.eval.lm_contexts]
-        self.ids = torch.zeros(len(rows), config.corpus.context_length, dtype=torch.int64)
-        self.mask = torch.zeros_like(self.ids)
         self.documents = rows[:, 0].numpy()
-        for members, ids, mask in context_batches(documents, rows, config.data.batch_tokens):
-            self.ids[members, : ids.shape[1]] = ids
-            self.mask[members, : ids.shape[1]] = mask
-        longest = int(self.mask.sum(1).max())
-        self.ids, self.mask = self.ids[:, :longest], self.mask[:, :longest]
+        self.ids, self.mask = padded_contexts(documents, rows)
 
 
 def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: int) -> Tensor:

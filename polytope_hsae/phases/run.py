@@ -56,7 +56,7 @@ class Run:
         self.force = force
         piped = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
         self.console = Console(quiet=quiet, stderr=stderr, width=PIPED_WIDTH if piped else None)
-        self.device = _device(config.run.device)
+        self.device = device_of(config.run.device)
         torch.set_num_threads(config.run.threads)
         keep_freed_memory()
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
@@ -213,7 +213,8 @@ def remove_leftovers(folder: Path, *, deep: bool) -> None:
             path.unlink(missing_ok=True)  # it may have lain in a folder that is gone by now
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """A device that is there, for run.device. Raises ConfigError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -22,7 +22,10 @@ class Usage:
     def update(self, codes: Codes) -> None:
         """Count one batch."""
         used_Bk = (codes.parent_value > 0).to(torch.int64)  # no boolean indexing: a GPU would wait for its size
-        routed_P = torch.zeros_like(self.idle_parent).scatter_add_(0, codes.parent_index.flatten(), used_Bk.flatten())
+        index_Bk = codes.parent_index
+        if index_Bk.stride(0) == 0:  # all rows have the same slots: they are added up first
+            index_Bk, used_Bk = index_Bk[:1], used_Bk.sum(0, keepdim=True)
+        routed_P = torch.zeros_like(self.idle_parent).scatter_add_(0, index_Bk.flatten(), used_Bk.flatten())
         self.idle_parent.copy_(torch.where(routed_P > 0, 0, self.idle_parent + len(codes.parent_index)))
         if self.n_children:
             idle_R = self.idle_child + routed_P.repeat_interleave(self.n_children)

@@ -1,0 +1,213 @@
+"""What a study's runs read: per hook a store of activations, contexts of held-out text, and the probes of concepts.
+
+It lies in a cache folder outside the study, is made once, and is known by the hash of what it was made from.
+
+    CACHE/<hash>/contexts.safetensors, concepts.json, <hook>/ (a store), <hook>.safetensors (moments and probes)
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config, ConfigError
+from ..data.concepts import Concepts
+from ..data.corpus import Documents, contexts, load_documents, padded_contexts, split_documents
+from ..data.harvest import harvest
+from ..data.store import ActivationStore, ResidentStore
+from ..evaluation.concepts import Label
+from ..evaluation.hierarchy import Probes, make_probes, probes_to_tensors
+from ..fileio import read_tensors, sha256_file, sha256_json, write_json, write_tensors
+from ..geometry.causal import CausalGeometry
+from ..lm import FINAL_HOOK, LanguageModel
+from ..phases.phase1_teacher import make_concepts
+from .plan import Study
+
+SPLITS = ("train", "val", "test")
+TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}
+
+
+def load_lm(config: Config, device: str) -> LanguageModel:
+    """The language model of a study."""
+    model = config.model
+    return LanguageModel.load(model.name, revision=model.revision, dtype=model.dtype, device=device)
+
+
+def text_hashes(study: Study, config: Config) -> dict[str, str]:
+    """sha256 of the text files, by what they are. Raises ConfigError naming one that is missing."""
+    if study.text is None:
+        files = {"corpus": config.corpus.path}
+    else:
+        files = {name: str(Path(study.text) / file) for name, file in TEXTS.items()}
+    for path in files.values():
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(
+                f"text: found no file {path!r}, allowed: --set text=FOLDER with {', '.join(TEXTS.values())}"
+            )
+    return {name: "packaged" if path is None else sha256_file(path) for name, path in files.items()}
+
+
+def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, Any]:
+    """All that the stores depend on, but for the hook; nothing in it names a place."""
+    options = config.concepts
+    return {
+        "text_sha256": text_hashes(study, config),
+        "model_revision": lm.revision,
+        "tokenizer_sha256": lm.tokenizer_sha256,
+        "max_tokens": config.corpus.max_tokens,
+        "heldout_tokens": study.heldout_tokens if study.text is not None else None,
+        "split": None if study.text is not None else list(config.corpus.split),
+        "context_length": config.corpus.context_length,
+        "dtype": [config.model.dtype, config.data.dtype],
+        "seed": config.run.seed,
+        "shard_rows": config.data.shard_rows,
+        "concepts": options.model_dump(mode="json", exclude={"label", "belief_threshold", "ontology"}),
+        "ontology": "wordnet" if options.ontology == "wordnet" else sha256_file(options.ontology),
+        "shrinkage": config.geometry.shrinkage,
+        "contexts": study.measure.contexts,
+        "probe_rows": study.measure.probe_rows,
+    }
+
+
+@dataclass(frozen=True)
+class HookData:
+    """What the runs at one hook share: the store on the device, train moments, probes, the metric of the vectors."""
+
+    store: ResidentStore
+    moments: tuple[Tensor, float]
+    probes: Probes
+    sigma: Tensor
+
+
+class StudyData:
+    """The cache of one study. `prepare` makes what is missing; `hook` opens it on a device."""
+
+    def __init__(self, study: Study, config: Config, cache: Path, device: str) -> None:
+        self.study, self.config, self.device = study, config, device
+        self.identity = data_identity(study, config, self.lm)
+        self.sha256 = sha256_json(self.identity)
+        self.folder = cache / self.sha256[:16]
+        self._opened: dict[str, HookData] = {}
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        return load_lm(self.config, self.device)
+
+    def prepare(self, say: Any) -> None:
+        """Make the contexts, concepts, stores and probes that are not there yet."""
+        files = [self.folder / "contexts.safetensors", self.folder / "concepts.json"]
+        files += [self._probe_file(hook) for hook in self.study.hooks]
+        if all(path.is_file() for path in files):
+            return
+        documents, members = self._documents()
+        say(f"study: {documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
+        tensors = {}
+        for split in ("val", "test"):
+            rows = contexts(documents, members[split], self.config.corpus.context_length)
+            rows = rows[rows[:, 2] >= 3][: self.study.measure.contexts]
+            tensors[f"{split}.ids"], tensors[f"{split}.mask"] = padded_contexts(documents, rows)
+            tensors[f"{split}.documents"] = rows[:, 0]
+        write_tensors(self.folder / "contexts.safetensors", tensors)
+        concepts = make_concepts(self.config, self.lm.tokenizer)
+        write_json(self.folder / "concepts.json", concepts.to_json())
+        for hook in self.study.hooks:
+            opened = self._harvest(hook, documents, members)
+            store = ResidentStore(opened.folder, opened.manifest, self.device)
+            say(f"study: {hook}: {', '.join(f'{store.n_rows(split):,} {split}' for split in SPLITS)} rows")
+            self._write_probes(hook, store, concepts)
+        write_json(self.folder / "identity.json", self.identity)
+
+    def _documents(self) -> tuple[Documents, dict[str, Tensor]]:
+        """All documents, and which of them belong to train, val and test."""
+        options, tokenizer = self.config.corpus, self.lm.tokenizer
+
+        def load(source: str, path: Any, max_tokens: int) -> Documents:
+            return load_documents(
+                source,
+                path,
+                tokenizer,
+                max_tokens=max_tokens,
+                context_length=options.context_length,
+                tokenizer_sha256=self.lm.tokenizer_sha256,
+            )
+
+        if self.study.text is None:
+            documents = load(options.source, options.path, options.max_tokens)
+            return documents, split_documents(documents.n_documents, options.split, self.config.run.seed)
+        folder = Path(self.study.text)
+        train = load("text", folder / TEXTS["train"], options.max_tokens)
+        held_out = load("text", folder / TEXTS["heldout"], self.study.heldout_tokens)
+        if held_out.n_documents < 2:
+            raise ConfigError(
+                f"text: found {held_out.n_documents} held-out document, allowed: 2 or more, for val and test"
+            )
+        order = torch.randperm(held_out.n_documents, generator=torch.Generator().manual_seed(self.config.run.seed))
+        val, test = (order + train.n_documents).tensor_split(2)
+        starts = torch.cat([train.starts, held_out.starts + train.n_tokens])
+        documents = Documents(torch.cat([train.tokens, held_out.tokens]), starts, train.start_id)
+        return documents, {"train": torch.arange(train.n_documents), "val": val, "test": test}
+
+    def _harvest(self, hook: str, documents: Documents, members: dict[str, Tensor]) -> ActivationStore:
+        options = self.config.data
+        return harvest(
+            self.lm,
+            documents,
+            None,
+            self.folder / hook,
+            hook=self.lm.resolve_hook(hook),
+            context_length=self.config.corpus.context_length,
+            batch_tokens=options.batch_tokens,
+            shard_rows=options.shard_rows,
+            dtype=options.dtype,
+            belief=False,
+            seed=self.config.run.seed,
+            members=members,
+        )
+
+    def label(self, hook: str) -> Label:
+        """Which concept a row carries: the next token's at the final residual, the present one's elsewhere."""
+        return "next_token" if hook == FINAL_HOOK and self.lm.has_head else "current_token"
+
+    def _probe_file(self, hook: str) -> Path:
+        return self.folder / f"{hook}.safetensors"
+
+    def _write_probes(self, hook: str, store: ActivationStore, concepts: Concepts) -> None:
+        mean_d, spread = store.moments("train")
+        probes = make_probes(
+            store,
+            concepts,
+            label=self.label(hook),
+            vocab_size=self.lm.vocab_size,
+            max_rows=self.study.measure.probe_rows,
+            min_rows=self.config.concepts.min_test_rows,
+            shrinkage=self.config.geometry.shrinkage,
+            seed=self.config.run.seed,
+        )
+        sigma_dd = probes.vector_root_dd @ probes.vector_root_dd
+        if hook == FINAL_HOOK:  # the metric of penalties and causal norms there (docs/method.md section 3)
+            sigma_dd = CausalGeometry(self.lm.unembedding.cpu(), self.config.geometry.shrinkage).sigma
+        spread_t = torch.tensor(spread, dtype=torch.float64)
+        tensors = {**probes_to_tensors(probes), "mean": mean_d, "spread": spread_t, "sigma": sigma_dd}
+        write_tensors(self._probe_file(hook), tensors)
+
+    def hook(self, hook: str) -> HookData:
+        """What is read at a hook, on the device; the hook before it is let go."""
+        if hook not in self._opened:
+            self._opened.clear()
+            opened = ActivationStore.open(self.folder / hook)
+            tensors, _ = read_tensors(self._probe_file(hook))
+            moments = (tensors.pop("mean"), float(tensors.pop("spread")))
+            sigma = tensors.pop("sigma")
+            store = ResidentStore(opened.folder, opened.manifest, self.device)
+            for split in ("train", "val"):
+                store.acts(split, torch.zeros(1, dtype=torch.int64))  # they are loaded now, and not in a run's time
+            self._opened[hook] = HookData(store, moments, Probes(**tensors), sigma)
+        return self._opened[hook]
+
+    def contexts(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [N, T], mask [N, T], documents [N]) of held-out contexts."""
+        tensors, _ = read_tensors(self.folder / "contexts.safetensors")
+        return tensors[f"{split}.ids"], tensors[f"{split}.mask"], tensors[f"{split}.documents"]

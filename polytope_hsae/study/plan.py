@@ -1,0 +1,309 @@
+"""A study's file: arms x hooks x L0 x rates x seeds, and the config of every run.
+
+The file is YAML (docs/design.md, studies). `load_study` reads and validates it; bad input raises ConfigError with one
+line: field, found, allowed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ..config import (
+    FOLDER_NAME,
+    ArmConfig,
+    Block,
+    Config,
+    ConfigError,
+    FlatConfig,
+    HSAEConfig,
+    Whole,
+    apply_override,
+    first_line,
+    load_config,
+)
+from ..fileio import sha256_json
+from ..models.flops import latents_for, parameter_count
+from ..parsing import parse_yaml, shown
+from ..provenance import NOT_IN_RESULTS
+
+PLACES = ("text", "model.name", "corpus.path", "concepts.ontology", "run.", "data.batch_tokens", "tracking.")
+GRAPHED = ("hsae", "topk")  # kinds whose step never waits for the GPU, so that it can be replayed as one graph
+
+
+class Size(Block):
+    """How large an arm is: by its number of atoms, or as many parameters as another arm has."""
+
+    atoms: Whole | None = Field(None, ge=2, description="Latents; of an H-SAE parents and children together.")
+    params: str | None = Field(None, description="Flat arms: the arm whose number of parameters sets the latents.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.atoms is None) == (self.params is None):
+            raise ValueError("size: found both or neither, allowed: one of atoms and params")
+        return self
+
+
+class StudyArm(Block):
+    name: str = Field(description="Name of the arm.", pattern=FOLDER_NAME)
+    kind: Literal["hsae", "topk", "batchtopk", "jumprelu", "matryoshka"] = Field(description="Kind of model.")
+    size: Size = Field(description="atoms: N, or params: ARM.")
+    hsae: dict[str, Any] = Field({}, description="Fields of hsae that this arm replaces.")
+    flat: dict[str, Any] = Field({}, description="Fields of a flat arm's config, but for n_latents and k.")
+    training: dict[str, Any] = Field({}, description="Fields of training that this arm replaces.")
+    l0: dict[Whole, dict[str, Any]] = Field(
+        {}, description="H-SAE: the fields of hsae that give each total L0. A flat arm's k is the L0."
+    )
+    lr: list[float] | None = Field(None, description="Rates tried instead of the study's; as many of them.")
+
+
+class Measure(Block):
+    """How much is read to measure a run."""
+
+    contexts: Whole = Field(256, ge=1, description="Contexts for CE through the language model, at most.")
+    context_batch: Whole = Field(16, ge=1, description="Contexts per forward pass.")
+    usage_rows: Whole = Field(1 << 20, ge=1, description="Train rows on which a latent that is never on is dead.")
+    probe_rows: Whole = Field(1 << 20, ge=1, description="Train rows that the probes of concepts rest on, at most.")
+
+
+class Study(Block):
+    """The content of study.yaml."""
+
+    name: str = Field(description="Folder name below studies/.", pattern=FOLDER_NAME)
+    config: str = Field("quickstart", description="The packaged config (or file) that everything else follows.")
+    set: dict[str, Any] = Field({}, description="Its fields that are replaced: key.path: value.")
+    text: str | None = Field(
+        None, description="Folder with train.txt.xz and heldout.txt.xz; null = the config's corpus, split by document."
+    )
+    heldout_tokens: Whole = Field(1_000_000, ge=256, description="Tokens of heldout.txt.xz at most, for val and test.")
+    hooks: list[str] = Field(min_length=1, description="Where the language model is read.")
+    steps: Whole = Field(ge=1, description="Optimiser steps of every run.")
+    batch_size: Whole = Field(ge=1, description="Rows per step.")
+    seeds: list[Whole] = Field([0], min_length=1, description="Seeds; the rates are tried with the first one.")
+    l0: list[Whole] = Field(min_length=1, description="Total active latents per row.")
+    lr: list[float] = Field(min_length=1, description="Learning rates tried by every arm, hook and L0.")
+    arms: list[StudyArm] = Field(min_length=1, description="What is compared.")
+    measure: Measure = Field(default_factory=Measure, description="How much is read to measure a run.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("hooks", "seeds", "l0", "lr"):
+            _require_unique(field, getattr(self, field))
+        names = [arm.name for arm in self.arms]
+        _require_unique("arms", names)
+        for arm in self.arms:
+            where = f"arms.{arm.name}"
+            if arm.lr is not None and len(set(arm.lr)) != len(self.lr):
+                raise ValueError(
+                    f"{where}.lr: found {arm.lr}, allowed: {len(self.lr)} rates, as many as every arm tries"
+                )
+            if arm.kind == "hsae":
+                lacking = [l0 for l0 in self.l0 if l0 not in arm.l0]
+                if lacking:
+                    raise ValueError(
+                        f"{where}.l0: found nothing for {lacking[0]}, allowed: fields of hsae that give it"
+                    )
+                if arm.size.params is not None:
+                    raise ValueError(f"{where}.size: found params, allowed: atoms for an H-SAE")
+            elif arm.l0:
+                raise ValueError(f"{where}.l0: found {shown(arm.l0)}, allowed: nothing for a flat arm, whose k it is")
+            if arm.size.params is not None and self.kind_of(arm.size.params) != "hsae":
+                allowed = ", ".join(other.name for other in self.arms if other.kind == "hsae") or "an arm of kind hsae"
+                raise ValueError(f"{where}.size.params: found {shown(arm.size.params)}, allowed: {allowed}")
+        return self
+
+    def arm(self, name: str) -> StudyArm:
+        """The arm of that name; KeyError if there is none."""
+        return {arm.name: arm for arm in self.arms}[name]
+
+    def kind_of(self, name: str) -> str | None:
+        """The kind of an arm; None if there is none of that name."""
+        return {arm.name: arm.kind for arm in self.arms}.get(name)
+
+    def rates(self, arm: StudyArm) -> list[float]:
+        """The learning rates that an arm tries."""
+        return self.lr if arm.lr is None else arm.lr
+
+    @property
+    def cells(self) -> list["Cell"]:
+        """Every (hook, L0, arm), hook by hook."""
+        return [Cell(arm.name, hook, l0) for hook in self.hooks for l0 in self.l0 for arm in self.arms]
+
+
+class Cell(NamedTuple):
+    """What a rate is chosen for."""
+
+    arm: str
+    hook: str
+    l0: int
+
+
+class RunKey(NamedTuple):
+    """One run of a study."""
+
+    arm: str
+    hook: str
+    l0: int
+    seed: int
+    lr: float
+
+    @property
+    def file(self) -> str:
+        """The name of its JSON file."""
+        return f"{self.arm}-{self.hook}-{self.l0}-s{self.seed}-lr{self.lr:g}.json"
+
+
+def load_study(path: Path, overrides: list[str] | None = None) -> tuple[Study, Config]:
+    """Read a study and its base config; `overrides` ("key.path=value") go to the study's field of that name, or else to
+    the config. Raises ConfigError naming the field, what was found and what is allowed.
+    """
+    if not path.is_file():
+        raise ConfigError(f"study: found {str(path)!r}, allowed: a YAML file")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of a study's fields")
+    for override in overrides or []:
+        if override.split("=")[0].split(".")[0] in Study.model_fields:
+            apply_override(tree, override)
+        else:
+            key, _, text = override.partition("=")
+            tree.setdefault("set", {})[key] = _yaml_value(key, text)
+    try:
+        study = Study.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_line(error, Study)}") from error
+    base = load_config(study.config, [f"{key}={json.dumps(value)}" for key, value in study.set.items()])
+    for cell in study.cells:
+        run_config(study, base, RunKey(*cell, study.seeds[0], study.lr[0]))  # what is wrong shows before the first run
+    return study, base
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {key}: found {shown(text)}, allowed: a YAML value ({error})") from error
+
+
+def run_config(study: Study, base: Config, run: RunKey) -> Config:
+    """The whole config of one run: its arm is the only one. Raises ConfigError."""
+    arm = study.arm(run.arm)
+    tree = base.model_dump(mode="json")
+    tree["run"] |= {"seed": run.seed}
+    tree["model"] |= {"hook": run.hook}
+    quiet = {"log_every": study.steps, "val_every": study.steps, "checkpoint_every": study.steps}
+    tree["training"] |= {"batch_size": study.batch_size, "lr": run.lr, **quiet, **arm.training}
+    tree["training"]["cuda_graph"] = tree["training"]["cuda_graph"] and arm.kind in GRAPHED
+    tree["training"]["baseline"] = {"stages": [{"name": "train", "steps": study.steps}]}
+    made: dict[str, Any] = {"name": arm.name, "kind": arm.kind}
+    if arm.kind == "hsae":
+        children = {**tree["hsae"], **arm.hsae}["n_children_per_parent"]
+        made["hsae"] = {**arm.hsae, "n_parents": _parents(arm, children), **arm.l0[run.l0]}
+    else:
+        made["hsae"] = arm.hsae
+        made["flat"] = {**arm.flat, "k": run.l0, "n_latents": study.arm(arm.name).size.atoms or 1 << 20}
+    tree["arms"] = [made]
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"arms.{arm.name}: {first_line(error, Config)}") from error
+    if arm.kind == "hsae":
+        hsae = config.arm_hsae(config.arms[0])
+        total = hsae.topk_parent + hsae.active_children
+        if total != run.l0:
+            raise ConfigError(f"arms.{arm.name}.l0.{run.l0}: found {total} active latents, allowed: {run.l0}")
+    return config
+
+
+def _parents(arm: StudyArm, children: Any) -> int:
+    """P of an H-SAE of so many atoms."""
+    assert arm.size.atoms is not None
+    if not isinstance(children, int) or children < 1 or arm.size.atoms % (1 + children):
+        allowed = f"a multiple of 1 + n_children_per_parent ({children})"
+        raise ConfigError(f"arms.{arm.name}.size.atoms: found {arm.size.atoms}, allowed: {allowed}")
+    return arm.size.atoms // (1 + children)
+
+
+def model_config(study: Study, base: Config, run: RunKey, width: int) -> HSAEConfig | FlatConfig:
+    """The run's model; a flat arm with `size: {params: ARM}` gets the latents that match ARM at the same L0."""
+    config = run_config(study, base, run)
+    arm: ArmConfig = config.arms[0]
+    if arm.kind == "hsae":
+        return config.arm_hsae(arm)
+    flat = config.arm_flat(arm)
+    other = study.arm(run.arm).size.params
+    if other is None:
+        return flat
+    hsae = model_config(study, base, run._replace(arm=other), width)
+    assert isinstance(hsae, HSAEConfig)
+    n_latents = latents_for(parameter_count, flat, width, hsae_parameters(hsae, width))
+    return type(flat).model_validate({**flat.model_dump(), "n_latents": n_latents})
+
+
+def hsae_parameters(config: HSAEConfig, d: int) -> int:
+    """Parameters of an H-SAE, tied tensors once."""
+    P, C, s = config.n_parents, config.n_children_per_parent, config.subspace_dim
+    pairs = [(config.use_tied_decoders_parent, P * d), (config.tie_projectors, P * s * d)]
+    pairs.append((config.use_tied_decoders_child, P * C * s))
+    weights = sum(size * (1 if tie is True else 2) for tie, size in pairs)
+    return weights + (P + P * C) * config.use_encoder_bias + d * config.use_decoder_bias
+
+
+def settings_hash(study: Study, base: Config, run: RunKey) -> str:
+    """SHA-256 of all that a run's result depends on, but for the data: two runs of one hash may stand in one table."""
+    config = run_config(study, base, run)
+    arm = config.arms[0]
+    tree = config.model_dump(mode="json")
+    other = study.arm(run.arm).size.params
+    matched = None
+    if other is not None:
+        hsae = {**tree["hsae"], **run_config(study, base, run._replace(arm=other)).arms[0].hsae}
+        matched = [hsae[key] for key in SHAPE]
+    made = config.arm_hsae(arm) if arm.kind == "hsae" else config.arm_flat(arm)
+    return sha256_json(
+        {
+            "run": {"kind": arm.kind, "hook": run.hook, "l0": run.l0, "seed": run.seed},
+            "model": {**made.model_dump(mode="json"), **({} if other is None else {"n_latents": None})},
+            "params": matched,
+            "training": {key: value for key, value in tree["training"].items() if key not in _NO_RESULT},
+            "steps": study.steps,
+            "data": [tree["data"][key] for key in ("normalize", "bias_rows")],
+            "geometry": tree["geometry"],
+            "concepts": {key: value for key, value in tree["concepts"].items() if key not in _OF_DATA},
+            "measure": study.measure.model_dump(mode="json", exclude={"context_batch"}),
+        }
+    )
+
+
+SHAPE = (  # fields of hsae that decide its number of parameters
+    "n_parents",
+    "n_children_per_parent",
+    "subspace_dim",
+    "use_encoder_bias",
+    "use_decoder_bias",
+    "use_tied_decoders_parent",
+    "use_tied_decoders_child",
+    "tie_projectors",
+)
+_OF_DATA = ("label", "belief_threshold", "ontology")  # the label follows the hook, the ontology is known by its bytes
+_NO_RESULT = (*NOT_IN_RESULTS, "cuda_graph", "log_every", "val_every", "val_rows")
+
+
+def dump_study(study: Study) -> str:
+    """The study as YAML."""
+    return yaml.safe_dump(study.model_dump(exclude_defaults=True), sort_keys=False, width=120)
+
+
+def places_removed(overrides: list[str]) -> list[str]:
+    """The overrides that change results: not those that say where something lies or runs."""
+    return [override for override in overrides if not override.split("=")[0].startswith(PLACES)]
+
+
+def _require_unique(field: str, values: list[Any]) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{field}: found {values}, allowed: values that differ")

@@ -1,0 +1,322 @@
+"""hsae study: runs, resuming, what a changed arm does, and a table from the files alone."""
+
+import json
+import lzma
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from running import Answer, files, hsae, refused
+from tiny import save_family
+
+from polytope_hsae.config import ConfigError
+from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.models.hsae import HierarchicalSAE
+from polytope_hsae.study.plan import RunKey, hsae_parameters, load_study, model_config
+from polytope_hsae.study.results import read_results
+from polytope_hsae.study.run import best_trial, due, n_runs
+
+HOOK = "final_residual_pre_unembed"
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "config": "smoke",
+    "set": {
+        "run.threads": 1,
+        "corpus.max_tokens": 4000,
+        "hsae.causal_ortho_lambda": 0,
+        "concepts.min_test_rows": 2,
+    },
+    "hooks": [HOOK],
+    "steps": 6,
+    "batch_size": 128,
+    "seeds": [0, 1],
+    "l0": [4],
+    "lr": [1e-3, 3e-3],
+    "measure": {"contexts": 2, "usage_rows": 1024, "probe_rows": 4000},
+    "arms": [
+        {
+            "name": "nested",
+            "kind": "hsae",
+            "size": {"atoms": 64},
+            "hsae": {"n_children_per_parent": 3, "subspace_dim": 4, "gate": "hard"},
+            "l0": {4: {"topk_parent": 2, "topk_child_total": 2}},
+        },
+        {"name": "topk", "kind": "topk", "size": {"params": "nested"}},
+    ],
+}
+
+WORDS = {
+    "animal": {"pet": ["dog", "cat", "horse"], "wild": ["wolf", "lion", "bear"], "water": ["fish", "whale", "shark"]},
+    "body": {"limb": ["hand", "arm", "leg"], "face": ["eye", "nose", "mouth"], "inside": ["heart", "brain", "blood"]},
+    "place": {
+        "town": ["city", "village", "street"],
+        "nature": ["river", "hill", "sea"],
+        "house": ["room", "door", "wall"],
+    },
+}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """The tiny study's file with some fields replaced."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return path
+
+
+def run(path: Path, out: Path, fixtures: Path, *more: object) -> Answer:
+    """`hsae study run` with a tiny language model, on the CPU."""
+    places = ("--set", f"model.name={fixtures / 'lm'}", "--set", f"concepts.ontology={fixtures / 'words.yaml'}")
+    shared = ("--cache", fixtures / "cache", "--device", "cpu")
+    return hsae("study", "run", path, "--out", out, *places, *shared, *more)
+
+
+def with_arm(place: int, **changes: Any) -> list[dict[str, Any]]:
+    """The tiny study's arms with some fields of one replaced."""
+    return [{**arm, **(changes if number == place else {})} for number, arm in enumerate(TINY["arms"])]
+
+
+@pytest.fixture(scope="module")
+def fixtures(tmp_path_factory) -> Path:
+    """A tiny language model, a small tree of words, and the activations that all studies here share."""
+    folder = tmp_path_factory.mktemp("fixtures")
+    save_family(folder / "lm", "llama")
+    (folder / "words.yaml").write_text(yaml.safe_dump(WORDS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, fixtures) -> Path:
+    """The folder of a finished tiny study. Read only."""
+    folder = tmp_path_factory.mktemp("study")
+    answer = run(written(folder), folder / "out", fixtures)
+    assert answer.code == 0, answer.err
+    return folder / "out"
+
+
+def records(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
+
+
+def test_a_study_leaves_one_small_file_for_every_run(done):
+    found = records(done)
+    assert len(found) == 6  # two arms: two rates with seed 0, the better one with seed 1
+    for name, record in found.items():
+        assert (done / "runs" / name).stat().st_size < 4096
+        assert record["rows"] == 6 * 128
+        assert record["failed"] is None
+        assert 0 < record["val"]["l0"]["value"] <= 4
+        assert record["usage"]["rows"] == 1024
+        assert record["peak_bytes"] == {"value": None, "why": "not counted on a CPU"}
+    nested = [record for record in found.values() if record["arm"] == "nested"]
+    flat = [record for record in found.values() if record["arm"] == "topk"]
+    assert {record["hierarchy"]["parent_given_child"]["value"] for record in nested} == {1.0}
+    assert all(record["hierarchy"]["probe_min"]["value"] is None for record in flat)
+    assert flat[0]["hierarchy"]["probe_min"]["why"] == "a flat model has no children"
+    assert abs(flat[0]["parameters"] - nested[0]["parameters"]) < 0.02 * nested[0]["parameters"]
+    assert len({record["data_sha256"] for record in found.values()}) == 1
+    for arm in ("nested", "topk"):
+        trials = {
+            record["lr"]: record["val"]["ev"]["value"]
+            for record in found.values()
+            if record["arm"] == arm and record["seed"] == 0
+        }
+        assert set(trials) == {1e-3, 3e-3}
+        chosen = {record["lr"] for record in found.values() if record["arm"] == arm and record["seed"] == 1}
+        assert chosen == {max(trials, key=trials.__getitem__)}
+
+
+def test_a_finished_study_is_not_run_again(done, fixtures):
+    before = files(done)
+    answer = run(done / "study.yaml", done, fixtures)
+    assert (answer.code, files(done)) == (0, before), answer.err
+    assert "6 of 6 runs are there" in answer.out
+
+
+def test_a_stopped_study_goes_on_and_ends_with_the_same_numbers(done, fixtures, tmp_path):
+    out = tmp_path / "out"
+    path = written(tmp_path)
+    assert run(path, out, fixtures, "--limit", 1).code == 0
+    assert len(records(out)) == 1
+    (out / "runs" / ".half.json.12345678.tmp").write_text("{")  # what a kill in the middle of a write leaves
+    assert run(path, out, fixtures, "--only", "top*").code == 0
+    assert {record["arm"] for record in records(out).values()} == {"nested", "topk"}
+    assert run(path, out, fixtures).code == 0
+    assert not list((out / "runs").glob(".*"))
+    for name, record in records(done).items():
+        for part in ("val", "usage", "hierarchy", "config", "settings_sha256", "data_sha256"):
+            assert records(out)[name][part] == record[part]
+
+
+def test_runs_in_worker_processes_give_the_same_numbers(done, fixtures, tmp_path):
+    out = tmp_path / "out"
+    answer = run(written(tmp_path), out, fixtures, "--workers", 2, "--only", f"topk-{HOOK}-4")
+    assert answer.code == 0, answer.err
+    found = records(out)
+    assert len(found) == 3
+    for name, record in found.items():
+        assert record["workers"] == 2
+        assert record["val"]["ev"]["value"] == pytest.approx(records(done)[name]["val"]["ev"]["value"], abs=1e-4)
+
+
+def test_a_changed_arm_is_made_again_and_not_mixed(done, fixtures, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    before = records(out)
+    changed = with_arm(0, hsae={**TINY["arms"][0]["hsae"], "child_input": "input"})
+    text = yaml.safe_dump({**TINY, "arms": changed})
+    (out / "study.yaml").write_text(text)
+    left = read_results(out)
+    assert {result.cell.arm for result in left.found} == {"topk"}
+    assert len(left.left_out) == 3
+    answer = run(out / "study.yaml", out, fixtures)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("made with other settings, is made again") == 3
+    assert (out / "study.yaml").read_text() == text
+    after = records(out)
+    assert all(after[name] == before[name] for name in before if name.startswith("topk"))
+    assert all(after[name]["settings_sha256"] != before[name]["settings_sha256"] for name in before if "nested" in name)
+    assert len(read_results(out).found) == 2
+
+
+def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):
+    out = tmp_path / "elsewhere"
+    shutil.copytree(done / "runs", out / "runs")
+    shutil.copy(done / "study.yaml", out)
+    assert hsae("study", "table", out).code == 0
+    first = files(out)
+    table = (out / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith(("| nested", "| topk"))]
+    assert len(rows) == 3  # two arms, and the hierarchy of one
+    widths = {
+        line.count("|") for line in table.splitlines() if line.startswith(("| arm | atoms", "| nested | 64", "| topk"))
+    }
+    assert len(widths) == 1
+    assert rows[0].split("|")[2].strip() == "64"
+    values = [record["val"]["ev"]["value"] for record in records(out).values() if record["arm"] == "topk"]
+    assert "(topk)" in rows[0]
+    assert "no flat arm" in rows[0]  # none has as few atoms
+    assert len(values) == 3
+    picture, page = ((out / name).read_text() for name in ("pareto.svg", "pareto.html"))
+    assert picture.count("<svg ") == 9
+    assert page.count("<figure>") == 8
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert hsae("study", "table", out).code == 0
+    assert files(out) == first
+    refused(hsae("study", "table", out, "--test"), "test values", "--test")
+
+
+def test_packed_runs_are_the_same_files_again(done, fixtures, tmp_path):
+    packed = tmp_path / "runs.jsonl"
+    answer = run(done / "study.yaml", done, fixtures, "--pack", packed)
+    assert answer.code == 0, answer.err
+    assert len(packed.read_text().splitlines()) == 6
+    assert hsae("study", "unpack", packed, tmp_path / "out").code == 0
+    assert records(tmp_path / "out") == records(done)
+    packed.write_text('{"arm": 3}\n')
+    refused(hsae("study", "unpack", packed, tmp_path / "other"), "line 1", "arm")
+
+
+def test_text_from_a_folder_and_test_values(fixtures, tmp_path):
+    texts = tmp_path / "text"
+    texts.mkdir()
+    paragraph = "The farmer fed the horse, and the dog ran after the cat near the old house by the river.\n"
+    for name, repeats in (("train", 60), ("heldout", 30)):
+        with lzma.open(texts / f"{name}.txt.xz", "wt") as stream:
+            stream.write("\n".join(f"{number}. {paragraph * 6}" for number in range(repeats)))
+    path = written(tmp_path, arms=TINY["arms"][:1], lr=[1e-3], seeds=[0])
+    answer = run(path, tmp_path / "out", fixtures, "--set", f"text={texts}", "--test")
+    assert answer.code == 0, answer.err
+    (record,) = records(tmp_path / "out").values()
+    assert set(record["text_sha256"]) == {"train", "heldout"}
+    assert record["test"]["rows"] > 0
+    assert str(texts) not in (tmp_path / "out" / "study.yaml").read_text()
+    assert hsae("study", "table", tmp_path / "out", "--test").code == 0
+    assert "test values" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"steps": 0}, ["steps: found 0"]),
+        ({"colour": "red"}, ["colour", "allowed: name, config"]),
+        ({"hooks": []}, ["hooks"]),
+        ({"lr": [1e-3, 1e-3]}, ["lr", "allowed: values that differ"]),
+        ({"arms": with_arm(0, size={"atoms": 65})}, ["arms.nested.size.atoms: found 65"]),
+        ({"arms": with_arm(0, size={"params": "topk"})}, ["allowed: atoms for an H-SAE"]),
+        ({"arms": with_arm(0, size={})}, ["allowed: one of atoms and params"]),
+        ({"arms": with_arm(0, l0={})}, ["arms.nested.l0", "found nothing for 4"]),
+        (
+            {"arms": with_arm(0, l0={4: {"topk_parent": 3, "topk_child_total": 2}})},
+            ["found 5 active latents, allowed: 4"],
+        ),
+        ({"arms": with_arm(0, hsae={"gate": "soft", "n_children_per_parent": 3})}, ["arms.nested", "gate", "'soft'"]),
+        ({"arms": with_arm(1, size={"params": "nobody"})}, ["size.params", "'nobody'", "allowed: nested"]),
+        ({"arms": with_arm(1, flat={"colour": 1})}, ["arms.topk", "colour"]),
+        ({"arms": with_arm(1, lr=[1e-3])}, ["arms.topk.lr", "allowed: 2 rates"]),
+        ({"config": "nothing"}, ["'nothing'", "quickstart"]),
+        ({"set": {"hsae.colour": 1}}, ["hsae.colour"]),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_in_one_line(tmp_path, changes, words):
+    refused(hsae("study", "run", written(tmp_path, **changes), "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path):
+    path = written(tmp_path)
+    refused(hsae("study", "run", tmp_path / "none.yaml"), "none.yaml", "allowed: a YAML file")
+    refused(hsae("study", "run", path, "--only", "x*", "--out", tmp_path / "a"), "--only", "nested, topk")
+    refused(hsae("study", "run", path, "--set", "text=nowhere", "--out", tmp_path / "b"), "train.txt.xz")
+    refused(hsae("study", "run", done / "study.yaml", "--set", "steps=9", "--out", done), "--set", "steps=9", "--out")
+    refused(hsae("study", "table", tmp_path / "none"), "study.yaml")
+
+
+def test_records_of_other_data_do_not_share_a_table(done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    path = next((out / "runs").glob("topk*"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data_sha256": "0" * 64}))
+    refused(hsae("study", "table", out), "different data")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 7}))
+    refused(hsae("study", "table", out), path.name)
+
+
+def test_rates_come_first_and_failed_ones_lose(tmp_path):
+    study, _ = load_study(written(tmp_path, seeds=[3, 4, 5]))
+    assert n_runs(study) == 2 * (2 + 2)
+    one, two = (RunKey("topk", HOOK, 4, 3, lr) for lr in (1e-3, 3e-3))
+    assert [run for run in due(study, {}) if run.arm == "topk"] == [one, two]
+
+    def ev(value: float) -> dict[str, Any]:
+        return {"failed": None, "val": {"ev": {"value": value}}}
+
+    found: dict[RunKey, Any] = {one: ev(0.5), two: ev(0.6)}
+    assert [run for run in due(study, found) if run.arm == "topk"] == [two._replace(seed=4), two._replace(seed=5)]
+    found[two] = {"failed": "the loss is nan"}
+    assert best_trial([one, two], found) == one
+    found[one] = {"failed": "the loss is nan"}
+    assert best_trial([one, two], found) is None
+    assert not [run for run in due(study, found) if run.arm == "topk"]
+
+
+@pytest.mark.parametrize("tie", [False, "init", True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_parameters_from_the_shape_are_the_models(tie, bias, tmp_path):
+    fields = {"use_tied_decoders_parent": tie, "tie_projectors": tie, "use_tied_decoders_child": tie}
+    fields |= {"use_encoder_bias": bias, "use_decoder_bias": bias}
+    arms = with_arm(0, hsae={**TINY["arms"][0]["hsae"], **fields})
+    study, base = load_study(written(tmp_path, arms=arms))
+    run = RunKey("nested", HOOK, 4, 0, 1e-3)
+    made = model_config(study, base, run, 16)
+    model: SparseAutoencoder = HierarchicalSAE(made, 16)  # type: ignore[arg-type]
+    assert hsae_parameters(made, 16) == sum(parameter.numel() for parameter in model.parameters())  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    for text in ("- a", "a: b: c", ""):
+        path = tmp_path / "broken.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            load_study(path)
