@@ -21,6 +21,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 
+SPARSE = 1 / 8  # share of a gradient's entries that are not 0, up to which its products take those entries alone
+
+
+def linear(x_Bd: Tensor, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+    """x W^T + b [B, P], whose gradient costs what its entries other than 0 cost: those of the chosen logits."""
+    out: Tensor = _Linear.apply(x_Bd, weight_Pd, bias_P)
+    return out
+
+
 def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
     """Sum over k of value * weight[index]: [B, d]."""
     summed: Tensor = _Sum.apply(weight_Pd, index_Bk, value_Bk)
@@ -61,6 +70,30 @@ def rows_of(parent_Bk: Tensor, m: int) -> Tensor:
     return (parent_Bk.unsqueeze(2) * m + torch.arange(m, device=parent_Bk.device)).flatten(1)
 
 
+class _Linear(torch.autograd.Function):
+    """x [B, d], W [P, d], b [P] or None -> [B, P]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Bd: Tensor, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_Bd, weight_Pd)
+        return torch.nn.functional.linear(x_Bd, weight_Pd, bias_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BP: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_Bd, weight_Pd = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if torch.count_nonzero(grad_BP) > SPARSE * grad_BP.numel():
+            grad_x, grad_weight = grad_BP @ weight_Pd if of_x else None, grad_BP.T @ x_Bd if of_weight else None
+        else:
+            index_BP = torch.arange(len(weight_Pd), device=x_Bd.device).expand_as(grad_BP)
+            pairs = _pairs(index_BP, grad_BP)
+            grad_x = _sum(weight_Pd, *pairs, len(x_Bd)) if of_x else None
+            grad_weight = _outer(x_Bd, *pairs, len(weight_Pd)) if of_weight else None
+        return grad_x, grad_weight, grad_BP.sum(0) if of_bias else None
+
+
 class _Dot(torch.autograd.Function):
     """x [B, d], W [R, d], index [B, n] -> [B, n]."""
 
@@ -95,7 +128,9 @@ class _Sum(torch.autograd.Function):
         grad_Bd = grad_Bd.contiguous()
         grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_weight = _outer(grad_Bd, *_pairs(index_Bn, value_Bn), len(weight_Rd))
+            row_Bn = torch.arange(len(index_Bn), device=index_Bn.device).unsqueeze(1).expand_as(index_Bn)
+            pairs = row_Bn.flatten(), index_Bn.flatten(), value_Bn.flatten()
+            grad_weight = _outer(grad_Bd, *pairs, len(weight_Rd))
         return grad_weight, None, _dot(grad_Bd, weight_Rd, index_Bn) if ctx.needs_input_grad[2] else None
 
 
@@ -113,8 +148,8 @@ def _dot(x_Bd: Tensor, weight_Rd: Tensor, index_Bn: Tensor) -> Tensor:
 
 def _pairs(index_Bn: Tensor, value_Bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row, weight and value of the pairs whose value is not 0, by row: [M] each. Most children are not chosen."""
-    place_M = value_Bn.flatten().nonzero().squeeze(1)
-    return place_M // index_Bn.shape[1], index_Bn.flatten()[place_M], value_Bn.flatten()[place_M]
+    row_M, slot_M = value_Bn.nonzero(as_tuple=True)
+    return row_M, index_Bn[row_M, slot_M], value_Bn[row_M, slot_M]
 
 
 def _sum(weight_Rd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, B: int) -> Tensor:
@@ -126,4 +161,4 @@ def _sum(weight_Rd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, B: 
 def _outer(x_Bd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, R: int) -> Tensor:
     """Sum of value * x over the pairs of every weight: [R, d]."""
     order_M = torch.argsort(index_M, stable=True)
-    return _sum(x_Bd, index_M[order_M], row_M[order_M], value_M[order_M], R)
+    return _sum(x_Bd, *(pairs_M.index_select(0, order_M) for pairs_M in (index_M, row_M, value_M)), R)
