@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-
 SPARSE = 1 / 8  # share of a gradient's entries that are not 0, up to which its products take those entries alone
 
 
@@ -62,7 +61,7 @@ def composes(pairs: int, P: int, C: int, s: int) -> bool:
 
     They are then no larger than the projectors, and cost no more than the pairs' way through the subspaces.
     """
-    return C <= s and P * C <= pairs
+    return s >= C and pairs >= P * C
 
 
 def rows_of(parent_Bk: Tensor, m: int) -> Tensor:
@@ -161,4 +160,5 @@ def _sum(weight_Rd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, B: 
 def _outer(x_Bd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, R: int) -> Tensor:
     """Sum of value * x over the pairs of every weight: [R, d]."""
     order_M = torch.argsort(index_M, stable=True)
-    return _sum(x_Bd, *(pairs_M.index_select(0, order_M) for pairs_M in (index_M, row_M, value_M)), R)
+    index_M, row_M, value_M = (numbers_M.index_select(0, order_M) for numbers_M in (index_M, row_M, value_M))
+    return _sum(x_Bd, index_M, row_M, value_M, R)
