@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationMixin, PreTrainedModel
 
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+from polytope_hsae.lm_edits import EditedRuns
 
 KINDS = ("llama", "neox", "gemma2")
 INNER = {"llama": "model.layers.0", "neox": "gpt_neox.layers.0", "gemma2": "model.layers.0"}
@@ -181,6 +182,29 @@ def test_splicing_the_identity_changes_nothing(kind: str) -> None:
         clean, spliced = (cross_entropy(z[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for z in (expected, logits))
         assert float(clean) == pytest.approx(float(spliced), rel=1e-6)
         assert not torch.allclose(lm.run_with_edit(tokens, hook, lambda acts: 0.5 * acts.flip(2)), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["final", "inner", "inside"])
+def test_many_edits_give_the_same_logits_and_run_the_first_blocks_once(kind: str, place: str) -> None:
+    lm = tiny.language_model(kind)
+    blocks = list(lm.model.get_submodule(INNER[kind].removesuffix(".0")))
+    last = INNER[kind].replace(".0", f".{len(blocks) - 1}")
+    hook = {"final": FINAL_HOOK, "inner": INNER[kind], "inside": f"{last}.mlp"}[place]
+    whole = {"final": len(blocks), "inner": 1, "inside": len(blocks) - 1}[place]
+    mask = torch.ones_like(ids())
+    mask[1, 5:] = 0
+    edits = [lambda acts: acts, lambda acts: acts.flip(2), lambda acts: acts + 0.1]
+    expected = [lm.run_with_edit(ids(), hook, edit, mask=mask) for edit in edits]
+    ran: list[int] = []
+    for number, block in enumerate(blocks):
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    runs = EditedRuns(lm, ids(), hook, mask)
+    for edit, logits in zip(edits, expected, strict=True):
+        assert torch.equal(runs.logits(edit), logits)
+    assert [ran.count(number) for number in range(len(blocks))] == [1] * whole + [3] * (len(blocks) - whole)
+    torch.testing.assert_close(lm.run_with_edit(ids(), hook, edits[1], mask=mask), expected[1])
+    assert ran.count(0) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

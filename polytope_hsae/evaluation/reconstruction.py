@@ -24,7 +24,8 @@ from polytope_hsae.evaluation.bootstrap import (
     summarise,
     unavailable,
 )
-from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm import Edit, LanguageModel
+from polytope_hsae.lm_edits import EditedRuns
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
 
@@ -107,15 +108,30 @@ def evaluate_reconstruction(
     return Evaluation(result.metrics | usage.metrics(bootstrap, seed), units)
 
 
-def _token_sums(logits_BTV: Tensor, clean_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Per context: summed next-token cross-entropy and KL(clean || logits) over counted positions, float64 [B]."""
-    ce_B, kl_B = [], []
-    for logits_TV, clean_TV, ids_T, counted_T in zip(logits_BTV, clean_BTV, ids_BT, counted_BT, strict=True):
-        log_p_NV = log_softmax(logits_TV[:-1][counted_T].float(), -1)
-        log_clean_NV = log_softmax(clean_TV[:-1][counted_T].float(), -1)
-        ce_B.append(-log_p_NV.gather(-1, ids_T[1:][counted_T, None]).double().sum())
-        kl_B.append((log_clean_NV.exp() * (log_clean_NV - log_p_NV)).sum(-1).double().sum())
-    return torch.stack(ce_B), torch.stack(kl_B)
+class _Clean:
+    """The unedited model's predictions on contexts [B, T], which every edited one is compared with."""
+
+    def __init__(self, logits_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> None:
+        self.ids_BT, self.counted_BT = ids_BT, counted_BT
+        self.log_p = [self._log_p(logits_TV, row) for row, logits_TV in enumerate(logits_BTV)]
+        self.ce_B = torch.stack([self._ce(log_p_NV, row) for row, log_p_NV in enumerate(self.log_p)])
+
+    def _log_p(self, logits_TV: Tensor, row: int) -> Tensor:
+        """log p [N, V] at the counted positions of a context."""
+        return log_softmax(logits_TV[:-1][self.counted_BT[row]].float(), -1)
+
+    def _ce(self, log_p_NV: Tensor, row: int) -> Tensor:
+        return -log_p_NV.gather(-1, self.ids_BT[row, 1:][self.counted_BT[row], None]).double().sum()
+
+    def compare(self, logits_BTV: Tensor) -> tuple[Tensor, Tensor]:
+        """Per context: summed next-token cross-entropy and KL(clean || logits), float64 [B]."""
+        ce_B, kl_B = [], []
+        for row, logits_TV in enumerate(logits_BTV):
+            log_p_NV = self._log_p(logits_TV, row)
+            ce_B.append(self._ce(log_p_NV, row))
+            clean_NV = self.log_p[row]
+            kl_B.append((clean_NV.exp() * (clean_NV - log_p_NV)).sum(-1).double().sum())
+        return torch.stack(ce_B), torch.stack(kl_B)
 
 
 @torch.no_grad()
@@ -132,7 +148,7 @@ def _language_model_sums(
     def ablate(acts_BTd: Tensor) -> Tensor:
         return torch.cat([acts_BTd[:, :1], mean_d.to(acts_BTd).expand_as(acts_BTd[:, 1:])], dim=1)
 
-    def spliced(sae: SparseAutoencoder) -> Tensor:
+    def spliced(sae: SparseAutoencoder) -> Edit:
         device = sae.write_directions().device
 
         def splice(acts_BTd: Tensor) -> Tensor:
@@ -140,20 +156,18 @@ def _language_model_sums(
             rebuilt_Nd = sae.decode(sae.encode(rows_Nd)).to(acts_BTd)
             return torch.cat([acts_BTd[:, :1], rebuilt_Nd.view_as(acts_BTd[:, 1:])], dim=1)
 
-        return lm.run_with_edit(ids_BT, hook, splice, mask=mask_BT)
+        return splice
 
     counted_BT = mask_BT[:, 1:].bool() & mask_BT[:, :-1].bool()
     counted_BT[:, 0] = False  # nothing is edited at position 0, so its prediction cannot change
-    clean_BTV = lm.run_with_edit(ids_BT, hook, lambda acts_BTd: acts_BTd, mask=mask_BT)
-    ce_clean_B, _ = _token_sums(clean_BTV, clean_BTV, ids_BT, counted_BT)
-    ce_ablated_B, kl_ablated_B = _token_sums(
-        lm.run_with_edit(ids_BT, hook, ablate, mask=mask_BT), clean_BTV, ids_BT, counted_BT
-    )
+    runs = EditedRuns(lm, ids_BT, hook, mask_BT)
+    clean = _Clean(runs.logits(lambda acts_BTd: acts_BTd), ids_BT, counted_BT)
+    ce_ablated_B, kl_ablated_B = clean.compare(runs.logits(ablate))
     sums = {}
     for name, sae in saes.items():
-        ce_spliced_B, kl_spliced_B = _token_sums(spliced(sae), clean_BTV, ids_BT, counted_BT)
+        ce_spliced_B, kl_spliced_B = clean.compare(runs.logits(spliced(sae)))
         tokens_B = counted_BT.sum(-1).double()
-        columns = [tokens_B, ce_clean_B, ce_ablated_B, ce_spliced_B, kl_ablated_B, kl_spliced_B]
+        columns = [tokens_B, clean.ce_B, ce_ablated_B, ce_spliced_B, kl_ablated_B, kl_spliced_B]
         sums[name] = torch.stack(columns, dim=1).cpu().numpy()
     return sums
 

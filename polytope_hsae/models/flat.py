@@ -75,7 +75,7 @@ class FlatSAE(SparseAutoencoder):
 
     def logits(self, x_Bd: Tensor) -> Tensor:
         """r [B, P] of normalised rows."""
-        return nn.functional.linear(x_Bd - self.b_dec, self.E, self.b_E)
+        return ops.linear(x_Bd - self.b_dec, self.E, self.b_E)
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d]."""

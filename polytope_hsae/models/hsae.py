@@ -181,7 +181,7 @@ class HierarchicalSAE(SparseAutoencoder):
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
         config = self.config
-        logits_BP = torch.nn.functional.linear(x_Bd, self.E, self.b_E)
+        logits_BP = ops.linear(x_Bd, self.E, self.b_E)
         choice_BP = logits_BP.detach()
         if config.magnitude == "leaky_offset":  # the published code chooses among codes, many of which are 0
             choice_BP = parent_code(choice_BP, config.magnitude, self.threshold)

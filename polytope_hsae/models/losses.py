@@ -5,9 +5,11 @@ Shapes: B rows, d width, P parents, k active parents, C children, s subspace wid
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..config import HSAEConfig
@@ -27,6 +29,27 @@ def _mean_error(error_B: Tensor, width: int, reduction: str) -> Tensor:
     return error_B.mean() / width if reduction == "mean" else error_B.mean()
 
 
+class _Gram(torch.autograd.Function):
+    """X^T X over the last two dimensions; autograd takes a product for each factor, and they are one."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor) -> Tensor:
+        ctx.save_for_backward(X)
+        return X.mT @ X
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (X,) = ctx.saved_tensors
+        gradient: Tensor = X @ (grad + grad.mT)
+        return gradient
+
+
+def _gram_product(E: Tensor, D: Tensor) -> Tensor:
+    """<E^T E, D^T D> = |E D^T|_F^2, summed over leading dimensions."""
+    return (_Gram.apply(E) * _Gram.apply(D)).sum()
+
+
 def biorth_identity(E: Tensor, D: Tensor) -> Tensor:
     """|E D^T - I|_F^2 over the last two dimensions [n, m], summed over leading ones, in O(n m min(n, m)).
 
@@ -36,8 +59,7 @@ def biorth_identity(E: Tensor, D: Tensor) -> Tensor:
     if n <= m:
         eye = torch.eye(n, dtype=E.dtype, device=E.device)
         return (_long_product(E, D) - eye).square().sum()
-    grams = ((E.mT @ E) * (D.mT @ D)).sum()
-    return grams - 2 * (E * D).sum() + E.numel() // m
+    return _gram_product(E, D) - 2 * (E * D).sum() + E.numel() // m
 
 
 def _long_product(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +77,7 @@ def biorth_offdiag(E: Tensor, D: Tensor) -> Tensor:
         return E.new_zeros(())
     E, D = torch.nn.functional.normalize(E, dim=-1), torch.nn.functional.normalize(D, dim=-1)
     diagonal = (E * D).sum(-1).square().sum()
-    total = (E @ D.mT).square().sum() if n <= m else ((E.mT @ E) * (D.mT @ D)).sum()
+    total = (E @ D.mT).square().sum() if n <= m else _gram_product(E, D)
     return (total - diagonal) / (E.numel() // (n * m) * (n * n - n))
 
 
@@ -72,7 +94,7 @@ def biorth_jax(E: Tensor, D: Tensor, precision: ops.Precision = "float32") -> Te
     if ops.uses_kernels(E, D) and d < P:
         return ops.biorth_jax(E, D, JAX_EPS, precision)
     E, D = (rows / (rows.norm(dim=1, keepdim=True) + JAX_EPS) for rows in (E, D))
-    total = (D @ E.T).square().sum() if d >= P else ((D.T @ D) * (E.T @ E)).sum()
+    total = (D @ E.T).square().sum() if d >= P else _gram_product(D, E)
     diagonal_P, column_P = (E * D).sum(1), E @ D.sum(0)
     squared = total - 2 * (diagonal_P * column_P).sum() + P * diagonal_P.square().sum()
     return squared.clamp_min(torch.finfo(E.dtype).tiny).sqrt() / (P * P - P)

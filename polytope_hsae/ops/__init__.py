@@ -86,6 +86,13 @@ def gate(logit_Bk: Tensor, threshold: Tensor | None, temperature: float | Tensor
     return codes
 
 
+def linear(x_Bd: Tensor, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+    """Logits x W^T + b [B, P], of which few are chosen: on a CPU the gradient of the others costs nothing."""
+    if x_Bd.is_cuda:
+        return torch.nn.functional.linear(x_Bd, weight_Pd, bias_P)
+    return reference.linear(x_Bd, weight_Pd, bias_P)
+
+
 def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor, routes: Routing | None = None) -> Tensor:
     """Sum over k of value * weight[index]: [B, d], without a [B, k, d] tensor."""
     routes = routes or routing(index_Bk, weight_Pd)

@@ -1,156 +1,164 @@
 """Routed products in plain PyTorch: each row meets only the weights of the parents it was routed to.
 
-The (row, parent) pairs of a batch are sorted by parent and cut into tiles of T pairs that share one parent, so every
-product is one batched matrix product whose cost grows with the number of pairs, not with the number of parents.
+All of them are made of three products, each the gradient of the other two. With rows x [B, d], weights W [R, d] and
+for every row the numbers i of n weights and n values v:
 
-Shapes: B rows, k slots per row, N = B k pairs, P parents, n tiles, T pairs per tile, d residual width.
+    dot    x_b . W_i                                  -> [B, n]
+    sum    sum over a row's n of v W_i                -> [B, d]
+    outer  sum over a weight's pairs (b, i) of v x_b  -> [R, d], for which pairs are grouped by weight
+
+They read rows where these lie and add in place: no gathered copy, so memory is that of B n values.
+
+Shapes: B rows, k slots per row, P parents, C children per parent, s subspace width, d residual width, K children per
+row, M pairs that count.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-MAX_PADDING = 0.25
+SPARSE = 1 / 8  # share of a gradient's entries that are not 0, up to which its products take those entries alone
 
 
-class TilePlan(NamedTuple):
-    """Where each pair of a batch lies among the tiles.
-
-    parent_of_tile [n]; pair_of_slot [n*T] (padding slots name pair 0); slot_of_pair [N]; tile: T.
-    """
-
-    parent_of_tile: Tensor
-    pair_of_slot: Tensor
-    slot_of_pair: Tensor
-    tile: int
-
-
-def plan_tiles(parent_N: Tensor, n_parents: int) -> TilePlan:
-    """Group pairs by parent (int64 [N], N >= 1) into tiles.
-
-    T is the largest power of two up to 64 with which padding adds at most MAX_PADDING to the pairs, however they fall:
-    the tiles are as large as a matrix product likes, and the cost never grows with the number of parents.
-    """
-    order_N = torch.argsort(parent_N, stable=True)
-    count_P = torch.bincount(parent_N, minlength=n_parents)
-    sizes_7 = 1 << torch.arange(7, device=parent_N.device)
-    slots_7 = ((count_P.unsqueeze(1) + sizes_7 - 1) // sizes_7).sum(0) * sizes_7
-    tile = int(sizes_7[slots_7 <= (1 + MAX_PADDING) * parent_N.numel()].max())
-    tiles_P = (count_P + tile - 1) // tile
-    parents_P = torch.arange(n_parents, device=parent_N.device)
-    parent_of_tile = torch.repeat_interleave(parents_P, tiles_P)
-    first_slot_P = (torch.cumsum(tiles_P, 0) - tiles_P) * tile
-    first_pair_P = torch.cumsum(count_P, 0) - count_P
-    sorted_parent_N = parent_N[order_N]
-    rank_N = torch.arange(parent_N.numel(), device=parent_N.device) - first_pair_P[sorted_parent_N]
-    slot_sorted_N = first_slot_P[sorted_parent_N] + rank_N
-    slot_of_pair = torch.empty_like(order_N)
-    slot_of_pair[order_N] = slot_sorted_N
-    pair_of_slot = torch.zeros(parent_of_tile.numel() * tile, dtype=torch.int64, device=parent_N.device)
-    pair_of_slot[slot_sorted_N] = order_N
-    return TilePlan(parent_of_tile, pair_of_slot, slot_of_pair, tile)
-
-
-class _RowsToSlots(torch.autograd.Function):
-    """rows [B, i], each repeated for its k pairs -> slots [n*T, i]. Backward: the sum of each row's k slots."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_Bi: Tensor, plan: TilePlan, k: int) -> Tensor:
-        ctx.plan, ctx.k = plan, k
-        return rows_Bi.index_select(0, plan.pair_of_slot // k)
-
-    @staticmethod
-    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_slots(grad_slots, ctx.plan, ctx.k), None, None
-
-
-class _SlotsToRows(torch.autograd.Function):
-    """slots [n*T, o] -> the sum of each row's k slots [B, o]. Backward: the row's gradient for each of its slots.
-
-    Padding slots get pair 0's gradient: what goes into them must be 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, slots: Tensor, plan: TilePlan, k: int) -> Tensor:
-        ctx.plan, ctx.k = plan, k
-        return _sum_slots(slots, plan, k)
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
-        return grad_rows.index_select(0, ctx.plan.pair_of_slot // ctx.k), None, None
-
-
-def _sum_slots(slots: Tensor, plan: TilePlan, k: int) -> Tensor:
-    """Sum of each row's k slots, [B, o], without a [B, k, o] tensor."""
-    return embedding_bag(plan.slot_of_pair.view(-1, k), slots, mode="sum")
-
-
-class _SlotsToPairs(torch.autograd.Function):
-    """slots [n*T, o] -> pairs [N, o]; padding slots are dropped and get gradient 0."""
-
-    @staticmethod
-    def forward(ctx: Any, slots: Tensor, plan: TilePlan) -> Tensor:
-        ctx.plan = plan
-        return slots.index_select(0, plan.slot_of_pair)
-
-    @staticmethod
-    def backward(ctx: Any, grad_pairs: Tensor) -> tuple[Tensor, None]:
-        grad_slots = grad_pairs.new_zeros(len(ctx.plan.pair_of_slot), grad_pairs.shape[-1])
-        return grad_slots.index_copy_(0, ctx.plan.slot_of_pair, grad_pairs), None
-
-
-class _PairsToSlots(torch.autograd.Function):
-    """pairs [N, i] -> slots [n*T, i], 0 in padding slots."""
-
-    @staticmethod
-    def forward(ctx: Any, pairs: Tensor, plan: TilePlan) -> Tensor:
-        ctx.plan = plan
-        slots = pairs.new_zeros(len(plan.pair_of_slot), pairs.shape[-1])
-        return slots.index_copy_(0, plan.slot_of_pair, pairs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_slots: Tensor) -> tuple[Tensor, None]:
-        return grad_slots.index_select(0, ctx.plan.slot_of_pair), None
-
-
-def routed_product(plan: TilePlan, slots: Tensor, weight_Pio: Tensor) -> Tensor:
-    """x W_p for every slot: slots [n*T, i], weight [P, i, o] -> [n*T, o]."""
-    tiles = slots.view(-1, plan.tile, slots.shape[-1])
-    return torch.bmm(tiles, weight_Pio.index_select(0, plan.parent_of_tile)).flatten(0, 1)
-
-
-def routed_product_transposed(plan: TilePlan, slots: Tensor, weight_Poi: Tensor) -> Tensor:
-    """x W_p^T for every slot: slots [n*T, i], weight [P, o, i] -> [n*T, o]."""
-    tiles = slots.view(-1, plan.tile, slots.shape[-1])
-    return torch.bmm(tiles, weight_Poi.index_select(0, plan.parent_of_tile).mT).flatten(0, 1)
+def linear(x_Bd: Tensor, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+    """x W^T + b [B, P], whose gradient costs what its entries other than 0 cost: those of the chosen logits."""
+    out: Tensor = _Linear.apply(x_Bd, weight_Pd, bias_P)
+    return out
 
 
 def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
-    """Sum over k of value * weight[index]: [B, d], without a [B, k, d] tensor."""
-    return embedding_bag(index_Bk, weight_Pd, mode="sum", per_sample_weights=value_Bk)
+    """Sum over k of value * weight[index]: [B, d]."""
+    summed: Tensor = _Sum.apply(weight_Pd, index_Bk, value_Bk)
+    return summed
 
 
 def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor, F: Tensor, b_F: Tensor | None) -> Tensor:
     """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0."""
-    B, k = parent_Bk.shape
-    if B == 0:
-        return x_Bd.new_zeros(0, k, F.shape[1])
-    plan = plan_tiles(parent_Bk.flatten(), Down.shape[0])
-    subspace = routed_product_transposed(plan, _RowsToSlots.apply(x_Bd, plan, k), Down)
-    pre = routed_product_transposed(plan, subspace, F)
-    pre_BkC: Tensor = _SlotsToPairs.apply(pre, plan).view(B, k, -1)
+    (B, k), (P, C, s) = parent_Bk.shape, F.shape
+    if composes(B * k, P, C, s):
+        pre = _Dot.apply(x_Bd, (F @ Down).flatten(0, 1), rows_of(parent_Bk, C))
+    else:
+        subspace = _Dot.apply(x_Bd, Down.flatten(0, 1), rows_of(parent_Bk, s))
+        pre = _Dot.apply(subspace.view(B * k, s), F.flatten(0, 1), rows_of(parent_Bk.view(-1, 1), C))
+    pre_BkC: Tensor = pre.view(B, k, C)
     return pre_BkC if b_F is None else pre_BkC + b_F[parent_Bk]
 
 
 def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor, G: Tensor) -> Tensor:
     """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]."""
-    B, K = index_BK.shape
-    d = Up.shape[-1]
-    if B * K == 0:
-        return value_BK.new_zeros(B, d)
-    C = G.shape[1]
-    plan = plan_tiles(index_BK.flatten() // C, Up.shape[0])
-    codes_Ns = G.flatten(0, 1).index_select(0, index_BK.flatten()) * value_BK.reshape(-1, 1)
-    return _SlotsToRows.apply(routed_product(plan, _PairsToSlots.apply(codes_Ns, plan), Up), plan, K)
+    (B, K), (P, C, s) = index_BK.shape, G.shape
+    if composes(B * K, P, C, s):
+        return weighted_row_sum((G @ Up).flatten(0, 1), index_BK, value_BK)
+    codes = weighted_row_sum(G.flatten(0, 1), index_BK.view(-1, 1), value_BK.view(-1, 1))
+    return weighted_row_sum(Up.flatten(0, 1), rows_of(index_BK // C, s), codes.view(B, K * s))
+
+
+def composes(pairs: int, P: int, C: int, s: int) -> bool:
+    """Whether all atoms of width d, [P, C, d], are made first, instead of passing through the subspaces.
+
+    They are then no larger than the projectors, and cost no more than the pairs' way through the subspaces.
+    """
+    return s >= C and pairs >= P * C
+
+
+def rows_of(parent_Bk: Tensor, m: int) -> Tensor:
+    """Numbers of each parent's m rows in a weight [P*m, d]: [B, k*m]."""
+    return (parent_Bk.unsqueeze(2) * m + torch.arange(m, device=parent_Bk.device)).flatten(1)
+
+
+class _Linear(torch.autograd.Function):
+    """x [B, d], W [P, d], b [P] or None -> [B, P]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Bd: Tensor, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_Bd, weight_Pd)
+        return torch.nn.functional.linear(x_Bd, weight_Pd, bias_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BP: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_Bd, weight_Pd = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if torch.count_nonzero(grad_BP) > SPARSE * grad_BP.numel():
+            grad_x, grad_weight = grad_BP @ weight_Pd if of_x else None, grad_BP.T @ x_Bd if of_weight else None
+        else:
+            index_BP = torch.arange(len(weight_Pd), device=x_Bd.device).expand_as(grad_BP)
+            pairs = _pairs(index_BP, grad_BP)
+            grad_x = _sum(weight_Pd, *pairs, len(x_Bd)) if of_x else None
+            grad_weight = _outer(x_Bd, *pairs, len(weight_Pd)) if of_weight else None
+        return grad_x, grad_weight, grad_BP.sum(0) if of_bias else None
+
+
+class _Dot(torch.autograd.Function):
+    """x [B, d], W [R, d], index [B, n] -> [B, n]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Bd: Tensor, weight_Rd: Tensor, index_Bn: Tensor) -> Tensor:
+        ctx.save_for_backward(x_Bd, weight_Rd, index_Bn)
+        return _dot(x_Bd, weight_Rd, index_Bn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_Bd, weight_Rd, index_Bn = ctx.saved_tensors
+        pairs = _pairs(index_Bn, grad_Bn)
+        grad_x = _sum(weight_Rd, *pairs, len(x_Bd)) if ctx.needs_input_grad[0] else None
+        return grad_x, _outer(x_Bd, *pairs, len(weight_Rd)) if ctx.needs_input_grad[1] else None, None
+
+
+class _Sum(torch.autograd.Function):
+    """W [R, d], index [B, n], value [B, n] -> [B, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_Rd: Tensor, index_Bn: Tensor, value_Bn: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_Rd, index_Bn, value_Bn)
+        if index_Bn.numel() == 0:
+            return weight_Rd.new_zeros(len(index_Bn), weight_Rd.shape[1])
+        return embedding_bag(index_Bn, weight_Rd, mode="sum", per_sample_weights=value_Bn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Bd: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        weight_Rd, index_Bn, value_Bn = ctx.saved_tensors
+        grad_Bd = grad_Bd.contiguous()
+        grad_weight = None
+        if ctx.needs_input_grad[0]:
+            row_Bn = torch.arange(len(index_Bn), device=index_Bn.device).unsqueeze(1).expand_as(index_Bn)
+            pairs = row_Bn.flatten(), index_Bn.flatten(), value_Bn.flatten()
+            grad_weight = _outer(grad_Bd, *pairs, len(weight_Rd))
+        return grad_weight, None, _dot(grad_Bd, weight_Rd, index_Bn) if ctx.needs_input_grad[2] else None
+
+
+def _dot(x_Bd: Tensor, weight_Rd: Tensor, index_Bn: Tensor) -> Tensor:
+    """The product that embedding_bag's gradient takes for its weights of samples; as such it has no name in public."""
+    B, n = index_Bn.shape
+    if index_Bn.numel() == 0:
+        return x_Bd.new_zeros(B, n)
+    row_of_pair = torch.arange(B, device=index_Bn.device).repeat_interleave(n)
+    first = torch.arange(0, B * n, n, device=index_Bn.device)
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    dots: Tensor = dot(x_Bd.contiguous(), weight_Rd, index_Bn.flatten(), first, row_of_pair, 0)
+    return dots.view(B, n)
+
+
+def _pairs(index_Bn: Tensor, value_Bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, weight and value of the pairs whose value is not 0, by row: [M] each. Most children are not chosen."""
+    row_M, slot_M = value_Bn.nonzero(as_tuple=True)
+    return row_M, index_Bn[row_M, slot_M], value_Bn[row_M, slot_M]
+
+
+def _sum(weight_Rd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, B: int) -> Tensor:
+    """Sum of value * weight over the pairs of every row, which are in the rows' order: [B, d]."""
+    count_B = torch.bincount(row_M, minlength=B)
+    return embedding_bag(index_M, weight_Rd, count_B.cumsum(0) - count_B, mode="sum", per_sample_weights=value_M)
+
+
+def _outer(x_Bd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, R: int) -> Tensor:
+    """Sum of value * x over the pairs of every weight: [R, d]."""
+    order_M = torch.argsort(index_M, stable=True)
+    index_M, row_M, value_M = (numbers_M.index_select(0, order_M) for numbers_M in (index_M, row_M, value_M))
+    return _sum(x_Bd, index_M, row_M, value_M, R)

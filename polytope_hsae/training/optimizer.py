@@ -1,4 +1,4 @@
-"""AdamW whose step on a GPU is one kernel per tensor, with the clipping inside; elsewhere it is PyTorch's own."""
+"""AdamW whose step is one pass over each tensor: on a GPU our kernel, with the clipping inside, on a CPU PyTorch's."""
 
 from typing import Any
 
@@ -20,6 +20,9 @@ class FusedAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, **options: Any):
         super().__init__(params, **options)
+        if all(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"]):
+            for group in self.param_groups:
+                group["fused"] = True
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.fused = ops.uses_kernels(*parameters) and all(parameter.is_contiguous() for parameter in parameters)
         self.hyper = torch.zeros(len(parameters), 4, device=parameters[0].device)
