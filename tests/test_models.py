@@ -13,8 +13,9 @@ from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
-from polytope_hsae.models.hsae import ChildInit, HierarchicalSAE
+from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.routing import routing_noise, straight_through_gate
+from polytope_hsae.models.start import ChildInit
 from polytope_hsae.ops import reference as ops
 
 

@@ -14,8 +14,8 @@ from ..config import LossOverrides, TopKConfig
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import geometric_median, project_out, row_norms
-from .hsae import unit_rows
 from .losses import aux_parent, reconstruction_error
+from .start import unit_rows
 
 
 class FlatSAE(SparseAutoencoder):

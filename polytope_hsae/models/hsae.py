@@ -9,55 +9,20 @@ s subspace width, Q teacher parents.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import HSAEConfig, LossOverrides
-from ..geometry.bases import dual_rows
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from .losses import causal_orthogonality, loss_terms
 from .magnitude import child_code, parent_code
 from .routing import routing_noise, straight_through_gate, topk_lowest
-
-
-class ChildInit(NamedTuple):
-    """Teacher of one parent's sub-SAE: Down, Up [s, d]; F, G [C', s] for its first C' <= C children."""
-
-    down: Tensor
-    up: Tensor
-    F: Tensor
-    G: Tensor
-
-
-class SquareRoots(Protocol):
-    """What the dual form needs of a geometry: Sigma^(1/2) and Sigma^(-1/2), [d, d]."""
-
-    @property
-    def sigma_sqrt(self) -> Tensor: ...
-
-    @property
-    def sigma_inv_sqrt(self) -> Tensor: ...
-
-
-def unit_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Gaussian rows scaled to unit norm."""
-    return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
-
-
-def orthonormal_rows(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """For each of P parents s orthonormal rows of width d: [P, s, d]."""
-    P, s, d = shape
-    return torch.linalg.qr(torch.randn(P, d, s, generator=generator)).Q.mT.contiguous()
-
-
-def he_uniform_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform within +-sqrt(6 / fan_in), fan_in the length of a row."""
-    return (2 * torch.rand(shape, generator=generator) - 1) * (6 / shape[-1]) ** 0.5
+from .start import ChildInit, RandomStart, SquareRoots, put_teacher, tied
 
 
 class HierarchicalSAE(SparseAutoencoder):
@@ -87,13 +52,13 @@ class HierarchicalSAE(SparseAutoencoder):
             raise ValueError(f"hsae.subspace_dim: found {s}, allowed: at most the residual width {width}")
         self.n_parents, self.n_children = P, C
         generator = torch.Generator().manual_seed(seed)
-        start = _Start(config.initial, generator)
+        start = RandomStart(config.initial, generator)
         self.D = nn.Parameter(start.router((P, width)))
         self.Up = nn.Parameter(start.projectors((P, s, width)))
         self.G = nn.Parameter(start.children((P, C, s)))
-        self.E = _tie(config.use_tied_decoders_parent, self.D, start.router((P, width)))
-        self.Down = _tie(config.tie_projectors, self.Up, start.projectors((P, s, width)))
-        self.F = _tie(config.use_tied_decoders_child, self.G, start.children((P, C, s)))
+        self.E = tied(config.use_tied_decoders_parent, self.D, start.router((P, width)))
+        self.Down = tied(config.tie_projectors, self.Up, start.projectors((P, s, width)))
+        self.F = tied(config.use_tied_decoders_child, self.G, start.children((P, C, s)))
         self.b_E = nn.Parameter(torch.zeros(P)) if config.use_encoder_bias else None
         self.b_F = nn.Parameter(torch.zeros(P, C)) if config.use_encoder_bias else None
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
@@ -245,7 +210,7 @@ class HierarchicalSAE(SparseAutoencoder):
         """Freeze exactly the named tensors; a frozen G fixes the Gram matrices of Up, hence the atoms' norms."""
         super().freeze(names)
         held = not self.G.requires_grad and self.config.normalize_child == "atom"
-        self.gram_reference = gram(self.Up.detach(), self._norm_metric()) if held else None
+        self.gram_reference = gram(self.Up.detach(), self.norm_metric()) if held else None
 
     def set_metric(self, sigma_dd: Tensor) -> None:
         """Set Sigma, the residual metric of the causal penalty and norms; a model that uses neither ignores it.
@@ -259,7 +224,7 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.norm_metric == "causal":
             self.normalize_decoder_weights()
 
-    def _norm_metric(self, geometry: Any = None) -> Tensor | None:
+    def norm_metric(self, geometry: Any = None) -> Tensor | None:
         if geometry is not None:
             return geometry.sigma.to(self.D)
         return self.sigma if self.config.norm_metric == "causal" else None
@@ -272,7 +237,7 @@ class HierarchicalSAE(SparseAutoencoder):
         """
         if not self.config.normalize_decoder:
             return
-        metric = self._norm_metric(geometry)
+        metric = self.norm_metric(geometry)
         if self.D.requires_grad and not (metric is None and ops.normalize_rows_(self.D)):
             self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
         if self.gram_reference is not None:
@@ -281,12 +246,12 @@ class HierarchicalSAE(SparseAutoencoder):
         elif self.G.requires_grad:
             if self.config.normalize_child == "decoder" and ops.normalize_rows_(self.G):
                 return
-            self.G.div_(self._child_norms(geometry).clamp_min(1e-12))
+            self.G.div_(self.child_norms(geometry).clamp_min(1e-12))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Remove from the gradients of D and G what would change a constrained norm at first order."""
-        metric = self._norm_metric()
+        metric = self.norm_metric()
         if self.D.grad is not None and not (metric is None and ops.project_out_(self.D.grad, self.D.detach())):
             normal_Pd = self.D if metric is None else self.D @ metric
             self.D.grad.copy_(project_out(self.D.grad, normal_Pd))
@@ -317,7 +282,6 @@ class HierarchicalSAE(SparseAutoencoder):
         metric = torch.linalg.inv(geometry.sigma) if literal else geometry.sigma
         return causal_orthogonality(self.D, self.Up, self.G, metric.to(self.D), self.config.causal_orth_form)
 
-    @torch.no_grad()
     def initialize_from_teacher(
         self,
         parent_vectors: Mapping[str, Tensor],
@@ -328,89 +292,14 @@ class HierarchicalSAE(SparseAutoencoder):
         seed_child: bool = True,
         seed_projectors: bool = True,
     ) -> None:
-        """Put a teacher into the first Q parents, in the order of `parent_vectors`; the others stay random.
+        """Put a teacher into the first Q parents, in the order of `parent_vectors`; see `start.put_teacher`."""
+        put_teacher(self, parent_vectors, child_projectors, geometry, seed_parent, seed_child, seed_projectors)
 
-        Args:
-            parent_vectors: l_p [d] by parent name. With `geometry`, unified coordinates: the dual form, read and write
-                apart. Without, residual coordinates: the literal form, one unit vector for both.
-            child_projectors: sub-SAE by parent name; matched by name, never by order.
-            geometry: a CausalGeometry or a Teacher.
-            seed_parent, seed_child, seed_projectors: which parts are put in.
-
-        Raises ValueError when names differ, when there are more teacher parents than parents, or when a tied router
-        would have to read and write apart.
-        """
-        Q = len(parent_vectors)
-        if self.n_parents < Q:
-            raise ValueError(f"hsae.n_parents: found {self.n_parents}, allowed: at least the teacher's {Q} parents")
-        if set(parent_vectors) != set(child_projectors):
-            odd = sorted(set(parent_vectors) ^ set(child_projectors))
-            raise ValueError(
-                f"teacher: found {odd} in one of parent_vectors and child_projectors, allowed: equal names"
-            )
-        if geometry is not None and seed_parent and self.E is self.D:
-            raise ValueError(
-                "hsae.use_tied_decoders_parent: found true, allowed: false or init (dual reads and writes apart)"
-            )
-        unified = torch.stack(list(parent_vectors.values())).double()
-        if geometry is None:
-            read = write = torch.nn.functional.normalize(unified, dim=1)
-        else:
-            read, write = dual_rows(unified, geometry.sigma_sqrt.to(unified), geometry.sigma_inv_sqrt.to(unified))
-        if seed_parent:
-            self.E[:Q], self.D[:Q] = read.to(self.E), write.to(self.D)
-            if self.b_E is not None:
-                self.b_E[:Q] = 0
-        for row, name in enumerate(parent_vectors):
-            child = child_projectors[name]
-            if seed_projectors:
-                self.Down[row], self.Up[row] = child.down.to(self.Down), child.up.to(self.Up)
-            if seed_child:
-                n = min(len(child.G), self.n_children)
-                self.F[row, :n], self.G[row, :n] = child.F[:n].to(self.F), child.G[:n].to(self.G)
-        self._scale_readers(Q if seed_parent else 0, Q if seed_child or seed_projectors else 0)
-        self.normalize_decoder_weights()
-
-    def _scale_readers(self, n_parents: int, n_subspaces: int) -> None:
-        """Scale E's and F's first rows by what normalising D and G will divide by: E_p.D_p and F_pc.G_pc stay."""
-        if not self.config.normalize_decoder:
-            return
-        if self.E is not self.D:
-            self.E[:n_parents] *= row_norms(self.D[:n_parents], self._norm_metric())
-        if self.F is not self.G:
-            self.F[:n_subspaces] *= self._child_norms()[:n_subspaces]
-
-    def _child_norms(self, geometry: Any = None) -> Tensor:
+    def child_norms(self, geometry: Any = None) -> Tensor:
         """Norms [P, C, 1] of what the constraint on G holds at 1."""
         if self.config.normalize_child == "atom":
-            return atom_norms(self.Up, self.G, self._norm_metric(geometry))
+            return atom_norms(self.Up, self.G, self.norm_metric(geometry))
         return row_norms(self.G, None)
-
-
-class _Start:
-    """Random starts of the three kinds of tensors, drawn in the order they are asked for."""
-
-    def __init__(self, kind: str, generator: torch.Generator):
-        self.he, self.generator = kind == "he_uniform", generator
-
-    def router(self, shape: tuple[int, int]) -> Tensor:
-        return (he_uniform_rows if self.he else unit_rows)(shape, self.generator)
-
-    def projectors(self, shape: tuple[int, int, int]) -> Tensor:
-        return self._unit_uniform(shape) if self.he else orthonormal_rows(shape, self.generator)
-
-    def children(self, shape: tuple[int, int, int]) -> Tensor:
-        return self._unit_uniform(shape) if self.he else unit_rows(shape, self.generator)
-
-    def _unit_uniform(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.nn.functional.normalize(he_uniform_rows(shape, self.generator), dim=-1)
-
-
-def _tie(tie: bool | str, decoder: nn.Parameter, independent: Tensor) -> nn.Parameter:
-    """The encoder's tensor: the decoder itself (true), a copy of it (init), or its own random one (false)."""
-    if tie is True:
-        return decoder
-    return nn.Parameter(decoder.detach().clone() if tie == "init" else independent)
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:

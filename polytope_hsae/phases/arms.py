@@ -16,7 +16,8 @@ from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
 from ..models.flat import FlatSAE
 from ..models.flops import training_flops
-from ..models.hsae import ChildInit, HierarchicalSAE
+from ..models.hsae import HierarchicalSAE
+from ..models.start import ChildInit
 from ..provenance import NOT_IN_RESULTS
 from ..records import Train
 from ..teacher import Teacher
