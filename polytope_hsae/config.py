@@ -152,7 +152,7 @@ class HSAEConfig(Block):
     n_children_per_parent: Whole = Field(8, ge=1, description="C: children per parent.")
     topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
     topk_child_total: Whole | None = Field(
-        None, ge=1, description="K_c: active children per row under child_budget shared; null = k * k_c."
+        None, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
     )
     subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
@@ -170,8 +170,17 @@ class HSAEConfig(Block):
         "residual", description="What children read: the row, or what the parents leave of it."
     )
     child_input_detach: bool = Field(False, description="Stop the residual's gradient at the parents.")
-    child_budget: Literal["per_parent", "shared"] = Field(
-        "shared", description="k_c children for each active parent, or K_c for all of a row's."
+    parent_budget: Literal["per_row", "batch"] = Field(
+        "per_row", description="k parents for each row, or B k for a batch of B rows."
+    )
+    child_budget: Literal["per_parent", "shared", "batch"] = Field(
+        "shared", description="k_c children for each active parent, K_c for all of a row's, or B K_c for a batch."
+    )
+    budget_slots: float = Field(
+        2.0, ge=1, description="Codes that a row may have under a batch's budget, as a multiple of k, or of K_c."
+    )
+    threshold_decay: float = Field(
+        0.99, ge=0, lt=1, description="Memory of a batch budget's running mean of its smallest code, per batch."
     )
     use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     use_tied_decoders_child: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
@@ -244,9 +253,12 @@ class HSAEConfig(Block):
     @property
     def active_children(self) -> int:
         """K_c: children kept per row."""
-        if self.child_budget == "shared" and self.topk_child_total is not None:
-            return self.topk_child_total
-        return self.topk_parent * self.topk_child
+        return self.topk_child_total or self.topk_parent * self.topk_child
+
+    @property
+    def total_l0(self) -> int:
+        """Active parents and children per row, on average where rows share them."""
+        return self.topk_parent + self.active_children
 
     @model_validator(mode="after")
     def _consistent(self) -> "HSAEConfig":
@@ -259,13 +271,19 @@ class HSAEConfig(Block):
             _require(
                 "topk_child_total",
                 self.topk_child_total,
-                self.child_budget == "shared",
-                "null unless child_budget is shared",
+                self.child_budget != "per_parent",
+                "null unless child_budget is shared or batch",
             )
             limit = self.topk_parent * C
             _require(
                 "topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}"
             )
+        for field in ("parent_budget", "child_budget"):
+            relu = getattr(self, field) != "batch" or self.magnitude == "relu"
+            allowed = "per_row" if field == "parent_budget" else "per_parent or shared"
+            _require(field, "batch", relu, f"{allowed} unless magnitude is relu")
+        hard = self.parent_budget == "per_row" or self.gate == "hard"
+        _require("parent_budget", "batch", hard, "per_row unless gate is hard")
         return self
 
 
@@ -346,6 +364,11 @@ class FlatConfig(Block):
     project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
     aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")
     aux_k: Whole = Field(32, ge=1, description="Dead latents used per row, at most.")
+
+    @property
+    def total_l0(self) -> float:
+        """Active latents per row, on average."""
+        return self.k
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -511,7 +534,7 @@ class Config(Block):
         """
         hsae = self.arm_hsae(arm)
         if k is None:
-            k = self._codes(self.arm(arm.match["l0"])) if "l0" in arm.match else hsae.topk_parent + hsae.active_children
+            k = self._codes(self.arm(arm.match["l0"])) if "l0" in arm.match else hsae.total_l0
         sizes = {
             "n_latents": hsae.n_parents * (1 + hsae.n_children_per_parent) if n_latents is None else n_latents,
             "k": max(1, round(k)) if arm.kind == "topk" else k,
@@ -526,10 +549,7 @@ class Config(Block):
 
     def _codes(self, arm: ArmConfig) -> float:
         """Active parents and children per row that an arm asks for."""
-        if arm.kind != "hsae":
-            return self.arm_flat(arm).k
-        hsae = self.arm_hsae(arm)
-        return hsae.topk_parent + hsae.active_children
+        return (self.arm_hsae(arm) if arm.kind == "hsae" else self.arm_flat(arm)).total_l0
 
     def arm_stages(self, arm: ArmConfig) -> list[StageConfig]:
         """The stages that this arm trains through."""

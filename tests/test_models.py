@@ -265,6 +265,13 @@ def largest(scores, n):
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:n]
 
 
+def of_batch(scores, n):
+    """1 at the n largest positive entries of all."""
+    mask = torch.zeros(scores.numel(), dtype=torch.float64)
+    mask[largest(scores.flatten().tolist(), n)] = 1.0
+    return mask.view_as(scores) * (scores > 0)
+
+
 def dense_forward(t, config, x, temperature):
     """The model of method.md section 1 with dense masks: (x_hat, x_hat_top, a [B,P], c [B,P,C], r, q)."""
     B, P, C = len(x), config.n_parents, config.n_children_per_parent
@@ -273,6 +280,8 @@ def dense_forward(t, config, x, temperature):
     mask = torch.zeros(B, P, dtype=torch.float64)
     for i in range(B):
         mask[i, largest(r[i].tolist(), config.topk_parent)] = 1.0
+    if config.parent_budget == "batch":
+        mask = of_batch(r, B * config.topk_parent)
     gate = mask
     if config.gate == "straight_through":
         soft = dense_soft_mask(r, mask, temperature)
@@ -284,7 +293,9 @@ def dense_forward(t, config, x, temperature):
         child_input = centred - (top.detach() if config.child_input_detach else top)
     q = torch.einsum("bps,pcs->bpc", torch.einsum("bd,psd->bps", child_input, t["Down"]), t["F"]) + t["b_F"]
     child_mask = torch.zeros(B, P, C, dtype=torch.float64)
-    for i in range(B):
+    if config.child_budget == "batch":
+        child_mask = of_batch(q * (mask * a > 0).unsqueeze(2), B * config.active_children)
+    for i in range(B if config.child_budget != "batch" else 0):
         routed = [p for p in range(P) if mask[i, p] > 0 and a[i, p] > 0]
         if config.child_budget == "per_parent":
             for p in routed:

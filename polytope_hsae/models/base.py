@@ -91,6 +91,12 @@ class SparseAutoencoder(nn.Module):
         """
         raise NotImplementedError
 
+    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
+        """Set the thresholds, where a kind has them, so that raw rows [B, d] have `target_l0` codes on average.
+
+        The batches may be gone through more than once: a list, or an object whose `iter` starts anew.
+        """
+
     def write_directions(self) -> Tensor:
         """Unit-norm decoder rows, the parents' write directions in raw coordinates: [P, d]."""
         return torch.nn.functional.normalize(self.D.detach(), dim=1)

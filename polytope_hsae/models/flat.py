@@ -41,12 +41,6 @@ class FlatSAE(SparseAutoencoder):
         """Indices [B, k'], distinct within a row, and codes [B, k'] >= 0; a slot of code 0 is not in use."""
         raise NotImplementedError
 
-    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the thresholds, where a kind has them, so that raw rows [B, d] have `target_l0` codes on average.
-
-        The batches may be gone through more than once: a list, or an object whose `iter` starts anew.
-        """
-
     # the way through the model
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:

@@ -8,7 +8,7 @@ Shapes: B rows, d residual width, P parents, k active parents, C children per pa
 s subspace width, Q teacher parents.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import HSAEConfig, LossOverrides
 from .base import SparseAutoencoder
+from .budget import Budget
 from .codes import Codes, Dead, ModelOutput
 from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from .losses import causal_orthogonality, loss_terms
 from .magnitude import child_code, parent_code
 from .routing import routing_noise, straight_through_gate, topk_lowest
+from .selection import level_for_l0
 from .start import ChildInit, RandomStart, SquareRoots, put_teacher, tied
 
 
@@ -62,6 +64,9 @@ class HierarchicalSAE(SparseAutoencoder):
         self.b_E = nn.Parameter(torch.zeros(P)) if config.use_encoder_bias else None
         self.b_F = nn.Parameter(torch.zeros(P, C)) if config.use_encoder_bias else None
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
+        options = config.budget_slots, config.threshold_decay
+        self.parent_budget = Budget(config.topk_parent, config.parent_budget == "batch", *options)
+        self.child_budget = Budget(config.active_children, config.child_budget == "batch", *options)
         self.router_temperature = config.router_temp_start
         self.register_buffer("sigma", torch.eye(width) if self._needs_metric() else None)
         self.register_buffer("sigma_inv", torch.eye(width) if config.causal_orth_form == "literal" else None)
@@ -126,7 +131,7 @@ class HierarchicalSAE(SparseAutoencoder):
             self.E,
             self.b_E,
             origin,
-            config.topk_parent,
+            self.parent_budget.slots(self.n_parents),
             threshold=self.threshold,
             noise=noise if straight_through and self.training else None,
             sum_codes=config.l1_scope == "all" and self.training,
@@ -136,7 +141,7 @@ class HierarchicalSAE(SparseAutoencoder):
         if straight_through:
             slots = torch.arange(config.topk_parent, device=logit.device).expand_as(logit)
             value = value * straight_through_gate(logit, slots, self.router_temperature)
-        return index, value, logits, code_sum
+        return index, self.parent_budget.keep(value), logits, code_sum
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
@@ -148,14 +153,15 @@ class HierarchicalSAE(SparseAutoencoder):
         straight_through = config.gate == "straight_through"
         if straight_through and self.training:
             choice_BP = choice_BP + routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
+        k = self.parent_budget.slots(self.n_parents)
         if config.magnitude == "leaky_offset":
-            index_Bk = topk_lowest(choice_BP, config.topk_parent)
+            index_Bk = topk_lowest(choice_BP, k)
         else:
-            index_Bk = torch.topk(choice_BP, config.topk_parent, dim=1).indices
+            index_Bk = torch.topk(choice_BP, k, dim=1).indices
         value_Bk = parent_code(logits_BP.gather(1, index_Bk), config.magnitude, self.threshold)
         if straight_through:
             value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.router_temperature)
-        return index_Bk, value_Bk, logits_BP
+        return index_Bk, self.parent_budget.keep(value_Bk), logits_BP
 
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: flat indices [B, K], codes [B, K], pre-activations [B, k, C].
@@ -174,9 +180,9 @@ class HierarchicalSAE(SparseAutoencoder):
         B, k, C = pre_BkC.shape
         flat_BkC = parent_Bk.unsqueeze(2) * C + torch.arange(C, device=parent_Bk.device)
         open_BkC = (value_Bk > 0).unsqueeze(2).expand(B, k, C)
-        if config.child_budget == "shared":
+        if config.child_budget != "per_parent":
             score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
-            index = torch.topk(score_BkC.flatten(1), config.active_children, dim=1).indices
+            index = torch.topk(score_BkC.flatten(1), self.child_budget.slots(k * C), dim=1).indices
         else:
             offset = (torch.arange(k, device=parent_Bk.device) * C).view(1, k, 1)
             if config.topk_child == 1:
@@ -186,7 +192,7 @@ class HierarchicalSAE(SparseAutoencoder):
                 best_Bkc = torch.topk(score_BkC, config.topk_child, dim=2).indices
             index = (best_Bkc + offset).flatten(1)
         value = child_code(pre_BkC.flatten(1).gather(1, index), config.magnitude, self.threshold)
-        value = value * open_BkC.flatten(1).gather(1, index)
+        value = self.child_budget.keep(value * open_BkC.flatten(1).gather(1, index))
         return flat_BkC.flatten(1).gather(1, index), value, pre_BkC, index
 
     def decode_normalized(self, codes: Codes) -> Tensor:
@@ -265,6 +271,30 @@ class HierarchicalSAE(SparseAutoencoder):
         """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d]."""
         if self.b_dec is not None:
             self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
+        """Set the thresholds of batch budgets so that raw rows [B, d] have `target_l0` codes on average.
+
+        Parents get their share k / (k + K_c) of them; children get what the parents leave.
+        """
+        was_training = self.training
+        self.eval()
+
+        def codes() -> Iterator[Codes]:
+            return (self.encode(h_Bd.to(self.data_mean)) for h_Bd in batches)
+
+        if self.parent_budget.of_batch:
+            parents = target_l0 * self.config.topk_parent / self.config.total_l0
+            self.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
+            level = level_for_l0(lambda: (each.parent_value for each in codes()), parents)
+            self.parent_budget.threshold.fill_(max(0.0, level))
+        if self.child_budget.of_batch:
+            active = torch.cat([(each.parent_value > 0).sum(1) for each in codes()]).double().mean().item()
+            self.child_budget.threshold.zero_()
+            level = level_for_l0(lambda: (each.child_value for each in codes()), max(0.0, target_l0 - active))
+            self.child_budget.threshold.fill_(max(0.0, level))
+        self.train(was_training)
 
     def loss_terms(
         self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None

@@ -20,6 +20,21 @@ def pack(logits_BP: Tensor, keep_BP: Tensor) -> tuple[Tensor, Tensor]:
     return index_Bk, torch.where(keep_BP.gather(1, index_Bk), logits_BP.gather(1, index_Bk), 0.0)
 
 
+def largest_of_batch(score_Bn: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """Mask [B, n] of the `wanted` largest scores of the batch that are above 0, and the smallest one (0: all are)."""
+    kept = torch.topk(score_Bn.flatten(), min(wanted, score_Bn.numel()), sorted=False)
+    keep_N = torch.zeros_like(score_Bn, dtype=torch.bool).flatten().scatter(0, kept.indices, kept.values > 0)
+    smallest = kept.values.min().clamp_min(0) if kept.values.numel() else score_Bn.new_zeros(())
+    return keep_N.view_as(score_Bn), smallest
+
+
+@torch.no_grad()
+def running_mean_(mean: Tensor, batches: Tensor, value: Tensor, decay: float) -> None:
+    """Take one batch's value into the running mean, in place; the first batches weigh alike. `batches` counts them."""
+    batches += 1
+    mean.lerp_(value, (1 / batches).clamp_min(1 - decay).to(value))
+
+
 def level_for_l0(scores: Callable[[], Iterable[Tensor]], target_l0: float) -> float:
     """The level above which the scores, batches [B, P], number `target_l0` per row on average; -inf: all of them.
 

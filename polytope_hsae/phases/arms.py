@@ -14,7 +14,6 @@ from ..data.store import ActivationStore
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
-from ..models.flat import FlatSAE
 from ..models.flops import training_flops
 from ..models.hsae import HierarchicalSAE
 from ..models.start import ChildInit
@@ -103,9 +102,8 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
             trainer.fit(trackers, ticker)
     finally:
         trackers.close()
-    if isinstance(model, FlatSAE):
-        # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
-        model.calibrate(Sample(run.store, "val", CALIBRATION_ROWS, run.config.run.seed), model.config.k)
+    # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
+    model.calibrate(Sample(run.store, "val", CALIBRATION_ROWS, run.config.run.seed), model.config.total_l0)
     model.save_pretrained(folder / "model")
     final = validation_metrics(run, model)
     record = {

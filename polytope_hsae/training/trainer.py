@@ -239,6 +239,10 @@ class HSAETrainer:
             "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
             "encoder_norm": self.parameters["E" if "E" in self.parameters else "D"].norm(dim=1).mean(),
         }
+        if getattr(self.model.config, "parent_budget", None) == "batch":
+            values["full_rows_parents"] = (codes.parent_value > 0).all(1).double().mean()
+        if getattr(self.model.config, "child_budget", None) == "batch":
+            values["full_rows_children"] = (codes.child_value > 0).all(1).double().mean()
         if self.model.n_children:
             values["dead_children"] = self.usage.dead_children(config.dead_after_routed).double().mean()
             values["projector_norm"] = self.parameters["Up"].norm(dim=-1).mean()

@@ -1,0 +1,50 @@
+"""How many codes a row has: the same number for every row, or one number for a batch, which its rows share.
+
+Shapes: B rows, n slots per row.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .selection import largest_of_batch, running_mean_
+
+
+class Budget(nn.Module):
+    """Which of every row's slots are in use; slots come largest code first.
+
+    For a batch's budget a row has more slots than codes on average, always the same number of them: so no shape depends
+    on the data, and nothing has to wait for a GPU. What a row would have beyond its slots is cut.
+
+    Args:
+        per_row: codes per row, on average where rows share them.
+        of_batch: whether rows share them. In training the B * per_row largest positive codes of the batch are in use,
+            afterwards those above `threshold`: the running mean of the smallest code in use, until it is calibrated.
+        spare: slots per row of a batch's budget, as a multiple of per_row.
+        decay: memory of the running mean, per batch.
+    """
+
+    threshold: Tensor
+    batches: Tensor
+
+    def __init__(self, per_row: int, of_batch: bool, spare: float, decay: float):
+        super().__init__()
+        self.per_row, self.of_batch, self.spare, self.decay = per_row, of_batch, spare, decay
+        if of_batch:
+            self.register_buffer("threshold", torch.zeros(()))
+            self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def slots(self, most: int) -> int:
+        """Slots of a row, at most `most`."""
+        return min(most, math.ceil(self.spare * self.per_row)) if self.of_batch else self.per_row
+
+    def keep(self, code_Bn: Tensor) -> Tensor:
+        """The codes [B, n], largest first in each row, with 0 in the slots that are not in use."""
+        if not self.of_batch:
+            return code_Bn
+        if not self.training:
+            return torch.where(code_Bn > self.threshold, code_Bn, 0.0)
+        keep_Bn, smallest = largest_of_batch(code_Bn.detach(), len(code_Bn) * self.per_row)
+        running_mean_(self.threshold, self.batches, smallest, self.decay)
+        return torch.where(keep_Bn, code_Bn, 0.0)
