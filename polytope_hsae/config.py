@@ -190,6 +190,13 @@ class HSAEConfig(Block):
     initial: Literal["unit", "he_uniform"] = Field(
         "unit", description="Random start: unit rows and orthonormal subspaces, or He-uniform with D left unnormalised."
     )
+    initial_router: Literal["random", "rows"] = Field(
+        "random", description="Parents start at random directions, or both E and D at rows of the bias sample."
+    )
+    initial_children: Literal["random", "data"] = Field(
+        "random",
+        description="Sub-SAEs start at random, or at what their parent leaves of the rows that it is active on.",
+    )
     normalize_decoder: bool = Field(True, description="Keep decoder rows and atoms at unit norm.")
     normalize_child: Literal["atom", "decoder"] = Field("atom", description="What has unit norm: the atom or G's row.")
     norm_metric: Literal["euclidean", "causal"] = Field("euclidean", description="Norm of the constraint.")

@@ -24,7 +24,7 @@ from .losses import causal_orthogonality, loss_terms
 from .magnitude import child_code, parent_code
 from .routing import routing_noise, straight_through_gate, topk_lowest
 from .selection import level_for_l0
-from .start import ChildInit, RandomStart, SquareRoots, put_teacher, tied
+from .start import ChildInit, RandomStart, SquareRoots, put_teacher, start_from_rows, tied
 
 
 class HierarchicalSAE(SparseAutoencoder):
@@ -268,9 +268,14 @@ class HierarchicalSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
-        """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d]."""
+        """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d].
+
+        With `initial_router` or `initial_children` these rows start parents and children, too.
+        """
+        rows = self.normalized_batches(batches)
         if self.b_dec is not None:
-            self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))
+            self.b_dec.copy_(geometric_median(rows))
+        start_from_rows(self, rows)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:

@@ -1,9 +1,10 @@
-"""Where the parameters of an H-SAE start: random rows or a teacher (docs/method.md sections 1 and 4).
+"""Where the parameters of an H-SAE start: at random, in the data or at a teacher (docs/method.md sections 1 and 4).
 
-Shapes: d residual width, P parents, C children per parent, s subspace width, Q teacher parents.
+Shapes: N sampled rows, k active parents, M pairs of a row and an active parent, n of them with one parent, d residual
+width, P parents, C children per parent, s subspace width, Q teacher parents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,10 @@ from .constraints import row_norms
 
 if TYPE_CHECKING:
     from .hsae import HierarchicalSAE
+
+START_ROWS = 32_768  # sampled rows that a start from data reads at most
+ROWS_OF_PARENT = 512  # of them, those that one parent's children are made of, at most
+CLUSTER_STEPS = 10
 
 
 class ChildInit(NamedTuple):
@@ -75,6 +80,77 @@ def tied(tie: bool | str, decoder: nn.Parameter, independent: Tensor) -> nn.Para
     if tie is True:
         return decoder
     return nn.Parameter(decoder.detach().clone() if tie == "init" else independent)
+
+
+@torch.no_grad()
+def start_from_rows(model: "HierarchicalSAE", batches: Iterable[Tensor]) -> None:
+    """Start the router and the children at normalised rows [B, d], where the config asks for it."""
+    if model.config.initial_router == model.config.initial_children == "random":
+        return
+    taken, left = [], START_ROWS
+    for x_Bd in batches:
+        taken.append(x_Bd[:left])
+        left -= len(taken[-1])
+        if left == 0:
+            break
+    rows_Nd = torch.cat(taken) if model.b_dec is None else torch.cat(taken) - model.b_dec
+    if model.config.initial_router == "rows":
+        _router_from_rows(model, rows_Nd)
+    if model.config.initial_children == "data":
+        _children_from_rows(model, rows_Nd)
+
+
+def _router_from_rows(model: "HierarchicalSAE", rows_Nd: Tensor) -> None:
+    """E_p = D_p = every (N / P)-th row, at unit norm; where there are fewer rows than parents the last stay random."""
+    rows_Nd = rows_Nd[rows_Nd.norm(dim=1) > 0]
+    n = min(len(rows_Nd), model.n_parents)
+    picked_n = torch.arange(n, device=rows_Nd.device) * len(rows_Nd) // max(1, n)
+    model.D[:n] = torch.nn.functional.normalize(rows_Nd[picked_n], dim=1)
+    model.normalize_decoder_weights()
+    model.E[:n] = model.D[:n]
+
+
+def _children_from_rows(model: "HierarchicalSAE", rows_Nd: Tensor) -> None:
+    """Each parent's subspace is spanned by the principal directions of x' - a D_p, its children by centres of those."""
+    was_training = model.training
+    model.eval()
+    chosen = [model.encode_parent(part_Bd)[:2] for part_Bd in rows_Nd.split(4096)]
+    model.train(was_training)
+    parent_Nk, code_Nk = (torch.cat(part) for part in zip(*chosen, strict=True))
+    row_M, slot_M = (code_Nk > 0).nonzero(as_tuple=True)
+    parent_M, order_M = parent_Nk[row_M, slot_M].sort(stable=True)
+    row_M, slot_M = row_M[order_M], slot_M[order_M]
+    counts = torch.bincount(parent_M, minlength=model.n_parents).tolist()
+    for p, (row_n, slot_n) in enumerate(zip(row_M.split(counts), slot_M.split(counts), strict=True)):
+        row_n, slot_n = row_n[:ROWS_OF_PARENT], slot_n[:ROWS_OF_PARENT]
+        left_nd = rows_Nd[row_n] - code_Nk[row_n, slot_n, None] * model.D[p]
+        model.Up[p] = principal_rows(left_nd, model.Up[p])
+        model.G[p] = centres(left_nd @ model.Up[p].T, model.G[p])
+        model.Down[p], model.F[p] = model.Up[p], model.G[p]
+    model.normalize_decoder_weights()
+
+
+def principal_rows(rows_nd: Tensor, spare_sd: Tensor) -> Tensor:
+    """The s first principal directions of rows, orthonormal, completed from `spare` where they are fewer: [s, d]."""
+    _, size, direction_rd = torch.linalg.svd(rows_nd, full_matrices=False)
+    known = int((size > 1e-6 * size[:1]).sum())
+    candidates = torch.cat([direction_rd[: min(known, len(spare_sd))], spare_sd])
+    return torch.linalg.qr(candidates.T).Q.T[: len(spare_sd)]
+
+
+def centres(rows_ns: Tensor, spare_Cs: Tensor) -> Tensor:
+    """C unit directions that rows point to, by spherical k-means; where rows are fewer, the last ones of `spare`."""
+    C, n = len(spare_Cs), len(rows_ns)
+    found_Cs = torch.nn.functional.normalize(spare_Cs, dim=1)
+    first = min(n, C)
+    picked = torch.arange(first, device=rows_ns.device) * n // max(1, first)
+    found_Cs[:first] = torch.nn.functional.normalize(rows_ns[picked], dim=1)
+    for _ in range(CLUSTER_STEPS if n > C else 0):
+        nearest_n = (rows_ns @ found_Cs.T).argmax(dim=1)
+        sums_Cs = torch.zeros_like(found_Cs).index_add_(0, nearest_n, rows_ns)
+        new_Cs = torch.nn.functional.normalize(sums_Cs, dim=1)
+        found_Cs = torch.where(new_Cs.norm(dim=1, keepdim=True) > 0.5, new_Cs, found_Cs)  # empty ones stay
+    return found_Cs
 
 
 @torch.no_grad()
