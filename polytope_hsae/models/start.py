@@ -140,6 +140,7 @@ def principal_rows(rows_nd: Tensor, spare_sd: Tensor) -> Tensor:
 
 def centres(rows_ns: Tensor, spare_Cs: Tensor) -> Tensor:
     """C unit directions that rows point to, by spherical k-means; where rows are fewer, the last ones of `spare`."""
+    rows_ns = rows_ns[rows_ns.norm(dim=1) > 0]  # a row that started the parent leaves nothing
     C, n = len(spare_Cs), len(rows_ns)
     found_Cs = torch.nn.functional.normalize(spare_Cs, dim=1)
     first = min(n, C)
