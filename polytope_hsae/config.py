@@ -182,6 +182,12 @@ class HSAEConfig(Block):
     threshold_decay: float = Field(
         0.99, ge=0, lt=1, description="Memory of a batch budget's running mean of its smallest code, per batch."
     )
+    child_encoder: Literal["factored", "direct"] = Field(
+        "factored", description="Children read through Down_p and F_p of rank s, or each has a row of width d for F."
+    )
+    child_decoder: Literal["factored", "direct"] = Field(
+        "factored", description="Atoms are Up_p^T G_pj of rank s, or each is a row of width d of G."
+    )
     use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     use_tied_decoders_child: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     tie_projectors: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
@@ -285,6 +291,12 @@ class HSAEConfig(Block):
             _require(
                 "topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}"
             )
+        direct_F, direct_G = self.child_encoder == "direct", self.child_decoder == "direct"
+        _require("child_decoder", "direct", direct_F or not direct_G, "factored unless child_encoder is direct")
+        tied = direct_F == direct_G or self.use_tied_decoders_child is not True
+        _require("use_tied_decoders_child", "true", tied, "false or init unless child_encoder and child_decoder agree")
+        tied = not direct_F or self.tie_projectors is not True
+        _require("tie_projectors", "true", tied, "false or init unless child_encoder is factored")
         for field in ("parent_budget", "child_budget"):
             relu = getattr(self, field) != "batch" or self.magnitude == "relu"
             allowed = "per_row" if field == "parent_budget" else "per_parent or shared"

@@ -50,17 +50,21 @@ class HierarchicalSAE(SparseAutoencoder):
     def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
         super().__init__(config, width, normalize)
         P, C, s = config.n_parents, config.n_children_per_parent, config.subspace_dim
-        if s > width:
+        factored_F, factored_G = config.child_encoder == "factored", config.child_decoder == "factored"
+        if factored_G and s > width:
             raise ValueError(f"hsae.subspace_dim: found {s}, allowed: at most the residual width {width}")
         self.n_parents, self.n_children = P, C
         generator = torch.Generator().manual_seed(seed)
         start = RandomStart(config.initial, generator)
         self.D = nn.Parameter(start.router((P, width)))
-        self.Up = nn.Parameter(start.projectors((P, s, width)))
-        self.G = nn.Parameter(start.children((P, C, s)))
+        self.Up = nn.Parameter(start.projectors((P, s, width))) if factored_G else None
+        self.G = nn.Parameter(start.children((P, C, s if factored_G else width)))
         self.E = tied(config.use_tied_decoders_parent, self.D, start.router((P, width)))
-        self.Down = tied(config.tie_projectors, self.Up, start.projectors((P, s, width)))
-        self.F = tied(config.use_tied_decoders_child, self.G, start.children((P, C, s)))
+        self.Down = None
+        if factored_F and self.Up is not None:
+            self.Down = tied(config.tie_projectors, self.Up, start.projectors((P, s, width)))
+        written = self.G if factored_F == factored_G else self.atoms(slice(None))
+        self.F = tied(config.use_tied_decoders_child, written, start.children((P, C, s if factored_F else width)))
         self.b_E = nn.Parameter(torch.zeros(P)) if config.use_encoder_bias else None
         self.b_F = nn.Parameter(torch.zeros(P, C)) if config.use_encoder_bias else None
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
@@ -168,7 +172,7 @@ class HierarchicalSAE(SparseAutoencoder):
 
         A child contributes only while its parent's code is above 0.
         """
-        routes = ops.routing(parent_Bk, self.Down, self.precision)
+        routes = ops.routing(parent_Bk, self.D, self.precision)
         return self._open_children(x_Bd, routes, value_Bk)[:3]
 
     def _open_children(
@@ -201,9 +205,13 @@ class HierarchicalSAE(SparseAutoencoder):
         x_hat = x_hat + ops.decode_children(codes.child_index, codes.child_value, self.Up, self.G)
         return x_hat if self.b_dec is None else x_hat + self.b_dec
 
-    def atoms(self, parents: Tensor) -> Tensor:
-        """Child atoms Up_p^T G_pc of the given parents [n]: [n, C, d]."""
-        return self.G[parents] @ self.Up[parents]
+    def atoms(self, parents: Tensor | slice | int) -> Tensor:
+        """Child atoms Up_p^T G_pc of the given parents [n] (or of one): [n, C, d]."""
+        return self.G[parents] if self.Up is None else self.G[parents] @ self.Up[parents]
+
+    def child_readers(self, parents: Tensor | slice) -> Tensor:
+        """What the children of the given parents [n] read with, Down_p^T F_pc: [n, C, d]."""
+        return self.F[parents] if self.Down is None else self.F[parents] @ self.Down[parents]
 
     # training
 
@@ -216,7 +224,8 @@ class HierarchicalSAE(SparseAutoencoder):
         """Freeze exactly the named tensors; a frozen G fixes the Gram matrices of Up, hence the atoms' norms."""
         super().freeze(names)
         held = not self.G.requires_grad and self.config.normalize_child == "atom"
-        self.gram_reference = gram(self.Up.detach(), self.norm_metric()) if held else None
+        metric = self.norm_metric()
+        self.gram_reference = gram(self.Up.detach(), metric) if held and self.Up is not None else None
 
     def set_metric(self, sigma_dd: Tensor) -> None:
         """Set Sigma, the residual metric of the causal penalty and norms; a model that uses neither ignores it.
@@ -247,6 +256,7 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.D.requires_grad and not (metric is None and ops.normalize_rows_(self.D)):
             self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
         if self.gram_reference is not None:
+            assert self.Up is not None
             if self.Up.requires_grad:
                 self.Up.copy_(restore_gram(self.Up, self.gram_reference, metric))
         elif self.G.requires_grad:
@@ -263,7 +273,8 @@ class HierarchicalSAE(SparseAutoencoder):
             self.D.grad.copy_(project_out(self.D.grad, normal_Pd))
         atoms = self.config.normalize_child == "atom"
         if self.G.grad is not None and (atoms or not ops.project_out_(self.G.grad, self.G.detach())):
-            normal_PCs = self.G @ gram(self.Up, metric) if atoms else self.G
+            of_atoms = metric if self.Up is None else gram(self.Up, metric)
+            normal_PCs = self.G @ of_atoms if atoms and of_atoms is not None else self.G
             self.G.grad.copy_(project_out(self.G.grad, normal_PCs))
 
     @torch.no_grad()
@@ -332,9 +343,10 @@ class HierarchicalSAE(SparseAutoencoder):
 
     def child_norms(self, geometry: Any = None) -> Tensor:
         """Norms [P, C, 1] of what the constraint on G holds at 1."""
-        if self.config.normalize_child == "atom":
-            return atom_norms(self.Up, self.G, self.norm_metric(geometry))
-        return row_norms(self.G, None)
+        if self.config.normalize_child == "decoder":
+            return row_norms(self.G, None)
+        metric = self.norm_metric(geometry)
+        return row_norms(self.G, metric) if self.Up is None else atom_norms(self.Up, self.G, metric)
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:

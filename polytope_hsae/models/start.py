@@ -75,9 +75,9 @@ class RandomStart:
         return torch.nn.functional.normalize(he_uniform_rows(shape, self.generator), dim=-1)
 
 
-def tied(tie: bool | str, decoder: nn.Parameter, independent: Tensor) -> nn.Parameter:
+def tied(tie: bool | str, decoder: Tensor, independent: Tensor) -> nn.Parameter:
     """The encoder's tensor: the decoder itself (true), a copy of it (init), or its own random one (false)."""
-    if tie is True:
+    if tie is True and isinstance(decoder, nn.Parameter):
         return decoder
     return nn.Parameter(decoder.detach().clone() if tie == "init" else independent)
 
@@ -124,9 +124,14 @@ def _children_from_rows(model: "HierarchicalSAE", rows_Nd: Tensor) -> None:
     for p, (row_n, slot_n) in enumerate(zip(row_M.split(counts), slot_M.split(counts), strict=True)):
         row_n, slot_n = row_n[:ROWS_OF_PARENT], slot_n[:ROWS_OF_PARENT]
         left_nd = rows_Nd[row_n] - code_Nk[row_n, slot_n, None] * model.D[p]
-        model.Up[p] = principal_rows(left_nd, model.Up[p])
-        model.G[p] = centres(left_nd @ model.Up[p].T, model.G[p])
-        model.Down[p], model.F[p] = model.Up[p], model.G[p]
+        if model.Up is None:
+            model.G[p] = centres(left_nd, model.G[p])
+        else:
+            model.Up[p] = principal_rows(left_nd, model.Up[p])
+            model.G[p] = centres(left_nd @ model.Up[p].T, model.G[p])
+        if model.Down is not None and model.Up is not None:
+            model.Down[p] = model.Up[p]
+        model.F[p] = model.G[p] if model.F.shape == model.G.shape else model.atoms(p)
     model.normalize_decoder_weights()
 
 
@@ -197,11 +202,14 @@ def put_teacher(
             model.b_E[:Q] = 0
     for row, name in enumerate(parent_vectors):
         child = child_projectors[name]
-        if seed_projectors:
-            model.Down[row], model.Up[row] = child.down.to(model.Down), child.up.to(model.Up)
+        if seed_projectors and model.Down is not None:
+            model.Down[row] = child.down.to(model.Down)
+        if seed_projectors and model.Up is not None:
+            model.Up[row] = child.up.to(model.Up)
         if seed_child:
             n = min(len(child.G), model.n_children)
-            model.F[row, :n], model.G[row, :n] = child.F[:n].to(model.F), child.G[:n].to(model.G)
+            model.F[row, :n] = (child.F[:n] @ child.down if model.Down is None else child.F[:n]).to(model.F)
+            model.G[row, :n] = (child.G[:n] @ child.up if model.Up is None else child.G[:n]).to(model.G)
     _scale_readers(model, Q if seed_parent else 0, Q if seed_child or seed_projectors else 0)
     model.normalize_decoder_weights()
 

@@ -88,10 +88,11 @@ def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor, rout
 
 
 def encode_children(
-    x_Bd: Tensor, routes: Routing, Down: Tensor, F: Tensor, b_F: Tensor | None, origin: Tensor | None = None
+    x_Bd: Tensor, routes: Routing, Down: Tensor | None, F: Tensor, b_F: Tensor | None, origin: Tensor | None = None
 ) -> Tensor:
     """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0.
 
+    Without Down children read the row itself: F is [P, C, d].
     origin: as in `route`; on a CPU None.
     """
     if routes.plan is None:
@@ -99,8 +100,11 @@ def encode_children(
     from .triton.functions import RoutedBias, RoutedDot
 
     (B, k), plan, precision = routes.parent_Bk.shape, routes.plan, routes.precision
-    subspace = RoutedDot.apply(x_Bd, Down, origin, plan, k, precision)
-    pre = RoutedDot.apply(subspace, F, None, plan, 1, precision)
+    if Down is None:
+        pre = RoutedDot.apply(x_Bd, F, origin, plan, k, precision)
+    else:
+        subspace = RoutedDot.apply(x_Bd, Down, origin, plan, k, precision)
+        pre = RoutedDot.apply(subspace, F, None, plan, 1, precision)
     if b_F is not None:
         pre = pre + RoutedBias.apply(b_F, plan)
     return pre.view(B, k, -1)
@@ -109,17 +113,22 @@ def encode_children(
 def decode_children(
     index_BK: Tensor,
     value_BK: Tensor,
-    Up: Tensor,
+    Up: Tensor | None,
     G: Tensor,
     routes: Routing | None = None,
     place_BK: Tensor | None = None,
 ) -> Tensor:
     """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d].
 
+    Without Up the atoms are the rows of G [P, C, d].
     With the row's routes, place_BK says where in [k*C] each child stands; every parent's atoms are then summed in its
     subspace first.
     """
     (B, K), C = index_BK.shape, G.shape[1]
+    if Up is None:
+        atoms_Rd = G.flatten(0, 1)
+        direct = routing(index_BK, atoms_Rd, routes.precision if routes else "float32")
+        return weighted_row_sum(atoms_Rd, index_BK, value_BK, direct)
     if not uses_kernels(value_BK, Up) or B * K == 0:
         return reference.decode_children(index_BK, value_BK, Up, G)
     from .triton.functions import RoutedSum
@@ -145,7 +154,7 @@ class Reconstruction(NamedTuple):
 
 def reconstruct(
     x_Bd: Tensor, routes: Routing, value_Bk: Tensor, place_BK: Tensor, child_BK: Tensor,
-    D: Tensor, Up: Tensor, G: Tensor, b_dec: Tensor | None,
+    D: Tensor, Up: Tensor | None, G: Tensor, b_dec: Tensor | None,
 ) -> Reconstruction:  # fmt: skip
     """Decode and compare in one pass, on a GPU: gradients flow from the two errors to codes and weights only.
 
@@ -155,7 +164,10 @@ def reconstruct(
 
     (B, k), C, plan, precision = value_Bk.shape, G.shape[1], routes.plan, routes.precision
     codes_Nc = child_BK.new_zeros(B, k * C).scatter(1, place_BK, child_BK).view(B * k, C)
-    subspace_Ns = RoutedSum.apply(codes_Nc, G, plan, 1, precision)
+    if Up is None:  # every child is a direction of its parent's subspace
+        subspace_Ns, Up = codes_Nc, G
+    else:
+        subspace_Ns = RoutedSum.apply(codes_Nc, G, plan, 1, precision)
     return Reconstruction(*Reconstruct.apply(x_Bd, value_Bk.reshape(-1, 1), D, subspace_Ns, Up, b_dec, plan, precision))
 
 

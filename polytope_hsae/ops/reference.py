@@ -132,14 +132,19 @@ def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> T
     return embedding_bag(index_Bk, weight_Pd, mode="sum", per_sample_weights=value_Bk)
 
 
-def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor, F: Tensor, b_F: Tensor | None) -> Tensor:
-    """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0."""
+def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor | None, F: Tensor, b_F: Tensor | None) -> Tensor:
+    """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0.
+
+    Without Down children read the row itself: F is [P, C, d].
+    """
     B, k = parent_Bk.shape
     if B == 0:
         return x_Bd.new_zeros(0, k, F.shape[1])
-    plan = plan_tiles(parent_Bk.flatten(), Down.shape[0])
-    subspace = routed_product_transposed(plan, _RowsToSlots.apply(x_Bd, plan, k), Down)
-    pre = routed_product_transposed(plan, subspace, F)
+    plan = plan_tiles(parent_Bk.flatten(), F.shape[0])
+    slots = _RowsToSlots.apply(x_Bd, plan, k)
+    if Down is not None:
+        slots = routed_product_transposed(plan, slots, Down)
+    pre = routed_product_transposed(plan, slots, F)
     pre_BkC: Tensor = _SlotsToPairs.apply(pre, plan).view(B, k, -1)
     return pre_BkC if b_F is None else pre_BkC + b_F[parent_Bk]
 

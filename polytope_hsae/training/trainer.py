@@ -245,6 +245,7 @@ class HSAETrainer:
             values["full_rows_children"] = (codes.child_value > 0).all(1).double().mean()
         if self.model.n_children:
             values["dead_children"] = self.usage.dead_children(config.dead_after_routed).double().mean()
+        if "Up" in self.parameters:
             values["projector_norm"] = self.parameters["Up"].norm(dim=-1).mean()
         return values
 
