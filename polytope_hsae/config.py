@@ -179,6 +179,11 @@ class HSAEConfig(Block):
     budget_slots: float = Field(
         2.0, ge=1, description="Codes that a row may have under a batch's budget, as a multiple of k, or of K_c."
     )
+    k_anneal_steps: Whole = Field(0, ge=0, description="Steps in which k and K_c go linearly from their starts.")
+    topk_parent_start: Whole | None = Field(None, ge=1, description="k at the first step; null = topk_parent.")
+    active_children_start: Whole | None = Field(
+        None, ge=1, description="K_c at the first step, under child_budget shared or batch; null = K_c."
+    )
     threshold_decay: float = Field(
         0.99, ge=0, lt=1, description="Memory of a batch budget's running mean of its smallest code, per batch."
     )
@@ -273,6 +278,24 @@ class HSAEConfig(Block):
         """Active parents and children per row, on average where rows share them."""
         return self.topk_parent + self.active_children
 
+    def _check_annealing(self) -> None:
+        k, K = self.topk_parent_start, self.active_children_start
+        started = k is not None or K is not None
+        _require(
+            "k_anneal_steps",
+            self.k_anneal_steps,
+            started == (self.k_anneal_steps > 0),
+            "above 0 with topk_parent_start or active_children_start, 0 without",
+        )
+        if k is not None:
+            _require("topk_parent_start", k, k <= self.n_parents, f"at most n_parents = {self.n_parents}")
+            _require("topk_parent_start", k, self.gate == "hard", "null unless gate is hard")
+        if K is not None:
+            limit = self.topk_parent * self.n_children_per_parent
+            _require("active_children_start", K, limit >= K, f"at most k * C = {limit}")
+            shared = self.child_budget != "per_parent"
+            _require("active_children_start", K, shared, "null unless child_budget is shared or batch")
+
     @model_validator(mode="after")
     def _consistent(self) -> "HSAEConfig":
         _require(
@@ -303,6 +326,7 @@ class HSAEConfig(Block):
             _require(field, "batch", relu, f"{allowed} unless magnitude is relu")
         hard = self.parent_budget == "per_row" or self.gate == "hard"
         _require("parent_budget", "batch", hard, "per_row unless gate is hard")
+        self._check_annealing()
         return self
 
 

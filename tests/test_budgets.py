@@ -48,7 +48,7 @@ def test_loss_and_all_gradients_equal_a_dense_implementation(parents, children, 
 
 
 def test_a_budget_by_hand():
-    budget = Budget(1, True, 2.0, 0.5)
+    budget = Budget(1, True, 2.0, 0.5, None)
     codes = torch.tensor([[5.0, 4.0], [3.0, 0.0], [0.0, 0.0]])
     assert budget.slots(10) == 2
     assert budget.slots(1) == 1
@@ -131,5 +131,76 @@ def test_resuming_is_exact(tmp_path, parents, children):
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HSAEConfig(**options)
+
+
+# -- annealing
+
+
+@pytest.mark.parametrize("parents, children", [("per_row", "shared"), *BUDGETS[1:]])
+def test_k_goes_linearly_to_its_end(parents, children):
+    start = {"topk_parent_start": 5, "active_children_start": 9, "k_anneal_steps": 4}
+    options = {"topk_parent": 3, "topk_child_total": 3, "budget_slots": 8.0}
+    model = make_model(parents, children, **options, **start)
+    random_parameters(model)
+    with torch.no_grad():
+        model.b_E.fill_(30.0)  # every parent and child is above 0
+        model.b_F.fill_(300.0)
+    x = normal(11, WIDTH, seed=3)
+    found = []
+    for step in range(6):
+        model.update_k(step)
+        codes = model(x).codes
+        found.append(((codes.parent_value > 0).sum().item() / 11, (codes.child_value > 0).sum().item() / 11))
+    rounding = {"batch": 0.5 / 11 + 1e-9}  # of the batch's number, or of each row's
+    k, K = [5, 4.5, 4, 3.5, 3, 3], [9, 7.5, 6, 4.5, 3, 3]
+    assert [a for a, _ in found] == pytest.approx(k, abs=rounding.get(parents, 0.5))
+    assert [c for _, c in found] == pytest.approx(K, abs=rounding.get(children, 0.5))
+    assert found[0] == (5, 9)
+    assert found[4] == found[5] == (3, 3)
+    model.update_k(0)
+    assert model.eval()(x).codes.parent_index.shape[1] == (3 if parents == "per_row" else 6)
+    assert model.train()(x).codes.parent_index.shape[1] == (5 if parents == "per_row" else 6)
+
+
+def test_a_budget_reads_its_progress_from_a_tensor():
+    """As the replayed step does, which must not wait for it."""
+    for of_batch in (False, True):
+        budget = Budget(1, of_batch, 2.0, 0.9, 3)
+        codes = torch.rand(4, 6).sort(descending=True).values
+        for progress in (0.0, 0.3, 0.5, 0.99):
+            assert torch.equal(budget.keep(codes, progress), budget.keep(codes, torch.tensor(progress)))
+
+
+def test_annealing_resumes_exactly(tmp_path):
+    def fresh():
+        options = {"parent_budget": "batch", "topk_parent_start": 6, "active_children_start": 8, "k_anneal_steps": 25}
+        return HierarchicalSAE(HSAEConfig(**HARD, **options), 6, seed=1)
+
+    straight = train(tmp_path / "straight", model=fresh())
+    train(tmp_path / "killed", model=fresh(), kill_at=20)
+    resumed = train(tmp_path / "killed", model=fresh())
+    assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"k_anneal_steps": 5}, "k_anneal_steps: found 5, allowed: above 0 with topk_parent_start or"),
+        ({"topk_parent_start": 5, "gate": "hard"}, "k_anneal_steps: found 0, allowed: above 0 with"),
+        (
+            {"topk_parent_start": 5, "k_anneal_steps": 5},
+            "topk_parent_start: found 5, allowed: null unless gate is hard",
+        ),
+        ({"topk_parent_start": 999, "k_anneal_steps": 5}, "topk_parent_start: found 999, allowed: at most n_parents"),
+        ({"active_children_start": 999, "k_anneal_steps": 5}, "active_children_start: found 999, allowed: at most k"),
+        (
+            {"active_children_start": 5, "k_anneal_steps": 5, "child_budget": "per_parent"},
+            "active_children_start: found 5, allowed: null unless child_budget is shared or batch",
+        ),
+    ],
+)
+def test_annealing_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HSAEConfig(**options)

@@ -55,6 +55,7 @@ class SparseAutoencoder(nn.Module):
         self.width = width
         self.normalize = normalize
         self.router_temperature = 1.0
+        self.k_progress: float | Tensor | None = None  # of annealing k: from 0 to 1, then None
         self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
         self.precision: ops.Precision = "float32"  # of the matrix products on a GPU; the trainer sets it
         self.register_buffer("data_mean", torch.zeros(width))
@@ -156,6 +157,9 @@ class SparseAutoencoder(nn.Module):
 
     def update_router_temperature(self, step: int, total_steps: int) -> None:
         """Set the temperature of step 0 <= step < total_steps; models without routing have nothing to set."""
+
+    def update_k(self, step: int) -> None:
+        """Set how far the annealing of k is at this step; models that do not anneal it have nothing to set."""
 
     # files
 

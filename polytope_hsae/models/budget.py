@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .selection import largest_of_batch, running_mean_
+from .selection import first_slots, largest_of_batch, running_mean_
 
 
 class Budget(nn.Module):
@@ -23,28 +23,38 @@ class Budget(nn.Module):
             afterwards those above `threshold`: the running mean of the smallest code in use, until it is calibrated.
         spare: slots per row of a batch's budget, as a multiple of per_row.
         decay: memory of the running mean, per batch.
+        start: codes per row at the start of training, where they are annealed; `progress` from there to per_row goes
+            from 0 to 1, and is None where nothing is annealed (any more).
     """
 
     threshold: Tensor
     batches: Tensor
 
-    def __init__(self, per_row: int, of_batch: bool, spare: float, decay: float):
+    def __init__(self, per_row: int, of_batch: bool, spare: float, decay: float, start: int | None):
         super().__init__()
+        self.start = per_row if start is None else start
         self.per_row, self.of_batch, self.spare, self.decay = per_row, of_batch, spare, decay
         if of_batch:
             self.register_buffer("threshold", torch.zeros(()))
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def slots(self, most: int) -> int:
-        """Slots of a row, at most `most`."""
-        return min(most, math.ceil(self.spare * self.per_row)) if self.of_batch else self.per_row
+    def slots(self, most: int, progress: float | Tensor | None = None) -> int:
+        """Slots of a row, at most `most`: as many while k is annealed, whatever k is."""
+        per_row = self.per_row if progress is None or not self.training else max(self.per_row, self.start)
+        return min(most, math.ceil(self.spare * per_row) if self.of_batch else per_row)
 
-    def keep(self, code_Bn: Tensor) -> Tensor:
+    def keep(self, code_Bn: Tensor, progress: float | Tensor | None = None) -> Tensor:
         """The codes [B, n], largest first in each row, with 0 in the slots that are not in use."""
+        now: float | Tensor | None = None
+        if progress is not None and self.training:
+            now = self.start + (self.per_row - self.start) * progress
         if not self.of_batch:
-            return code_Bn
+            if now is None:
+                return code_Bn
+            return torch.where(first_slots(code_Bn.shape[1], now, code_Bn.device), code_Bn, 0.0)
         if not self.training:
             return torch.where(code_Bn > self.threshold, code_Bn, 0.0)
-        keep_Bn, smallest = largest_of_batch(code_Bn.detach(), len(code_Bn) * self.per_row)
+        B, most = len(code_Bn), self.per_row if now is None else max(self.per_row, self.start)
+        keep_Bn, smallest = largest_of_batch(code_Bn.detach(), B * most, None if now is None else B * now)
         running_mean_(self.threshold, self.batches, smallest, self.decay)
         return torch.where(keep_Bn, code_Bn, 0.0)

@@ -68,9 +68,10 @@ class HierarchicalSAE(SparseAutoencoder):
         self.b_E = nn.Parameter(torch.zeros(P)) if config.use_encoder_bias else None
         self.b_F = nn.Parameter(torch.zeros(P, C)) if config.use_encoder_bias else None
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
-        options = config.budget_slots, config.threshold_decay
-        self.parent_budget = Budget(config.topk_parent, config.parent_budget == "batch", *options)
-        self.child_budget = Budget(config.active_children, config.child_budget == "batch", *options)
+        spare, decay = config.budget_slots, config.threshold_decay
+        of_batch = config.parent_budget == "batch", config.child_budget == "batch"
+        self.parent_budget = Budget(config.topk_parent, of_batch[0], spare, decay, config.topk_parent_start)
+        self.child_budget = Budget(config.active_children, of_batch[1], spare, decay, config.active_children_start)
         self.router_temperature = config.router_temp_start
         self.register_buffer("sigma", torch.eye(width) if self._needs_metric() else None)
         self.register_buffer("sigma_inv", torch.eye(width) if config.causal_orth_form == "literal" else None)
@@ -135,7 +136,7 @@ class HierarchicalSAE(SparseAutoencoder):
             self.E,
             self.b_E,
             origin,
-            self.parent_budget.slots(self.n_parents),
+            self.parent_budget.slots(self.n_parents, self.k_progress),
             threshold=self.threshold,
             noise=noise if straight_through and self.training else None,
             sum_codes=config.l1_scope == "all" and self.training,
@@ -145,7 +146,7 @@ class HierarchicalSAE(SparseAutoencoder):
         if straight_through:
             slots = torch.arange(config.topk_parent, device=logit.device).expand_as(logit)
             value = value * straight_through_gate(logit, slots, self.router_temperature)
-        return index, self.parent_budget.keep(value), logits, code_sum
+        return index, self.parent_budget.keep(value, self.k_progress), logits, code_sum
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
@@ -157,7 +158,7 @@ class HierarchicalSAE(SparseAutoencoder):
         straight_through = config.gate == "straight_through"
         if straight_through and self.training:
             choice_BP = choice_BP + routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
-        k = self.parent_budget.slots(self.n_parents)
+        k = self.parent_budget.slots(self.n_parents, self.k_progress)
         if config.magnitude == "leaky_offset":
             index_Bk = topk_lowest(choice_BP, k)
         else:
@@ -165,7 +166,7 @@ class HierarchicalSAE(SparseAutoencoder):
         value_Bk = parent_code(logits_BP.gather(1, index_Bk), config.magnitude, self.threshold)
         if straight_through:
             value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.router_temperature)
-        return index_Bk, self.parent_budget.keep(value_Bk), logits_BP
+        return index_Bk, self.parent_budget.keep(value_Bk, self.k_progress), logits_BP
 
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: flat indices [B, K], codes [B, K], pre-activations [B, k, C].
@@ -186,7 +187,7 @@ class HierarchicalSAE(SparseAutoencoder):
         open_BkC = (value_Bk > 0).unsqueeze(2).expand(B, k, C)
         if config.child_budget != "per_parent":
             score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
-            index = torch.topk(score_BkC.flatten(1), self.child_budget.slots(k * C), dim=1).indices
+            index = torch.topk(score_BkC.flatten(1), self.child_budget.slots(k * C, self.k_progress), dim=1).indices
         else:
             offset = (torch.arange(k, device=parent_Bk.device) * C).view(1, k, 1)
             if config.topk_child == 1:
@@ -196,7 +197,7 @@ class HierarchicalSAE(SparseAutoencoder):
                 best_Bkc = torch.topk(score_BkC, config.topk_child, dim=2).indices
             index = (best_Bkc + offset).flatten(1)
         value = child_code(pre_BkC.flatten(1).gather(1, index), config.magnitude, self.threshold)
-        value = self.child_budget.keep(value * open_BkC.flatten(1).gather(1, index))
+        value = self.child_budget.keep(value * open_BkC.flatten(1).gather(1, index), self.k_progress)
         return flat_BkC.flatten(1).gather(1, index), value, pre_BkC, index
 
     def decode_normalized(self, codes: Codes) -> Tensor:
@@ -219,6 +220,11 @@ class HierarchicalSAE(SparseAutoencoder):
         """tau = start + (end - start) step / total_steps, for 0 <= step < total_steps over all stages together."""
         start, end = self.config.router_temp_start, self.config.router_temp_end
         self.router_temperature = start + (end - start) * step / total_steps
+
+    def update_k(self, step: int) -> None:
+        """k goes linearly from its start to its end in the first `k_anneal_steps` steps over all stages."""
+        steps = self.config.k_anneal_steps
+        self.k_progress = step / steps if step < steps else None
 
     def freeze(self, names: Any) -> None:
         """Freeze exactly the named tensors; a frozen G fixes the Gram matrices of Up, hence the atoms' norms."""

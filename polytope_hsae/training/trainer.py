@@ -89,7 +89,7 @@ class HSAETrainer:
         self.anchor = Anchor(model, n_teacher, teacher or TeacherConfig())
         self.stop_signal: int | None = None
         self.broken = torch.zeros((), device=self.device)  # steps whose gradient norm was not finite
-        self.numbers = torch.zeros(2, device=self.device)  # penalty warm-up and routing temperature, for the graph
+        self.numbers = torch.zeros(3, device=self.device)  # penalty warm-up, temperature, annealing; for the graph
         self.graph: StepGraph | None = None
         if config.cuda_graph and self.optimizer.fused and config.accumulate == 1:
             self.graph = StepGraph(self.generator)
@@ -135,6 +135,7 @@ class HSAETrainer:
         config, model = self.config, self.model
         model.train()
         model.update_router_temperature(self.step, self.total)
+        model.update_k(self.step)
         warmup = penalty_warmup(config, self.step)
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
@@ -187,12 +188,15 @@ class HSAETrainer:
     def _replay(self, stage: StageConfig, warmup: float, frozen: set[int]) -> Any:
         """`_work` through the graph: the numbers that change from step to step are sent ahead, as tensors."""
         assert self.graph is not None
-        numbers = torch.tensor([warmup, self.model.router_temperature]).pin_memory()
+        annealing = self.model.k_progress is not None
+        numbers = torch.tensor([warmup, self.model.router_temperature, self.model.k_progress or 0.0]).pin_memory()
         self.numbers.copy_(numbers, non_blocking=True)
         self.model.router_temperature = self.numbers[1]  # type: ignore[assignment]
+        if annealing:
+            self.model.k_progress = self.numbers[2]
         # Restoring the atoms' norms while G is frozen takes a Cholesky factor, which waits for the GPU.
         waits = getattr(self.model, "gram_reference", None) is not None
-        key = None if waits else (stage.name, tuple(sorted(frozen)))
+        key = None if waits else (stage.name, tuple(sorted(frozen)), annealing)
         return self.graph(
             key, lambda rows: self._work(stage, self.numbers[0], rows), self.stream.next().to(self.device)
         )
