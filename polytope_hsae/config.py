@@ -164,6 +164,11 @@ class HSAEConfig(Block):
     router_noise: Literal["relative", "absolute"] = Field(
         "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
     )
+    router_balance_rate: float = Field(
+        0.0,
+        ge=0,
+        description="Move of a parent's bias of the choice against its load, per batch, units of r.",
+    )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
     child_input: Literal["input", "residual"] = Field(
@@ -326,6 +331,8 @@ class HSAEConfig(Block):
             _require(field, "batch", relu, f"{allowed} unless magnitude is relu")
         hard = self.parent_budget == "per_row" or self.gate == "hard"
         _require("parent_budget", "batch", hard, "per_row unless gate is hard")
+        alone = self.parent_budget == "per_row" or self.router_balance_rate == 0
+        _require("router_balance_rate", self.router_balance_rate, alone, "0 unless parent_budget is per_row")
         self._check_annealing()
         return self
 

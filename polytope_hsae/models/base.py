@@ -161,6 +161,9 @@ class SparseAutoencoder(nn.Module):
     def update_k(self, step: int) -> None:
         """Set how far the annealing of k is at this step; models that do not anneal it have nothing to set."""
 
+    def update_balance(self, codes: Codes) -> None:
+        """Move what balances the latents' loads by a training batch's codes; most models have nothing to move."""
+
     # files
 
     def save_pretrained(self, folder: Path | str) -> None:

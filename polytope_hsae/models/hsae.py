@@ -9,6 +9,7 @@ s subspace width, Q teacher parents.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from .. import ops
 from ..config import HSAEConfig, LossOverrides
 from .base import SparseAutoencoder
 from .budget import Budget
-from .codes import Codes, Dead, ModelOutput
+from .codes import Codes, Dead, ModelOutput, load
 from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from .losses import causal_orthogonality, loss_terms
 from .magnitude import child_code, parent_code
@@ -46,6 +47,7 @@ class HierarchicalSAE(SparseAutoencoder):
     sigma_inv: Tensor | None
     gram_reference: Tensor | None
     threshold: Tensor | None
+    balance: Tensor | None
 
     def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
         super().__init__(config, width, normalize)
@@ -78,6 +80,7 @@ class HierarchicalSAE(SparseAutoencoder):
         self.register_buffer("gram_reference", None)
         offset = torch.tensor(width**-0.5) if config.magnitude == "leaky_offset" else None
         self.register_buffer("threshold", offset)
+        self.register_buffer("balance", torch.zeros(P) if config.router_balance_rate > 0 else None)
 
     def _needs_metric(self) -> bool:
         return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
@@ -128,9 +131,6 @@ class HierarchicalSAE(SparseAutoencoder):
                 x_Bd = x_Bd + (origin.detach() - origin)
             return *self.encode_parent(x_Bd, generator), None
 
-        def noise(logits_BP: Tensor) -> Tensor:
-            return routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
-
         index, logit, code_sum, logits = ops.route(
             x_Bd,
             self.E,
@@ -138,7 +138,7 @@ class HierarchicalSAE(SparseAutoencoder):
             origin,
             self.parent_budget.slots(self.n_parents, self.k_progress),
             threshold=self.threshold,
-            noise=noise if straight_through and self.training else None,
+            noise=partial(self._handicap, generator=generator) if self._is_handicapped() else None,
             sum_codes=config.l1_scope == "all" and self.training,
             precision=self.precision,
         )
@@ -148,6 +148,17 @@ class HierarchicalSAE(SparseAutoencoder):
             value = value * straight_through_gate(logit, slots, self.router_temperature)
         return index, self.parent_budget.keep(value, self.k_progress), logits, code_sum
 
+    def _is_handicapped(self) -> bool:
+        return self.balance is not None or (self.config.gate == "straight_through" and self.training)
+
+    def _handicap(self, logits_BP: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What is added to the logits for the choice alone: the parents' balance, and in training noise."""
+        if self.config.gate == "hard" or not self.training:
+            assert self.balance is not None
+            return self.balance
+        noise_BP = routing_noise(logits_BP, self.router_temperature, self.config.router_noise, generator)
+        return noise_BP if self.balance is None else noise_BP + self.balance
+
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
         config = self.config
@@ -156,8 +167,8 @@ class HierarchicalSAE(SparseAutoencoder):
         if config.magnitude == "leaky_offset":  # the published code chooses among codes, many of which are 0
             choice_BP = parent_code(choice_BP, config.magnitude, self.threshold)
         straight_through = config.gate == "straight_through"
-        if straight_through and self.training:
-            choice_BP = choice_BP + routing_noise(logits_BP, self.router_temperature, config.router_noise, generator)
+        if self._is_handicapped():
+            choice_BP = choice_BP + self._handicap(logits_BP, generator)
         k = self.parent_budget.slots(self.n_parents, self.k_progress)
         if config.magnitude == "leaky_offset":
             index_Bk = topk_lowest(choice_BP, k)
@@ -225,6 +236,13 @@ class HierarchicalSAE(SparseAutoencoder):
         """k goes linearly from its start to its end in the first `k_anneal_steps` steps over all stages."""
         steps = self.config.k_anneal_steps
         self.k_progress = step / steps if step < steps else None
+
+    @torch.no_grad()
+    def update_balance(self, codes: Codes) -> None:
+        """Parents with less than the mean load of the batch rise in the choice, those with more fall."""
+        if self.balance is not None:
+            load_P = load(codes, self.n_parents)
+            self.balance += self.config.router_balance_rate * (load_P.mean() - load_P).sign()
 
     def freeze(self, names: Any) -> None:
         """Freeze exactly the named tensors; a frozen G fixes the Gram matrices of Up, hence the atoms' norms."""

@@ -175,6 +175,7 @@ class HSAETrainer:
                 self._require_finite("loss", loss, terms)
             (loss / config.accumulate).backward()
             self.usage.update(output.codes)
+            model.update_balance(output.codes)
         if model.config.project_gradient:
             model.project_gradients()
         grad_norm = self._clip(terms)
