@@ -171,6 +171,11 @@ class HSAEConfig(Block):
     )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
+    recycle_every: Whole = Field(0, ge=0, description="Steps between recyclings of dead parents; 0 = never.")
+    recycle_until: Whole | None = Field(None, ge=1, description="Last step that may recycle; null = any.")
+    split_above: float | None = Field(
+        None, gt=0, le=1, description="Recycling splits parents active in more than this share of rows; null = none."
+    )
     child_input: Literal["input", "residual"] = Field(
         "residual", description="What children read: the row, or what the parents leave of it."
     )
@@ -333,6 +338,9 @@ class HSAEConfig(Block):
         _require("parent_budget", "batch", hard, "per_row unless gate is hard")
         alone = self.parent_budget == "per_row" or self.router_balance_rate == 0
         _require("router_balance_rate", self.router_balance_rate, alone, "0 unless parent_budget is per_row")
+        for field in ("recycle_until", "split_above"):
+            found = getattr(self, field)
+            _require(field, found, found is None or self.recycle_every > 0, "null unless recycle_every is above 0")
         self._check_annealing()
         return self
 

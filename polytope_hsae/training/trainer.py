@@ -16,7 +16,9 @@ from ..config import StageConfig, TeacherConfig, TrainingConfig
 from ..data.stream import RowStream
 from ..models.base import SparseAutoencoder, without_sharing
 from ..models.codes import ModelOutput
+from ..models.hsae import HierarchicalSAE
 from ..models.losses import PENALTIES
+from ..models.recycle import recycle
 from ..tracking import Tracker
 from .anchor import Anchor
 from .checkpoint import (
@@ -90,6 +92,7 @@ class HSAETrainer:
         self.stop_signal: int | None = None
         self.broken = torch.zeros((), device=self.device)  # steps whose gradient norm was not finite
         self.numbers = torch.zeros(3, device=self.device)  # penalty warm-up, temperature, annealing; for the graph
+        self.batch_Bd = torch.empty(0, model.width, device=self.device)  # the last micro-batch, for recycling
         self.graph: StepGraph | None = None
         if config.cuda_graph and self.optimizer.fused and config.accumulate == 1:
             self.graph = StepGraph(self.generator)
@@ -151,7 +154,9 @@ class HSAETrainer:
         if self.optimizer.fused:
             self._look_for_nan(grad_norm, terms)
         self.step += 1
+        recycled = self._recycle(stage)
         return lambda: {
+            **recycled,
             "loss": loss,
             **{name: value.detach() for name, (_, value) in terms.items()},
             "lr": rate,
@@ -168,6 +173,7 @@ class HSAETrainer:
         for _ in range(config.accumulate):
             batch_Bd = self.stream.next().to(self.device) if rows_Bd is None else rows_Bd
             output = model(batch_Bd, self.generator)
+            self.batch_Bd = batch_Bd
             terms = model.loss_terms(output, stage.loss, self.usage.dead(config)) | self.anchor.terms()
             weighted = [w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
@@ -229,6 +235,25 @@ class HSAETrainer:
             kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
             found = f"the {what} is {value.item()} at step {self.step} ({_parts(terms)})"
             raise Diverged(f"training: {found}; last good checkpoint: {kept}")
+
+    def _recycle(self, stage: StageConfig) -> dict[str, float]:
+        """Recycle dead parents where this step asks for it: how many parents changed, for the log.
+
+        A stage that freezes anything is left alone, and so are rows that an anchor holds.
+        """
+        model, options = self.model, self.model.config
+        if not isinstance(model, HierarchicalSAE) or options.recycle_every == 0 or stage.freeze:
+            return {}
+        late = options.recycle_until is not None and self.step > options.recycle_until
+        if late or self.step % options.recycle_every or self.step == self.total:
+            return {"recycled_parents": 0.0}
+        dead_P = self.usage.dead_parents(self.config.dead_after)
+        held = self.anchor.n_rows if self.anchor.kind != "none" else 0
+        free_P = torch.arange(model.n_parents, device=self.device) >= held
+        changed_n = recycle(model, self.batch_Bd, dead_P, free_P, options.split_above, self.generator)
+        self.optimizer.forget([tensor for name, tensor in model.tensors().items() if name != "b_dec"], changed_n)
+        self.usage.restart(changed_n)
+        return {"recycled_parents": float(len(changed_n))}
 
     @torch.no_grad()
     def _usage_log(self, output: ModelOutput, temperature: float) -> dict[str, Any]:
