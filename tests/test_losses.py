@@ -24,8 +24,8 @@ from polytope_hsae.models.losses import (
     loss_terms,
     reconstruction_error,
 )
-from polytope_hsae.models.magnitude import child_code, parent_code
 from polytope_hsae.models.routing import topk_lowest
+from polytope_hsae.ops.magnitude import child_code, parent_code
 
 
 def normal(*shape, seed=0):

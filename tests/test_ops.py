@@ -175,8 +175,83 @@ def test_jax_penalty_and_its_gradients(precision):
 
 
 def test_children_of_closed_parents_and_ties():
-    pre = torch.tensor([[1.0, 3.0, 3.0], [-2.0, -1.0, -1.0], [5.0, 9.0, 1.0]], device=DEVICE)
-    assert children.best_child(pre, torch.tensor([1.0, 2.0, 0.0], device=DEVICE)).tolist() == [1, 1, 0]
+    pre = torch.tensor([[[1.0, 3.0, 3.0], [-2.0, -1.0, -1.0], [5.0, 9.0, 1.0]]], device=DEVICE)
+    assert children.best_child(pre, torch.tensor([[1.0, 2.0, 0.0]], device=DEVICE)).tolist() == [[1, 4, 6]]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("B,k,C,K", [(7, 3, 5, 4), (1, 1, 1, 1), (4, 9, 100, 33)])
+def test_kept_children_and_their_gradients(B, k, C, K, threshold):
+    pre, value = normal(B, k, C).requires_grad_(), normal(B, k, seed=1)
+    place = parents(B, K, k * C)
+    slope = 0.0 if threshold is None else 0.01
+    q = pre.flatten(1).gather(1, place)
+    code = torch.where(q > 0 if threshold is None else q >= threshold, q, slope * q)
+    code = code * (value.gather(1, place // C) > 0)
+    dense = torch.zeros(B, k * C, dtype=torch.float64).scatter(1, place, code).view(B, k, C)
+    level = None if threshold is None else torch.tensor(threshold, device=DEVICE)
+    mine = leaf(pre)
+    found, found_dense = children.KeepChildren.apply(mine, place.to(DEVICE), value.float().to(DEVICE), level, slope)
+    assert_close(found, code, 1e-6)
+    assert_close(found_dense, dense, 1e-6)
+    up, up_dense = normal(B, K, seed=2), normal(B, k, C, seed=3)
+    for loss, mine_loss in (
+        ((code * up).sum(), (found * up.float().to(DEVICE)).sum()),
+        ((dense * up_dense).sum(), (found_dense * up_dense.float().to(DEVICE)).sum()),
+        ((code * up).sum() + (dense * up_dense).sum(),
+         (found * up.float().to(DEVICE)).sum() + (found_dense * up_dense.float().to(DEVICE)).sum()),
+    ):  # fmt: skip
+        (expected,) = torch.autograd.grad(loss, pre, retain_graph=True)
+        assert_close(torch.autograd.grad(mine_loss, mine, retain_graph=True)[0], expected, 1e-6)
+
+
+@precisions
+@pytest.mark.parametrize("given,bias", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("B,k,P,s,d", [(20, 3, 6, 4, 37), (9, 4, 5, 20, 300), (1, 1, 1, 1, 16)])
+def test_reconstruct_and_its_gradients(B, k, P, s, d, given, bias, precision):
+    index, tolerance = parents(B, k, P), TOLERANCE[precision]
+    x, value, D = normal(B, d), normal(B, k), normal(P, d, seed=1)
+    codes, Up, b, top = normal(B * k, s), normal(P, s, d), normal(d), normal(B, d, seed=2)
+    parts = [top, codes, Up] if given else [value, D, codes, Up] + [b] * bias
+    for part in parts:
+        part.requires_grad_()
+    base = top if given else torch.einsum("bk,bkd->bd", value, D[index]) + (b if bias else 0)
+    x_hat = base + torch.einsum("nsd,ns->nd", Up[index.flatten()], codes).view(B, k, d).sum(1)
+    errors = (x - x_hat).square().sum(1), (x - base).square().sum(1)
+    mine = {id(part): leaf(part) for part in parts}
+    m = [mine.get(id(part)) for part in (top, value, D, b)]
+    found = functions.Reconstruct.apply(
+        x.float().to(DEVICE), m[0], None if given else m[1].view(-1, 1), m[2], m[3], mine[id(codes)], mine[id(Up)],
+        make_plan(index.to(DEVICE), P), precision,
+    )  # fmt: skip
+    for a, e in zip(found, (x_hat, base, *errors), strict=True):
+        assert_close(a, e, tolerance)
+    up = normal(B, seed=4), normal(B, seed=5)
+    loss = sum((e * u).sum() for e, u in zip(errors, up, strict=True))
+    mine_loss = sum((e * u.float().to(DEVICE)).sum() for e, u in zip(found[2:], up, strict=True))
+    for a, e in zip(
+        torch.autograd.grad(mine_loss, [mine[id(part)] for part in parts]),
+        torch.autograd.grad(loss, parts),
+        strict=True,
+    ):
+        assert_close(a, e, 2 * tolerance)
+
+
+@pytest.mark.parametrize("normalize", ["rms", "unit_row", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_entering_rows(normalize, bias):
+    h, mean, b, scale = normal(40, 9).T, normal(40), normal(40, seed=1), torch.tensor(1.7)
+    divisor = h.norm(dim=1) + 1e-6 if normalize == "unit_row" else None
+    x = {"rms": (h - mean) / scale, "unit_row": h / (h.norm(dim=1, keepdim=True) + 1e-6), "none": h}[normalize]
+    mine = [t.float().to(DEVICE) for t in (h, mean, scale, b)]
+    found, centred, norm = rows.enter(
+        mine[0], normalize, mine[1], mine[2], 1e-6, mine[3] if bias else None, torch.float32
+    )
+    assert_close(found, x, 1e-6)
+    assert_close(centred, x - b if bias else x, 1e-6)
+    assert (norm is None) == (divisor is None)
+    if norm is not None:
+        assert_close(norm, divisor, 1e-6)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.2])
@@ -202,9 +277,6 @@ def test_row_operations(d):
     mine = a.float().to(DEVICE)
     rows.normalize_rows_(mine)
     assert_close(mine, a / a.norm(dim=1, keepdim=True), 1e-5)
-    scaled, norm = rows.divide_by_norm(a.float().to(DEVICE), 1e-6)
-    assert_close(scaled, a / (a.norm(dim=1, keepdim=True) + 1e-6), 1e-5)
-    assert_close(norm, a.norm(dim=1) + 1e-6, 1e-5)
     y = b.clone().requires_grad_()
     mine = leaf(y)
     error = functions.SquaredError.apply(a.float().to(DEVICE), mine)

@@ -113,7 +113,8 @@ class SparseAutoencoder(nn.Module):
     def to_normalized(self, h_Bd: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x [B, d], row norms [B] or None)."""
         if self.normalize == "unit_row":
-            return ops.divide_by_norm(h_Bd, UNIT_ROW_EPS)
+            norms_B = h_Bd.norm(dim=1) + UNIT_ROW_EPS
+            return h_Bd / norms_B[:, None], norms_B
         return (h_Bd - self.data_mean) / self.data_scale, None
 
     def to_raw(self, x_Bd: Tensor, row_scale_B: Tensor | None) -> Tensor:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import HSAEConfig, LossOverrides
-from .base import SparseAutoencoder
+from ..ops.magnitude import parent_code
+from .base import UNIT_ROW_EPS, SparseAutoencoder
 from .budget import Budget
 from .codes import Codes, Dead, ModelOutput, load
 from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from .losses import causal_orthogonality, loss_terms
-from .magnitude import child_code, parent_code
 from .routing import routing_noise, straight_through_gate, topk_lowest
 from .selection import level_for_l0
 from .start import ChildInit, RandomStart, SquareRoots, put_teacher, start_from_rows, tied
@@ -89,33 +89,36 @@ class HierarchicalSAE(SparseAutoencoder):
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
-        x, row_scale = self.to_normalized(h_Bd)
-        kernels = ops.uses_kernels(x, self.D) and self.b_dec is not None and not x.requires_grad
-        origin = self.b_dec if kernels else None  # then the kernels give b_dec its gradient, and no row needs one
-        centred = x if self.b_dec is None else x - (self.b_dec if origin is None else self.b_dec.detach())
-        residual = self.config.child_input == "residual"
-        rows = centred if residual else ops.operand(centred, self.precision)
+        x, rows, row_scale, origin = self._enter(h_Bd)
         parent_index, parent_value, logits, code_sum = self._route(rows, generator, origin)
         routes = ops.routing(parent_index, self.D, self.precision)
-        if routes.plan is not None and not residual and self.training and not x.requires_grad:
-            child_index, child_value, child_pre, place = self._open_children(rows, routes, parent_value, origin)
-            x_hat, top, *errors = ops.reconstruct(
-                x, routes, parent_value, place, child_value, self.D, self.Up, self.G, self.b_dec
+        top = None
+        if self.config.child_input == "residual":
+            part = ops.weighted_row_sum(self.D, parent_index, parent_value, routes)
+            top = part if self.b_dec is None else part + self.b_dec
+            if not self.config.child_input_detach:
+                rows, origin = x - top, None
+            else:
+                rows = rows - part.detach() if origin is None else x - top.detach()
+        index, children = self._open_children(rows, routes, parent_value, origin)
+        rebuilt = ops.reconstruct(
+            x, top, routes, parent_value, index, children, self.D, self.Up, self.G, self.b_dec,
+            compare=self.training and not x.requires_grad,
+        )  # fmt: skip
+        codes = Codes(parent_index, parent_value, index, children.value, row_scale)
+        return ModelOutput(
+            x, rebuilt.x_hat, rebuilt.x_hat_top, codes, logits, children.pre, parent_sum=code_sum, errors=rebuilt.errors
+        )
+
+    def _enter(self, h_Bd: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x, x - b_dec, norms of the rows, and b_dec where the operations that follow have to give it its gradient."""
+        if ops.uses_kernels(self.D) and h_Bd.is_cuda and not h_Bd.requires_grad:
+            x, rows, row_scale = ops.enter(
+                h_Bd, self.normalize, self.data_mean, self.data_scale, UNIT_ROW_EPS, self.b_dec, self.precision
             )
-            codes = Codes(parent_index, parent_value, child_index, child_value, row_scale)
-            return ModelOutput(x, x_hat, top, codes, logits, child_pre, None, code_sum, (errors[0], errors[1]))
-        top = ops.weighted_row_sum(self.D, parent_index, parent_value, routes)
-        child_input = rows
-        if residual:
-            child_input = centred - (top.detach() if self.config.child_input_detach else top)
-            if origin is not None and not self.config.child_input_detach:
-                child_input, origin = centred + (origin.detach() - origin) - top, None
-        child_index, child_value, child_pre, place = self._open_children(child_input, routes, parent_value, origin)
-        if self.b_dec is not None:
-            top = top + self.b_dec
-        x_hat = top + ops.decode_children(child_index, child_value, self.Up, self.G, routes, place)
-        codes = Codes(parent_index, parent_value, child_index, child_value, row_scale)
-        return ModelOutput(x, x_hat, top, codes, logits, child_pre, parent_sum=code_sum)
+            return x, rows, row_scale, self.b_dec
+        x, row_scale = self.to_normalized(h_Bd)
+        return x, x if self.b_dec is None else x - self.b_dec, row_scale, None
 
     def _route(
         self, x_Bd: Tensor, generator: torch.Generator | None, origin: Tensor | None
@@ -185,31 +188,35 @@ class HierarchicalSAE(SparseAutoencoder):
         A child contributes only while its parent's code is above 0.
         """
         routes = ops.routing(parent_Bk, self.D, self.precision)
-        return self._open_children(x_Bd, routes, value_Bk)[:3]
+        index, children = self._open_children(x_Bd, routes, value_Bk)
+        return index, children.value, children.pre
 
     def _open_children(
         self, x_Bd: Tensor, routes: ops.Routing, value_Bk: Tensor, origin: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `encode_children`, and where in [k*C] each chosen child stands [B, K]."""
+    ) -> tuple[Tensor, ops.Children]:
+        """The chosen children's flat indices [B, K], and the children."""
         config, parent_Bk = self.config, routes.parent_Bk
         pre_BkC = ops.encode_children(x_Bd, routes, self.Down, self.F, self.b_F, origin)
-        B, k, C = pre_BkC.shape
-        flat_BkC = parent_Bk.unsqueeze(2) * C + torch.arange(C, device=parent_Bk.device)
-        open_BkC = (value_Bk > 0).unsqueeze(2).expand(B, k, C)
         if config.child_budget != "per_parent":
-            score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
-            index = torch.topk(score_BkC.flatten(1), self.child_budget.slots(k * C, self.k_progress), dim=1).indices
+            most = self.child_budget.slots(parent_Bk.shape[1] * self.n_children, self.k_progress)
+            place_BK = ops.best_children(pre_BkC, value_Bk, most)
+        elif config.topk_child == 1:
+            place_BK = ops.best_child(pre_BkC, value_Bk)
         else:
-            offset = (torch.arange(k, device=parent_Bk.device) * C).view(1, k, 1)
-            if config.topk_child == 1:
-                best_Bkc = ops.best_child(pre_BkC, value_Bk)
-            else:
-                score_BkC = pre_BkC.detach().masked_fill(~open_BkC, -torch.inf)
-                best_Bkc = torch.topk(score_BkC, config.topk_child, dim=2).indices
-            index = (best_Bkc + offset).flatten(1)
-        value = child_code(pre_BkC.flatten(1).gather(1, index), config.magnitude, self.threshold)
-        value = self.child_budget.keep(value * open_BkC.flatten(1).gather(1, index), self.k_progress)
-        return flat_BkC.flatten(1).gather(1, index), value, pre_BkC, index
+            place_BK = self._best_per_parent(pre_BkC, value_Bk)
+        children = ops.keep_children(pre_BkC, place_BK, value_Bk, config.magnitude, self.threshold)
+        kept_BK = self.child_budget.keep(children.value, self.k_progress)
+        if kept_BK is not children.value:
+            children = ops.with_codes(children, kept_BK)
+        C = self.n_children
+        return parent_Bk.gather(1, place_BK // C) * C + place_BK % C, children
+
+    def _best_per_parent(self, pre_BkC: Tensor, value_Bk: Tensor) -> Tensor:
+        """Places in [k*C] of the topk_child largest children of every parent: [B, K]."""
+        k, C = pre_BkC.shape[1:]
+        score_BkC = pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf)
+        best_Bkc = torch.topk(score_BkC, self.config.topk_child, dim=2).indices
+        return (best_Bkc + torch.arange(0, k * C, C, device=pre_BkC.device).view(1, k, 1)).flatten(1)
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d] = b_dec + parents + children."""

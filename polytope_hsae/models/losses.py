@@ -3,6 +3,7 @@
 Shapes: B rows, d width, P parents, k active parents, C children, s subspace width.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..config import HSAEConfig
+from ..ops.magnitude import CHILD_SLOPE, child_code, parent_code
 from .codes import Dead, ModelOutput
-from .magnitude import CHILD_SLOPE, child_code, parent_code
 
 PENALTIES = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "gram", "causal_orth")
 JAX_EPS = 1e-6
@@ -34,9 +35,17 @@ def biorth_identity(E: Tensor, D: Tensor) -> Tensor:
     n, m = E.shape[-2:]
     if n <= m:
         eye = torch.eye(n, dtype=E.dtype, device=E.device)
-        return (E @ D.mT - eye).square().sum()
+        return (_long_product(E, D) - eye).square().sum()
     grams = ((E.mT @ E) * (D.mT @ D)).sum()
     return grams - 2 * (E * D).sum() + E.numel() // m
+
+
+def _long_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T over the last dimension, [..., n, n]; a long one is summed in parts, which keeps a GPU busy."""
+    n, m = a.shape[-2:]
+    parts = math.gcd(m, 64) if m >= 16 * n and a.is_cuda else 1
+    a, b = (x.unflatten(-1, (parts, m // parts)).transpose(-3, -2) for x in (a, b))
+    return (a @ b.mT).sum(-3)
 
 
 def biorth_offdiag(E: Tensor, D: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .magnitude import CHILD_SLOPE, child_code
 
 Precision = Literal["bf16", "tf32", "float32"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -116,68 +117,127 @@ def decode_children(
     Up: Tensor | None,
     G: Tensor,
     routes: Routing | None = None,
-    place_BK: Tensor | None = None,
+    children: "Children | None" = None,
 ) -> Tensor:
     """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d].
 
     Without Up the atoms are the rows of G [P, C, d].
-    With the row's routes, place_BK says where in [k*C] each child stands; every parent's atoms are then summed in its
-    subspace first.
+    With the row's routes and children, every parent's atoms are summed in its subspace first.
     """
     (B, K), C = index_BK.shape, G.shape[1]
-    if Up is None:
-        atoms_Rd = G.flatten(0, 1)
-        direct = routing(index_BK, atoms_Rd, routes.precision if routes else "float32")
-        return weighted_row_sum(atoms_Rd, index_BK, value_BK, direct)
-    if not uses_kernels(value_BK, Up) or B * K == 0:
+    if not uses_kernels(value_BK, G) or B * K == 0:
         return reference.decode_children(index_BK, value_BK, Up, G)
     from .triton.functions import RoutedSum
 
-    if routes is None or place_BK is None:
-        routes = routing(index_BK // C, Up)
-        place_BK = torch.arange(K, device=index_BK.device) * C + index_BK % C
+    if routes is None or children is None:
+        routes = routing(index_BK // C, G)
+        dense_Nc = torch.nn.functional.one_hot(index_BK % C, C) * value_BK.unsqueeze(2)
+    elif children.dense is not None:
+        dense_Nc = children.dense
+    else:
+        dense_Nc = value_BK.new_zeros(children.pre.shape).flatten(1).scatter(1, children.place, value_BK)
     k, plan, precision = routes.parent_Bk.shape[1], routes.plan, routes.precision
-    codes_Nc = value_BK.new_zeros(B, k * C).scatter(1, place_BK, value_BK).view(B * k, C)
-    subspace_Ns = RoutedSum.apply(codes_Nc, G, plan, 1, precision)
-    decoded: Tensor = RoutedSum.apply(subspace_Ns, Up, plan, k, precision)
+    sums, rows = _in_subspace(dense_Nc.reshape(-1, C), Up, G, plan, precision)
+    decoded: Tensor = RoutedSum.apply(sums, rows, plan, k, precision)
     return decoded
 
 
-class Reconstruction(NamedTuple):
-    """x_hat, x_hat_top [B, d], without gradients, and their rows' squared errors [B]."""
+def _in_subspace(dense_Nc: Tensor, Up: Tensor | None, G: Tensor, plan: Any, precision: str) -> tuple[Tensor, Tensor]:
+    """Every pair's children summed in its parent's subspace, and that subspace's rows; without Up these are G's."""
+    from .triton.functions import RoutedSum
 
-    x_hat: Tensor
-    x_hat_top: Tensor
-    error: Tensor
-    error_top: Tensor
+    if Up is None:
+        return dense_Nc, G
+    return RoutedSum.apply(dense_Nc, G, plan, 1, precision), Up
 
 
-def reconstruct(
-    x_Bd: Tensor, routes: Routing, value_Bk: Tensor, place_BK: Tensor, child_BK: Tensor,
-    D: Tensor, Up: Tensor | None, G: Tensor, b_dec: Tensor | None,
-) -> Reconstruction:  # fmt: skip
-    """Decode and compare in one pass, on a GPU: gradients flow from the two errors to codes and weights only.
+class Children(NamedTuple):
+    """The children of B rows that were chosen, and all that were opened.
 
-    place_BK: as in `decode_children`; child_BK: the children's codes.
+    pre [B, k, C]: pre-activations of all. place [B, K]: where in [k*C] the chosen ones stand; value [B, K]: their
+    codes. dense [B, k, C] or None: the codes of all, 0 where they were not chosen, where kernels need them.
     """
-    from .triton.functions import Reconstruct, RoutedSum
 
-    (B, k), C, plan, precision = value_Bk.shape, G.shape[1], routes.plan, routes.precision
-    codes_Nc = child_BK.new_zeros(B, k * C).scatter(1, place_BK, child_BK).view(B * k, C)
-    if Up is None:  # every child is a direction of its parent's subspace
-        subspace_Ns, Up = codes_Nc, G
-    else:
-        subspace_Ns = RoutedSum.apply(codes_Nc, G, plan, 1, precision)
-    return Reconstruction(*Reconstruct.apply(x_Bd, value_Bk.reshape(-1, 1), D, subspace_Ns, Up, b_dec, plan, precision))
+    pre: Tensor
+    place: Tensor
+    value: Tensor
+    dense: Tensor | None
 
 
 def best_child(pre_BkC: Tensor, value_Bk: Tensor) -> Tensor:
-    """The largest child of every opened parent, int64 [B, k, 1]: the first of equal ones; 0 where value <= 0."""
-    if not uses_kernels(pre_BkC, value_Bk) or pre_BkC.numel() == 0:
-        return pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf).argmax(dim=2, keepdim=True)
-    from .triton.children import best_child as kernel
+    """Places in [k*C] of every parent's largest child, int64 [B, k]; the first of equal or closed ones."""
+    if uses_kernels(pre_BkC, value_Bk) and pre_BkC.numel():
+        from .triton.children import best_child as kernel
 
-    return kernel(pre_BkC.detach().flatten(0, 1), value_Bk.detach().flatten()).view(*value_Bk.shape, 1)
+        return kernel(pre_BkC.detach(), value_Bk.detach())
+    k, C = pre_BkC.shape[1:]
+    first_Bk = pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf).argmax(2)
+    return first_Bk + torch.arange(0, k * C, C, device=pre_BkC.device)
+
+
+def best_children(pre_BkC: Tensor, value_Bk: Tensor, n: int) -> Tensor:
+    """Places in [k*C] of the n largest children of all opened parents of a row together, int64 [B, n]."""
+    score_BN = pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf).flatten(1)
+    if uses_kernels(score_BN):
+        from .triton.select import select
+
+        return select(score_BN, n, None, False)[0]
+    return torch.topk(score_BN, n, dim=1).indices
+
+
+def keep_children(
+    pre_BkC: Tensor, place_BK: Tensor, value_Bk: Tensor, magnitude: str, threshold: Tensor | None
+) -> Children:
+    """The codes of the children at the given places; 0 where the parent's code is not above 0."""
+    if uses_kernels(pre_BkC, value_Bk) and magnitude != "binary":
+        from .triton.children import KeepChildren
+
+        slope = CHILD_SLOPE if magnitude == "leaky_offset" else 0.0
+        value_BK, dense_BkC = KeepChildren.apply(pre_BkC, place_BK, value_Bk.detach(), threshold, slope)
+        return Children(pre_BkC, place_BK, value_BK, dense_BkC)
+    value_BK = child_code(pre_BkC.flatten(1).gather(1, place_BK), magnitude, threshold)
+    is_open_BK = value_Bk.gather(1, place_BK // pre_BkC.shape[2]) > 0
+    return Children(pre_BkC, place_BK, value_BK * is_open_BK, None)
+
+
+def with_codes(children: Children, value_BK: Tensor) -> Children:
+    """The same children with other codes."""
+    pre, place, _, dense = children
+    if dense is not None:
+        dense = torch.zeros_like(pre).flatten(1).scatter(1, place, value_BK).view_as(pre)
+    return Children(pre, place, value_BK, dense)
+
+
+class Reconstruction(NamedTuple):
+    """x_hat, x_hat_top [B, d]; errors: their rows' squared errors [B], if taken; these then carry all gradients."""
+
+    x_hat: Tensor
+    x_hat_top: Tensor
+    errors: tuple[Tensor, Tensor] | None
+
+
+def reconstruct(
+    x_Bd: Tensor, top_Bd: Tensor | None, routes: Routing, value_Bk: Tensor, index_BK: Tensor, children: Children,
+    D: Tensor, Up: Tensor | None, G: Tensor, b_dec: Tensor | None, compare: bool,
+) -> Reconstruction:  # fmt: skip
+    """Decode and, with `compare` on a GPU, take the errors in the same pass. index_BK: the children, as p*C + j.
+
+    top_Bd: what b_dec and the parents make, where that is known already.
+    """
+    C, dense = G.shape[1], children.dense
+    if compare and routes.plan is not None and dense is not None:
+        from .triton.functions import Reconstruct
+
+        plan, precision = routes.plan, routes.precision
+        sums, rows = _in_subspace(dense.view(-1, C), Up, G, plan, precision)
+        parents = (value_Bk.reshape(-1, 1), D, b_dec) if top_Bd is None else (None, None, None)
+        x_hat, x_hat_top, *errors = Reconstruct.apply(x_Bd, top_Bd, *parents, sums, rows, plan, precision)
+        return Reconstruction(x_hat, x_hat_top, (errors[0], errors[1]))
+    if top_Bd is None:
+        top_Bd = weighted_row_sum(D, routes.parent_Bk, value_Bk, routes)
+        top_Bd = top_Bd if b_dec is None else top_Bd + b_dec
+    x_hat = top_Bd + decode_children(index_BK, children.value, Up, G, routes, children)
+    return Reconstruction(x_hat, top_Bd, None)
 
 
 def code_size(pre_Bn: Tensor, threshold: Tensor | None, slope: float) -> Tensor:
@@ -188,21 +248,17 @@ def code_size(pre_Bn: Tensor, threshold: Tensor | None, slope: float) -> Tensor:
     return size
 
 
-def divide_by_norm(rows_Bd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows divided by their norm + eps [B, d], and those divisors [B]."""
-    if not uses_kernels(rows_Bd) or rows_Bd.requires_grad:
-        norms_B = rows_Bd.norm(dim=1) + eps
-        return rows_Bd / norms_B[:, None], norms_B
-    from .triton import rows
+def enter(
+    h_Bd: Tensor, normalize: str, mean_d: Tensor, scale: Tensor, eps: float, b_dec: Tensor | None, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """On a GPU: normalised rows x [B, d], x - b_dec as the matrix products read it, and unit_row's divisors [B].
 
-    return rows.divide_by_norm(rows_Bd, eps)
+    No gradient: neither to h nor to b_dec.
+    """
+    from .triton.rows import enter as kernel
 
-
-def operand(rows_Bd: Tensor, precision: Precision) -> Tensor:
-    """The rows as the matrix products read them, converted once for all of them; where no kernels run, as they are."""
-    if precision == "bf16" and uses_kernels(rows_Bd) and not rows_Bd.requires_grad:
-        return rows_Bd.bfloat16()
-    return rows_Bd
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return kernel(h_Bd, normalize, mean_d, scale, eps, None if b_dec is None else b_dec.detach(), dtype)
 
 
 def squared_error(x_Bd: Tensor, x_hat_Bd: Tensor) -> Tensor:

@@ -149,8 +149,10 @@ def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor | None, F: Ten
     return pre_BkC if b_F is None else pre_BkC + b_F[parent_Bk]
 
 
-def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor, G: Tensor) -> Tensor:
-    """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]."""
+def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor | None, G: Tensor) -> Tensor:
+    """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]; without Up of G_pj."""
+    if Up is None:
+        return weighted_row_sum(G.flatten(0, 1), index_BK, value_BK)
     B, K = index_BK.shape
     d = Up.shape[-1]
     if B * K == 0:

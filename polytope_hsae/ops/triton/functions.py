@@ -3,16 +3,17 @@
 Shapes: B rows, k slots per row, N = B k pairs, P parents, m weight rows per parent, d width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .biorth import product
+from .decode import decode
 from .plan import Plan, make_plan
-from .routed import DTYPE, dot, outer, sum_rows
-from .rows import reconstruct_, reconstruct_grad, squared_error, squared_error_grad
+from .routed import DTYPE, dot, dot_and_outer, outer, sum_rows
+from .rows import reconstruct_grad, squared_error, squared_error_grad
 from .select import select, spread
 
 GROUPED_FROM = 2048  # parents from which on a router gradient without a dense part is taken grouped by parent
@@ -65,11 +66,20 @@ class RoutedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         coef_Nm, weight_Pmd = ctx.saved_tensors
-        options = ctx.plan, ctx.divisor, ctx.precision
-        grad = grad.to(DTYPE[ctx.precision])
-        of_coef = dot(grad, weight_Pmd, *options) if ctx.needs_input_grad[0] else None
-        of_weight = outer(coef_Nm, grad, *options) if ctx.needs_input_grad[1] else None
+        need = ctx.needs_input_grad[:2]
+        of_coef, of_weight = _sum_gradients(grad, weight_Pmd, coef_Nm, need, ctx.plan, ctx.divisor, ctx.precision)
         return of_coef, of_weight, None, None, None
+
+
+def _sum_gradients(
+    grad: Tensor, weight_Pmd: Tensor, coef_Nm: Tensor, need: Sequence[bool], plan: Plan, divisor: int, precision: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `sum_rows` with respect to its coefficients and its weights, each where it is needed."""
+    grad, options = grad.to(DTYPE[precision]), (plan, divisor, precision)
+    if all(need):
+        return dot_and_outer(grad, weight_Pmd, coef_Nm, *options)
+    of_coef = dot(grad, weight_Pmd, *options) if need[0] else None
+    return of_coef, outer(coef_Nm, grad, *options) if need[1] else None
 
 
 class Route(torch.autograd.Function):
@@ -155,35 +165,39 @@ class SquaredError(torch.autograd.Function):
 
 
 class Reconstruct(torch.autograd.Function):
-    """x [B, d], parents' codes [N, 1], D, the children's sums in each subspace [N, s], Up, b_dec [d] or None ->
-    x_hat, x_hat_top [B, d] (without gradients) and their rows' squared errors [B].
+    """x [B, d], top [B, d] or (parents' codes [N, 1], D, b_dec [d] or None), the children's sums in each subspace
+    [N, s], Up -> x_hat, x_hat_top [B, d] (without gradients) and their rows' squared errors [B].
 
-    The gradients of both errors are written in the precision of the products that read them, and nowhere else.
+    top: what b_dec and the parents make. The gradients of both errors are written in the precision of the products
+    that read them, and nowhere else.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, value_N1: Tensor, D: Tensor, subspace_Ns: Tensor, Up: Tensor, bias: Tensor | None,
-        plan: Plan, precision: str,
+        ctx: Any, x: Tensor, top: Tensor | None, value_N1: Tensor | None, D: Tensor | None, bias: Tensor | None,
+        subspace_Ns: Tensor, Up: Tensor, plan: Plan, precision: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        x, D, Up = x.contiguous(), D.to(DTYPE[precision])[:, None], Up.to(DTYPE[precision])
-        top = sum_rows(value_N1, D, plan, plan.k, precision)
-        x_hat = sum_rows(subspace_Ns, Up, plan, plan.k, precision)
-        error, error_top = reconstruct_(x, top, x_hat, bias)
-        ctx.save_for_backward(x, value_N1, D, subspace_Ns, Up, top, x_hat)
+        x, Up = x.contiguous(), Up.to(DTYPE[precision])
+        D = None if D is None else D.to(DTYPE[precision])[:, None]
+        given = None if top is None else top.contiguous()
+        x_hat, made, error, error_top = decode(x, given, value_N1, D, subspace_Ns, Up, bias, plan, precision)
+        ctx.save_for_backward(x, value_N1, D, subspace_Ns, Up, made, x_hat)
         ctx.plan, ctx.precision = plan, precision
-        ctx.mark_non_differentiable(x_hat, top)
-        return x_hat, top, error, error_top
+        shown = made if top is None else made.view_as(made)
+        ctx.mark_non_differentiable(x_hat, shown)
+        return x_hat, shown, error, error_top
 
     @staticmethod
     def backward(ctx: Any, _: Any, __: Any, grad_B: Tensor, grad_top_B: Tensor) -> tuple[Any, ...]:
         x, value_N1, D, subspace_Ns, Up, top, x_hat = ctx.saved_tensors
-        options = ctx.plan, ctx.plan.k, ctx.precision
-        of_hat, of_both = reconstruct_grad(x, top, x_hat, grad_B, grad_top_B, DTYPE[ctx.precision])
-        need = ctx.needs_input_grad
-        of_value = dot(of_both, D, *options) if need[1] else None
-        of_D = outer(value_N1, of_both, *options)[:, 0] if need[2] else None
-        of_subspace = dot(of_hat, Up, *options) if need[3] else None
-        of_Up = outer(subspace_Ns, of_hat, *options) if need[4] else None
-        of_bias = of_both.sum(0, dtype=torch.float32) if need[5] else None
-        return None, of_value, of_D, of_subspace, of_Up, of_bias, None, None
+        plan, precision, need = ctx.plan, ctx.precision, ctx.needs_input_grad
+        dtype = DTYPE[precision]
+        both_dtype = torch.float32 if need[1] else dtype
+        of_hat, of_both = reconstruct_grad(x, top, x_hat, grad_B, grad_top_B, dtype, both_dtype)
+        of_value = of_D = None
+        if D is not None:
+            of_value, of_D = _sum_gradients(of_both, D, value_N1, need[2:4], plan, plan.k, precision)
+        of_subspace, of_Up = _sum_gradients(of_hat, Up, subspace_Ns, need[5:7], plan, plan.k, precision)
+        of_bias = of_both.sum(0, dtype=torch.float32) if need[4] else None
+        of_D = None if of_D is None else of_D[:, 0]
+        return None, of_both if need[1] else None, of_value, of_D, of_bias, of_subspace, of_Up, None, None

@@ -5,8 +5,9 @@
     outer:  out[p]    = sum of c[b, j] x[b]^T      [P, m, d]   over the slots that name p
 
 Each is the gradient of the other two, so all of the model's routed work is made of them. `dot` and `outer` walk over
-the pairs of one parent at a time, gather their rows once and use the matrix units; `sum` walks over a row's parents.
-Nothing is added with atomics: the same input gives the same bits.
+the pairs of one parent at a time, gather their rows once and use the matrix units; the gradients of `sum` need both of
+them on the same rows, which then pass by once. `sum` walks over a row's parents. Nothing is added with atomics: the
+same input gives the same bits.
 
 Shapes: B rows, k slots per row, N = B k pairs, P parents, m weight rows per parent, d width, T pairs per tile.
 A pair's row is pair // divisor: the divisor is k where the rows are the batch's, 1 where every pair has its own.
@@ -21,6 +22,7 @@ from .plan import TILE, Plan
 
 DTYPE = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 MODE = {"bf16": "tf32", "tf32": "tf32", "float32": "ieee"}  # of tl.dot; bf16 operands ignore it
+FEW = 16  # weight rows per parent up to which one tile of the matrix units holds them
 
 
 def _block(n: int, most: int) -> int:
@@ -74,20 +76,53 @@ def _outer_kernel(
 
 
 @triton.jit
-def _add_chunks_kernel(out, first_chunk, P, n, PARENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the later chunks of some parents to their first ones, in order."""
+def _sweep_kernel(
+    rows, weight, coef, out_dot, out_outer, order, tile_parent, tile_start, tile_end, tile_place, divisor, d,
+    M: tl.constexpr, MB: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """`outer` of one tile of a parent's pairs and, with DOT, their `dot`, for few weight rows."""
+    tile = tl.program_id(0)
+    place = tl.load(tile_place + tile).to(tl.int64)
+    if place >= 0:
+        first, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
+        slot = first + tl.arange(0, T)
+        here = slot < end
+        pair = tl.load(order + slot, mask=here, other=0).to(tl.int64)
+        m, c = tl.arange(0, MB), tl.arange(0, D)
+        row_at = rows + (pair // divisor)[:, None] * d + c[None, :]
+        out_at = out_outer + (place * M + m)[None, :] * d + c[:, None]
+        right = tl.load(coef + pair[:, None] * M + m[None, :], mask=here[:, None] & (m[None, :] < M), other=0.0)
+        right = right.to(rows.dtype.element_ty)
+        weight_at = weight
+        if DOT:
+            weight_at += (tl.load(tile_parent + tile).to(tl.int64) * M + m)[None, :] * d + c[:, None]
+        total = tl.zeros((T, MB), tl.float32)
+        for at in range(0, d, D):
+            x = tl.load(row_at + at, mask=here[:, None] & (c[None, :] < d - at), other=0.0)
+            if DOT:
+                w = tl.load(weight_at + at, mask=(m[None, :] < M) & (c[:, None] < d - at), other=0.0)
+                total = tl.dot(x, w, total, input_precision=MODE)
+            summed = tl.dot(tl.trans(x), right, input_precision=MODE)
+            tl.store(out_at + at, summed, mask=(m[None, :] < M) & (c[:, None] < d - at))
+        if DOT:
+            tl.store(out_dot + pair[:, None] * M + m[None, :], total, mask=here[:, None] & (m[None, :] < M))
+
+
+@triton.jit
+def _add_pieces_kernel(out, first_piece, P, n, PARENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the sums of the later pieces of some parents to their first ones, in order."""
     begin = tl.program_id(0).to(tl.int64) * PARENTS
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for i in range(0, PARENTS):
         parent = begin + i
         inside = parent < P
-        first = tl.load(first_chunk + parent, mask=inside, other=0)
-        more = tl.load(first_chunk + parent + 1, mask=inside, other=0) - first - 1
+        first = tl.load(first_piece + parent, mask=inside, other=0)
+        more = tl.load(first_piece + parent + 1, mask=inside, other=0) - first - 1
         if more > 0:
             extra = first - parent + P
             total = tl.load(out + parent * n + at, mask=at < n, other=0.0)
-            for chunk in range(0, more):
-                total += tl.load(out + (extra + chunk) * n + at, mask=at < n, other=0.0)
+            for piece in range(0, more):
+                total += tl.load(out + (extra + piece) * n + at, mask=at < n, other=0.0)
             tl.store(out + parent * n + at, total, mask=at < n)
 
 
@@ -134,62 +169,102 @@ def _tile_sum_kernel(
 def dot(rows: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
     """float32 [N, m]; rows [N / divisor, d]."""
     _, M, d = weight_Pmd.shape
-    dtype = DTYPE[precision]
+    dtype, tiles = DTYPE[precision], plan.tiles
     rows, weight = rows.to(dtype).contiguous(), weight_Pmd.to(dtype).contiguous()
     out = rows.new_empty(len(plan.order), M, dtype=torch.float32)
     MB = _block(M, 256)
-    D = _block(d, 128 if MB <= 32 and precision == "bf16" else 64 if MB <= 128 else 32)
-    grid = (len(plan.tile_parent),)
-    _dot_kernel[grid](
-        rows, weight, out, plan.order, plan.tile_parent, plan.tile_start, plan.tile_end, divisor, d,
-        M=M, MB=MB, T=TILE, D=D, MODE=MODE[precision], num_warps=4, num_stages=3 if d > D else 1,
+    D = _block(d, (128 if MB <= 32 else 64) if precision == "bf16" else 32)
+    _dot_kernel[(len(tiles.parent),)](
+        rows, weight, out, plan.order, tiles.parent, tiles.start, tiles.end, divisor, d,
+        M=M, MB=MB, T=TILE, D=D, MODE=MODE[precision], num_warps=4 if MB <= 32 else 8,
+        num_stages=3 if d > D else 1,
     )  # fmt: skip
     return out
 
 
 def outer(coef_Nm: Tensor, rows: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
     """float32 [P, m, d]; every entry is written, also where a parent has no pair."""
-    P, M, d = len(plan.start) - 1, coef_Nm.shape[1], rows.shape[1]
-    dtype = DTYPE[precision]
+    if coef_Nm.shape[1] <= FEW:
+        return _sweep(rows, None, coef_Nm, plan, divisor, precision)[1]
+    M, d = coef_Nm.shape[1], rows.shape[1]
+    dtype, chunks = DTYPE[precision], plan.chunks
     rows, coef_Nm = rows.to(dtype).contiguous(), coef_Nm.to(dtype).contiguous()
-    n_chunks = len(plan.chunk_place)
-    out = rows.new_empty(n_chunks, M, d, dtype=torch.float32)  # from P on: later chunks of parents with many pairs
+    out = rows.new_empty(len(chunks.place), M, d, dtype=torch.float32)  # from P on: later chunks
     MB = _block(M, 256)
-    small = MB <= 16
-    D = _block(d, 256 if small else 128 if MB <= 128 else 64)
-    if precision != "bf16":
-        D = min(D, 64)
-    _outer_kernel[(n_chunks, triton.cdiv(d, D))](
-        coef_Nm, rows, out, plan.order, plan.chunk_start, plan.chunk_end, plan.chunk_place, divisor, d,
-        M=M, MB=MB, T=16 if small else 32, D=D, MODE=MODE[precision], num_warps=4 if small else 8,
-        num_stages=4 if small else 3,
+    D = _block(d, (128 if MB <= 128 else 64) if precision == "bf16" else 64)
+    _outer_kernel[(len(chunks.place), triton.cdiv(d, D))](
+        coef_Nm, rows, out, plan.order, chunks.start, chunks.end, chunks.place, divisor, d,
+        M=M, MB=MB, T=64 if precision == "bf16" else 32, D=D, MODE=MODE[precision], num_warps=8, num_stages=3,
     )  # fmt: skip
-    if n_chunks > P:
+    return _add_pieces(out, plan, chunks.first)
+
+
+def dot_and_outer(
+    rows: Tensor, weight_Pmd: Tensor, coef_Nm: Tensor, plan: Plan, divisor: int, precision: str
+) -> tuple[Tensor, Tensor]:
+    """`dot` of rows and weights, and `outer` of the coefficients and the same rows."""
+    if coef_Nm.shape[1] <= FEW:
+        return _sweep(rows, weight_Pmd, coef_Nm, plan, divisor, precision)
+    options = plan, divisor, precision
+    return dot(rows, weight_Pmd, *options), outer(coef_Nm, rows, *options)
+
+
+def _sweep(
+    rows: Tensor, weight_Pmd: Tensor | None, coef_Nm: Tensor, plan: Plan, divisor: int, precision: str
+) -> tuple[Tensor, Tensor]:
+    """As `dot_and_outer`; without weights the first result is empty."""
+    M, d = coef_Nm.shape[1], rows.shape[1]
+    dtype, tiles = DTYPE[precision], plan.tiles
+    rows, coef_Nm = rows.to(dtype).contiguous(), coef_Nm.to(dtype).contiguous()
+    weight = rows if weight_Pmd is None else weight_Pmd.to(dtype).contiguous()
+    out_dot = rows.new_empty(0 if weight_Pmd is None else len(plan.order), M, dtype=torch.float32)
+    out = rows.new_empty(len(tiles.place), M, d, dtype=torch.float32)  # from P on: later tiles
+    D = _block(d, 64 if precision == "bf16" else 32)
+    _sweep_kernel[(len(tiles.place),)](
+        rows, weight, coef_Nm, out_dot, out, plan.order, *tiles[:4], divisor, d,
+        M=M, MB=_block(M, FEW), T=TILE, D=D, MODE=MODE[precision], DOT=weight_Pmd is not None,
+        num_warps=4, num_stages=4 if d > D else 1,
+    )  # fmt: skip
+    return out_dot, _add_pieces(out, plan, tiles.first)
+
+
+def _add_pieces(out: Tensor, plan: Plan, first: Tensor) -> Tensor:
+    """The sums [P, m, d] of every parent from those of all pieces [n, m, d]."""
+    n, M, d = out.shape
+    P = plan.n_parents
+    if n > P:
         parents, block = triton.cdiv(P, 1024), 1024
         grid = (triton.cdiv(P, parents), triton.cdiv(M * d, block))
-        _add_chunks_kernel[grid](out, plan.first_chunk, P, M * d, PARENTS=parents, BLOCK=block)
+        _add_pieces_kernel[grid](out, first, P, M * d, PARENTS=parents, BLOCK=block)
     return out[:P]
 
 
 def sum_rows(coef_Nm: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
     """float32 [N / divisor, d]."""
     _, M, d = weight_Pmd.shape
+    if divisor == 1 or M > FEW:
+        slots = slot_sums(coef_Nm, weight_Pmd, plan, divisor, precision)
+        return slots if divisor == 1 else slots.view(-1, divisor, d).sum(1, dtype=torch.float32)
     weight, coef_Nm = weight_Pmd.to(DTYPE[precision]).contiguous(), coef_Nm.contiguous()
-    N = len(plan.order)
-    if divisor > 1 and M < 16:
-        out = weight.new_empty(N // divisor, d, dtype=torch.float32)
-        D = _block(d, 256)
-        grid = (N // divisor, triton.cdiv(d, D))
-        R = divisor * M
-        ROWS = min(8, triton.next_power_of_2(R))
-        _sum_kernel[grid](coef_Nm, weight, plan.parent_Bk, out, d, R, M=M, ROWS=ROWS, D=D, num_warps=1)
-        return out
-    # Many weight rows per parent: a matrix product per tile, then the sum of each row's slots.
-    slots = weight.new_empty(N, d, dtype=torch.float32 if divisor == 1 else DTYPE[precision])
-    D = _block(d, 128)
-    grid = (len(plan.tile_parent), triton.cdiv(d, D))
+    N, R = len(plan.order), divisor * M
+    out = weight.new_empty(N // divisor, d, dtype=torch.float32)
+    D = _block(d, 256)
+    ROWS = min(8, triton.next_power_of_2(R))
+    grid = (N // divisor, triton.cdiv(d, D))
+    _sum_kernel[grid](coef_Nm, weight, plan.parent_Bk, out, d, R, M=M, ROWS=ROWS, D=D, num_warps=1)
+    return out
+
+
+def slot_sums(coef_Nm: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
+    """W[p]^T c of every pair, [N, d], a matrix product per tile; float32 where every pair has its own row."""
+    _, M, d = weight_Pmd.shape
+    weight, coef_Nm, tiles = weight_Pmd.to(DTYPE[precision]).contiguous(), coef_Nm.contiguous(), plan.tiles
+    slots = weight.new_empty(len(plan.order), d, dtype=torch.float32 if divisor == 1 else DTYPE[precision])
+    D = _block(d, 128 if precision == "bf16" else 64)
+    grid = (len(tiles.parent), triton.cdiv(d, D))
     _tile_sum_kernel[grid](
-        coef_Nm, weight, slots, plan.order, plan.tile_parent, plan.tile_start, plan.tile_end, d,
-        M=M, T=TILE, K=_block(M, 32), D=D, MODE=MODE[precision], num_warps=4, num_stages=3 if M > 32 else 1,
+        coef_Nm, weight, slots, plan.order, tiles.parent, tiles.start, tiles.end, d,
+        M=M, T=TILE, K=_block(M, 32), D=D, MODE=MODE[precision], num_warps=8 if D >= 64 else 4,
+        num_stages=3 if M > 32 else 1,
     )  # fmt: skip
-    return slots if divisor == 1 else slots.view(-1, divisor, d).sum(1, dtype=torch.float32)
+    return slots

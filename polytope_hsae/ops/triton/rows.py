@@ -50,26 +50,6 @@ def squared_error_grad(x_Bd: Tensor, x_hat_Bd: Tensor, grad_B: Tensor) -> Tensor
 
 
 @triton.jit
-def _reconstruct_kernel(x, top, x_hat, bias, error, error_top, d, BLOCK: tl.constexpr, BIAS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    total, total_top = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for at in range(0, d, BLOCK):
-        c = at + tl.arange(0, BLOCK)
-        inside = c < d
-        a = tl.load(x + row * d + c, mask=inside, other=0.0)
-        t = tl.load(top + row * d + c, mask=inside, other=0.0)
-        if BIAS:
-            t += tl.load(bias + c, mask=inside, other=0.0)
-            tl.store(top + row * d + c, t, mask=inside)
-        b = t + tl.load(x_hat + row * d + c, mask=inside, other=0.0)
-        tl.store(x_hat + row * d + c, b, mask=inside)
-        total += (a - b) * (a - b)
-        total_top += (a - t) * (a - t)
-    tl.store(error + row, tl.sum(total, 0))
-    tl.store(error_top + row, tl.sum(total_top, 0))
-
-
-@triton.jit
 def _reconstruct_grad_kernel(x, top, x_hat, grad, grad_top, of_hat, of_both, d, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     g, h = 2 * tl.load(grad + row), 2 * tl.load(grad_top + row)
@@ -82,19 +62,12 @@ def _reconstruct_grad_kernel(x, top, x_hat, grad, grad_top, of_hat, of_both, d, 
         tl.store(of_both + row * d + c, e + f, mask=c < d)
 
 
-def reconstruct_(x: Tensor, top: Tensor, x_hat: Tensor, bias_d: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Add the bias to `top` and then `top` to `x_hat`, in place, all float32 [B, d]; both rows' squared errors [B]."""
-    B, d = x.shape
-    error, error_top = torch.empty(B, device=x.device), torch.empty(B, device=x.device)
-    _reconstruct_kernel[(B,)](x, top, x_hat, bias_d, error, error_top, d, BLOCK=1024, BIAS=bias_d is not None)
-    return error, error_top
-
-
 def reconstruct_grad(
-    x: Tensor, top: Tensor, x_hat: Tensor, grad_B: Tensor, grad_top_B: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, top: Tensor, x_hat: Tensor, grad_B: Tensor, grad_top_B: Tensor,
+    dtype: torch.dtype, both_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the two errors with respect to what the children add, and to what the parents add."""
-    of_hat, of_both = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    of_hat, of_both = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=both_dtype)
     B, d = x.shape
     _reconstruct_grad_kernel[(B,)](
         x, top, x_hat, grad_B.contiguous(), grad_top_B.contiguous(), of_hat, of_both, d, BLOCK=1024
@@ -143,18 +116,46 @@ def normalize_rows_(rows: Tensor) -> None:
 
 
 @triton.jit
-def _divide_by_norm_kernel(rows, out, norm, d, eps, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(rows + row * d + c, mask=c < d, other=0.0).to(tl.float32)
-    size = tl.sqrt(tl.sum(x * x, 0)) + eps
-    tl.store(norm + row, size)
-    tl.store(out + row * d + c, x / size, mask=c < d)
+def _enter_kernel(
+    h, mean, scale, bias, x, centred, norm, stride_row, stride_column, d, eps,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, AFFINE: tl.constexpr, CENTRE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if UNIT:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, d, BLOCK):
+            c = at + tl.arange(0, BLOCK)
+            a = tl.load(h + row * stride_row + c * stride_column, mask=c < d, other=0.0).to(tl.float32)
+            total += a * a
+        factor = tl.sqrt(tl.sum(total, 0)) + eps
+        tl.store(norm + row, factor)
+    if AFFINE:
+        factor = tl.load(scale)
+    for at in range(0, d, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        a = tl.load(h + row * stride_row + c * stride_column, mask=c < d, other=0.0).to(tl.float32)
+        if AFFINE:
+            a -= tl.load(mean + c, mask=c < d, other=0.0)
+        a = a / factor
+        tl.store(x + row * d + c, a, mask=c < d)
+        if CENTRE:
+            a -= tl.load(bias + c, mask=c < d, other=0.0)
+        tl.store(centred + row * d + c, a, mask=c < d)
 
 
-def divide_by_norm(rows_Bd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows divided by their norm + eps, float32 [B, d], and those divisors [B]."""
-    (B, d), rows_Bd = rows_Bd.shape, rows_Bd.contiguous()
-    out, norm = torch.empty(B, d, device=rows_Bd.device), torch.empty(B, device=rows_Bd.device)
+def enter(
+    h_Bd: Tensor, normalize: str, mean: Tensor, scale: Tensor, eps: float, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Normalised rows float32 [B, d], the same less the bias in `dtype`, and the divisors of `unit_row` [B]."""
+    B, d = h_Bd.shape
+    unit = normalize == "unit_row"
+    x = torch.empty(B, d, device=h_Bd.device)
+    centred = torch.empty(B, d, device=h_Bd.device, dtype=dtype)
+    norm = torch.empty(B if unit else 0, device=h_Bd.device)
     if B:
-        _divide_by_norm_kernel[(B,)](rows_Bd, out, norm, d, eps, BLOCK=triton.next_power_of_2(d))
-    return out, norm
+        _enter_kernel[(B,)](
+            h_Bd, mean, scale, bias, x, centred, norm, *h_Bd.stride(), d, eps,
+            BLOCK=min(2048, triton.next_power_of_2(d)), UNIT=unit, AFFINE=normalize == "rms", CENTRE=bias is not None,
+        )  # fmt: skip
+    return x, centred, norm if unit else None
