@@ -4,11 +4,17 @@ Shapes: B rows, n slots per row.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .selection import first_slots, largest_of_batch, running_mean_
+from .codes import Codes
+from .selection import first_slots, largest_of_batch, level_for_l0, running_mean_
+
+if TYPE_CHECKING:
+    from .hsae import HierarchicalSAE
 
 
 class Budget(nn.Module):
@@ -58,3 +64,28 @@ class Budget(nn.Module):
         keep_Bn, smallest = largest_of_batch(code_Bn.detach(), B * most, None if now is None else B * now)
         running_mean_(self.threshold, self.batches, smallest, self.decay)
         return torch.where(keep_Bn, code_Bn, 0.0)
+
+
+@torch.no_grad()
+def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: float) -> None:
+    """Set the thresholds of a model's batch budgets so that raw rows [B, d] have `target_l0` codes on average.
+
+    Parents get their share k / (k + K_c) of them; children get what the parents leave.
+    """
+    was_training = model.training
+    model.eval()
+
+    def codes() -> Iterator[Codes]:
+        return (model.encode(h_Bd.to(model.data_mean)) for h_Bd in batches)
+
+    if model.parent_budget.of_batch:
+        parents = target_l0 * model.config.topk_parent / model.config.total_l0
+        model.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
+        level = level_for_l0(lambda: (each.parent_value for each in codes()), parents)
+        model.parent_budget.threshold.fill_(max(0.0, level))
+    if model.child_budget.of_batch:
+        active = torch.cat([(each.parent_value > 0).sum(1) for each in codes()]).double().mean().item()
+        model.child_budget.threshold.zero_()
+        level = level_for_l0(lambda: (each.child_value for each in codes()), max(0.0, target_l0 - active))
+        model.child_budget.threshold.fill_(max(0.0, level))
+    model.train(was_training)

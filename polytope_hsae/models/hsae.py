@@ -8,8 +8,7 @@ Shapes: B rows, d residual width, P parents, k active parents, C children per pa
 s subspace width, Q teacher parents.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,17 +17,17 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import HSAEConfig, LossOverrides
 from ..ops.magnitude import parent_code
-from .base import UNIT_ROW_EPS, SparseAutoencoder
-from .budget import Budget
+from .base import UNIT_ROW_EPS
+from .budget import Budget, calibrate
 from .codes import Codes, Dead, ModelOutput, load
-from .constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
+from .constraints import geometric_median
 from .losses import causal_orthogonality, loss_terms
+from .norms import ConstrainedDecoders
 from .routing import routing_noise, straight_through_gate, topk_lowest
-from .selection import level_for_l0
 from .start import ChildInit, RandomStart, SquareRoots, put_teacher, start_from_rows, tied
 
 
-class HierarchicalSAE(SparseAutoencoder):
+class HierarchicalSAE(ConstrainedDecoders):
     """A router over P parents, each of which opens a sub-SAE of C children in an s-dimensional subspace.
 
     Args:
@@ -43,9 +42,6 @@ class HierarchicalSAE(SparseAutoencoder):
     config_block = HSAEConfig
     tensor_names = ("E", "b_E", "D", "Down", "Up", "F", "b_F", "G", "b_dec")
     transient_names: ClassVar[tuple[str, ...]] = ("gram_reference",)
-    sigma: Tensor | None
-    sigma_inv: Tensor | None
-    gram_reference: Tensor | None
     threshold: Tensor | None
     balance: Tensor | None
 
@@ -141,7 +137,7 @@ class HierarchicalSAE(SparseAutoencoder):
             origin,
             self.parent_budget.slots(self.n_parents, self.k_progress),
             threshold=self.threshold,
-            noise=partial(self._handicap, generator=generator) if self._is_handicapped() else None,
+            noise=self._handicap(generator),
             sum_codes=config.l1_scope == "all" and self.training,
             precision=self.precision,
         )
@@ -151,16 +147,17 @@ class HierarchicalSAE(SparseAutoencoder):
             value = value * straight_through_gate(logit, slots, self.router_temperature)
         return index, self.parent_budget.keep(value, self.k_progress), logits, code_sum
 
-    def _is_handicapped(self) -> bool:
-        return self.balance is not None or (self.config.gate == "straight_through" and self.training)
-
-    def _handicap(self, logits_BP: Tensor, generator: torch.Generator | None) -> Tensor:
-        """What is added to the logits for the choice alone: the parents' balance, and in training noise."""
+    def _handicap(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor] | None:
+        """What the choice adds to the logits, as a function of them: the parents' balance, and in training noise."""
         if self.config.gate == "hard" or not self.training:
-            assert self.balance is not None
-            return self.balance
-        noise_BP = routing_noise(logits_BP, self.router_temperature, self.config.router_noise, generator)
-        return noise_BP if self.balance is None else noise_BP + self.balance
+            balance = self.balance
+            return None if balance is None else lambda _: balance
+
+        def noise(logits_BP: Tensor) -> Tensor:
+            noise_BP = routing_noise(logits_BP, self.router_temperature, self.config.router_noise, generator)
+            return noise_BP if self.balance is None else noise_BP + self.balance
+
+        return noise
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
@@ -170,8 +167,9 @@ class HierarchicalSAE(SparseAutoencoder):
         if config.magnitude == "leaky_offset":  # the published code chooses among codes, many of which are 0
             choice_BP = parent_code(choice_BP, config.magnitude, self.threshold)
         straight_through = config.gate == "straight_through"
-        if self._is_handicapped():
-            choice_BP = choice_BP + self._handicap(logits_BP, generator)
+        handicap = self._handicap(generator)
+        if handicap is not None:
+            choice_BP = choice_BP + handicap(logits_BP)
         k = self.parent_budget.slots(self.n_parents, self.k_progress)
         if config.magnitude == "leaky_offset":
             index_Bk = topk_lowest(choice_BP, k)
@@ -251,63 +249,6 @@ class HierarchicalSAE(SparseAutoencoder):
             load_P = load(codes, self.n_parents)
             self.balance += self.config.router_balance_rate * (load_P.mean() - load_P).sign()
 
-    def freeze(self, names: Any) -> None:
-        """Freeze exactly the named tensors; a frozen G fixes the Gram matrices of Up, hence the atoms' norms."""
-        super().freeze(names)
-        held = not self.G.requires_grad and self.config.normalize_child == "atom"
-        metric = self.norm_metric()
-        self.gram_reference = gram(self.Up.detach(), metric) if held and self.Up is not None else None
-
-    def set_metric(self, sigma_dd: Tensor) -> None:
-        """Set Sigma, the residual metric of the causal penalty and norms; a model that uses neither ignores it.
-
-        Causal norms are restored at once: a stage that freezes D or G keeps the norms it finds.
-        """
-        if self.sigma is not None:
-            self.sigma.copy_(sigma_dd)
-        if self.sigma_inv is not None:
-            self.sigma_inv.copy_(torch.linalg.inv(sigma_dd.double()))
-        if self.config.norm_metric == "causal":
-            self.normalize_decoder_weights()
-
-    def norm_metric(self, geometry: Any = None) -> Tensor | None:
-        if geometry is not None:
-            return geometry.sigma.to(self.D)
-        return self.sigma if self.config.norm_metric == "causal" else None
-
-    @torch.no_grad()
-    def normalize_decoder_weights(self, geometry: Any = None) -> None:
-        """Unit norm for D's rows and for the atoms (or G's rows), in the configured norm or in `geometry`'s.
-
-        Does nothing when `normalize_decoder` is off.
-        """
-        if not self.config.normalize_decoder:
-            return
-        metric = self.norm_metric(geometry)
-        if self.D.requires_grad and not (metric is None and ops.normalize_rows_(self.D)):
-            self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
-        if self.gram_reference is not None:
-            assert self.Up is not None
-            if self.Up.requires_grad:
-                self.Up.copy_(restore_gram(self.Up, self.gram_reference, metric))
-        elif self.G.requires_grad:
-            if self.config.normalize_child == "decoder" and ops.normalize_rows_(self.G):
-                return
-            self.G.div_(self.child_norms(geometry).clamp_min(1e-12))
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Remove from the gradients of D and G what would change a constrained norm at first order."""
-        metric = self.norm_metric()
-        if self.D.grad is not None and not (metric is None and ops.project_out_(self.D.grad, self.D.detach())):
-            normal_Pd = self.D if metric is None else self.D @ metric
-            self.D.grad.copy_(project_out(self.D.grad, normal_Pd))
-        atoms = self.config.normalize_child == "atom"
-        if self.G.grad is not None and (atoms or not ops.project_out_(self.G.grad, self.G.detach())):
-            of_atoms = metric if self.Up is None else gram(self.Up, metric)
-            normal_PCs = self.G @ of_atoms if atoms and of_atoms is not None else self.G
-            self.G.grad.copy_(project_out(self.G.grad, normal_PCs))
-
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
         """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d].
@@ -319,29 +260,9 @@ class HierarchicalSAE(SparseAutoencoder):
             self.b_dec.copy_(geometric_median(rows))
         start_from_rows(self, rows)
 
-    @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the thresholds of batch budgets so that raw rows [B, d] have `target_l0` codes on average.
-
-        Parents get their share k / (k + K_c) of them; children get what the parents leave.
-        """
-        was_training = self.training
-        self.eval()
-
-        def codes() -> Iterator[Codes]:
-            return (self.encode(h_Bd.to(self.data_mean)) for h_Bd in batches)
-
-        if self.parent_budget.of_batch:
-            parents = target_l0 * self.config.topk_parent / self.config.total_l0
-            self.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
-            level = level_for_l0(lambda: (each.parent_value for each in codes()), parents)
-            self.parent_budget.threshold.fill_(max(0.0, level))
-        if self.child_budget.of_batch:
-            active = torch.cat([(each.parent_value > 0).sum(1) for each in codes()]).double().mean().item()
-            self.child_budget.threshold.zero_()
-            level = level_for_l0(lambda: (each.child_value for each in codes()), max(0.0, target_l0 - active))
-            self.child_budget.threshold.fill_(max(0.0, level))
-        self.train(was_training)
+        """Set the thresholds of batch budgets so that raw rows [B, d] have `target_l0` codes on average."""
+        calibrate(self, batches, target_l0)
 
     def loss_terms(
         self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
@@ -371,13 +292,6 @@ class HierarchicalSAE(SparseAutoencoder):
     ) -> None:
         """Put a teacher into the first Q parents, in the order of `parent_vectors`; see `start.put_teacher`."""
         put_teacher(self, parent_vectors, child_projectors, geometry, seed_parent, seed_child, seed_projectors)
-
-    def child_norms(self, geometry: Any = None) -> Tensor:
-        """Norms [P, C, 1] of what the constraint on G holds at 1."""
-        if self.config.normalize_child == "decoder":
-            return row_norms(self.G, None)
-        metric = self.norm_metric(geometry)
-        return row_norms(self.G, metric) if self.Up is None else atom_norms(self.Up, self.G, metric)
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:
