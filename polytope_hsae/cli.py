@@ -248,6 +248,49 @@ def doctor_command(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command("bench")
+def bench_command(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape", help="A packaged config; repeatable. Default: jax-compat and v2-focused; on a CPU quickstart."
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of which a time is the median.")] = 20,
+    peers: Annotated[str, typer.Option("--peers", help="all, none, or some of flat,loop,jax.")] = "all",
+    routing: Annotated[str, typer.Option("--routing", help="uniform, zipf or both.")] = "both",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and bench.md.")] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a training step, ours and others', beside what this machine can do at best."""
+    from .bench.run import PEERS, ROUTINGS, Options, bench, chosen, device_of
+    from .bench.shapes import load_shape
+    from .bench.table import markdown
+    from .fileio import write_json, write_text
+
+    which = chosen(peers, PEERS, "--peers", {"all": PEERS, "none": ()})
+    routings = chosen(routing, ROUTINGS, "--routing", {"both": ROUTINGS})
+    place = device_of(device)
+    names = shapes or (["jax-compat", "v2-focused"] if place == "cuda" else ["quickstart"])
+    asked = [load_shape(name, overrides) for name in names]
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def save(document: dict[str, Any]) -> None:
+        if out is not None:
+            write_json(out / "bench.json", document)
+            write_text(out / "bench.md", markdown(document))
+
+    options = Options(place, steps, which, routings)
+    document = bench(asked, options, lambda line: console.print(line, markup=False), save)
+    if as_json:
+        _print_json(document)
+    elif not quiet:
+        typer.echo(markdown(document))
+
+
 @app.command("config-schema")
 def config_schema_command() -> None:
     """The JSON schema of a config: every field with its meaning and bounds."""
@@ -294,3 +337,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 def _exit(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python scripts/make_jax_fixture.py tests/data/jax_hsae.safetensors
     python scripts/make_jax_fixture.py --check tests/data/jax_hsae.safetensors
 
-What lies in the file (leaf: a dotted name of the published tree, see jax_hsae.py; variants: `narrow` has P < d,
-`wide` has P > d):
+What lies in the file (leaf: a dotted name of the published tree, see bench/jax_hsae.py; variants:
+`narrow` has P < d, `wide` has P > d):
 
 - `{variant}/start/{leaf}` and `{variant}/inputs` [steps, B, d], raw rows: float32, where both precisions start;
 - `{variant}/{dtype}/{name}` [steps]: the loss parts without their weights, `warmup` (their weight's factor), `loss`,
@@ -29,7 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax_hsae import (
+from safetensors.numpy import load_file, save_file
+
+from polytope_hsae.bench.jax_hsae import (
     HSAE,
     L1,
     MAX_NORM,
@@ -45,7 +47,6 @@ from jax_hsae import (
     unit_rows,
     with_leaves,
 )
-from safetensors.numpy import load_file, save_file
 
 VARIANTS = {"narrow": Config(), "wide": Config(P=40, k=8, seed=1)}
 MIN_MARGIN = 1e-4

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 import orbax.checkpoint as ocp
-from jax_hsae import HSAE, Config, init
+
+from polytope_hsae.bench.jax_hsae import HSAE, Config, init
 
 STEP = 60_799
 

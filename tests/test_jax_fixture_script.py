@@ -180,7 +180,8 @@ def test_ties_go_to_the_lowest_index(stored):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_live_jax_agrees_with_loops_after_training(scripts, stored, configs, variant):
     import jax.numpy as jnp
-    import jax_hsae
+
+    from polytope_hsae.bench import jax_hsae
 
     config = jax_hsae.Config(**configs[variant] | {"gradient_steps": (0, 13)})
     leaves, h = under(stored, f"{variant}/float64/end/"), stored[f"{variant}/inputs"][3][:16]
@@ -197,7 +198,7 @@ def test_live_jax_agrees_with_loops_after_training(scripts, stored, configs, var
 
 
 def test_live_training_repeats_the_fixture(scripts, stored):
-    import jax_hsae
+    from polytope_hsae.bench import jax_hsae
 
     with jax_hsae.precision("float32"):
         config = jax_hsae.Config(steps=3)
@@ -222,8 +223,9 @@ def test_check_reports_differences(scripts, stored):
 @pytest.mark.parametrize("layout, place", [("single", "."), ("manager", "60799/default"), ("zarr", ".")])
 def test_orbax_layouts_restore_to_one_tree(scripts, tmp_path, layout, place):
     ocp = pytest.importorskip("orbax.checkpoint")
-    import jax_hsae
     from make_orbax_checkpoint import save
+
+    from polytope_hsae.bench import jax_hsae
 
     model = jax_hsae.init(jax_hsae.Config(), "float32")
     save(model, tmp_path / "saved", layout)

@@ -11,13 +11,15 @@ from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.constraints import project_out
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.losses import biorth_jax
+from polytope_hsae.models.routing import straight_through_gate
+from polytope_hsae.ops.magnitude import parent_code
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the kernels need a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
-from polytope_hsae.ops.triton import adam, biorth, children, functions, rows  # noqa: E402
+from polytope_hsae.ops.triton import adam, biorth, children, functions, gate, rows  # noqa: E402
 from polytope_hsae.ops.triton.plan import CHUNK, make_plan  # noqa: E402
 from polytope_hsae.ops.triton.select import select  # noqa: E402
 
@@ -73,7 +75,7 @@ def test_routed_dot_sum_and_outer_equal_a_gather(B, k, P, m, d, own_rows, precis
     picked = W[index.flatten()]
     expected = torch.einsum("nmd,nd->nm", picked, x.repeat_interleave(divisor, 0))
     mine_x, mine_W, mine_c = leaf(x), leaf(W), leaf(c)
-    found = functions.RoutedDot.apply(mine_x, mine_W, None, plan, divisor, precision)
+    found = functions.RoutedDot.apply(mine_x, mine_W, None, None, plan, divisor, precision)
     assert_close(found, expected, tolerance)
     up = normal(*expected.shape, seed=1)
     for a, b in zip(
@@ -94,6 +96,31 @@ def test_routed_dot_sum_and_outer_equal_a_gather(B, k, P, m, d, own_rows, precis
         assert_close(a, b, tolerance)
 
 
+def test_every_pair_gets_its_parents_bias():
+    index, x, W, b = parents(20, 3, 6), normal(20, 24), normal(6, 20, 24), normal(6, 20).requires_grad_()
+    expected = torch.einsum("nmd,nd->nm", W[index.flatten()], x.repeat_interleave(3, 0)) + b[index.flatten()]
+    mine, plan, up = leaf(b), make_plan(index.to(DEVICE), 6), normal(60, 20)
+    found = functions.RoutedDot.apply(leaf(x), leaf(W), mine, None, plan, 3, "float32")
+    assert_close(found, expected, 2e-5)
+    (a,) = torch.autograd.grad(found, mine, up.float().to(DEVICE))
+    assert_close(a, torch.autograd.grad(expected, b, up)[0], 2e-5)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("B,k", [(33, 2), (1, 7), (20, 64)])
+def test_a_gates_gradient(B, k, threshold):
+    logit = normal(B, k).requires_grad_()
+    level = None if threshold is None else torch.tensor(threshold)
+    slots = torch.arange(k).expand(B, k)
+    value = parent_code(logit, "relu" if threshold is None else "leaky_offset", level)
+    expected = value * straight_through_gate(logit, slots, 0.7)
+    mine, up = leaf(logit), normal(B, k, seed=1)
+    found = gate.Gate.apply(mine, None if level is None else level.to(DEVICE), torch.tensor(0.7, device=DEVICE))
+    assert_close(found, expected, 1e-6)
+    (a,) = torch.autograd.grad(found, mine, up.float().to(DEVICE))
+    assert_close(a, torch.autograd.grad(expected, logit, up)[0], 1e-5)
+
+
 def test_a_learned_origin_gets_its_gradient_without_the_rows():
     index, x, W, b = parents(20, 3, 6), normal(20, 24), normal(6, 4, 24), normal(24)
     b.requires_grad_()
@@ -102,7 +129,7 @@ def test_a_learned_origin_gets_its_gradient_without_the_rows():
     mine = leaf(b)
     plan = make_plan(index.to(DEVICE), 6)
     rows_Bd = (x - b).detach().float().to(DEVICE)
-    found = functions.RoutedDot.apply(rows_Bd, leaf(W), mine, plan, 3, "float32")
+    found = functions.RoutedDot.apply(rows_Bd, leaf(W), None, mine, plan, 3, "float32")
     (a,) = torch.autograd.grad(found, mine, up.float().to(DEVICE))
     assert_close(a, torch.autograd.grad(expected, b, up)[0], 2e-5)
 
@@ -112,7 +139,7 @@ def test_a_parent_of_several_chunks_and_parents_without_pairs():
     index = torch.zeros(B, 1, dtype=torch.int64)
     x, W = normal(B, 16), normal(3, 4, 16)
     mine = leaf(W)
-    found = functions.RoutedDot.apply(leaf(x), mine, None, make_plan(index.to(DEVICE), 3), 1, "float32")
+    found = functions.RoutedDot.apply(leaf(x), mine, None, None, make_plan(index.to(DEVICE), 3), 1, "float32")
     up = normal(B, 4)
     (grad,) = torch.autograd.grad(found, mine, up.float().to(DEVICE))
     assert_close(grad[0], up.T @ x, 2e-5)

@@ -18,7 +18,9 @@ def gram(Up: Tensor, metric: Tensor | None) -> Tensor:
 
 
 def atom_norms(Up: Tensor, G: Tensor, metric: Tensor | None) -> Tensor:
-    """|Up_p^T G_pc| through the s x s Gram matrices: [P, C, 1]."""
+    """|Up_p^T G_pc|, [P, C, 1]: of the atoms themselves, or through the s x s Gram matrices where those are smaller."""
+    if G.shape[-2] < Up.shape[-2]:
+        return row_norms(G @ Up, metric)
     return (G * (G @ gram(Up, metric))).sum(-1, keepdim=True).clamp_min(0).sqrt()
 
 

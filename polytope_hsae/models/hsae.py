@@ -141,6 +141,8 @@ class HierarchicalSAE(ConstrainedDecoders):
             sum_codes=config.l1_scope == "all" and self.training,
             precision=self.precision,
         )
+        if straight_through and config.magnitude != "binary":
+            return index, ops.gate(logit, self.threshold, self.router_temperature), logits, code_sum
         value = parent_code(logit, config.magnitude, self.threshold)
         if straight_through:
             slots = torch.arange(config.topk_parent, device=logit.device).expand_as(logit)

@@ -76,6 +76,16 @@ def route(
     return Chosen(index, logit, code_sum if sum_codes else None, logits)
 
 
+def gate(logit_Bk: Tensor, threshold: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """On a GPU: codes of k > 1 chosen parents, relu or from the threshold up, behind a straight-through gate."""
+    from .triton.gate import Gate
+
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, device=logit_Bk.device)
+    codes: Tensor = Gate.apply(logit_Bk, threshold, temperature)
+    return codes
+
+
 def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor, routes: Routing | None = None) -> Tensor:
     """Sum over k of value * weight[index]: [B, d], without a [B, k, d] tensor."""
     routes = routes or routing(index_Bk, weight_Pd)
@@ -98,16 +108,14 @@ def encode_children(
     """
     if routes.plan is None:
         return reference.encode_children(x_Bd, routes.parent_Bk, Down, F, b_F)
-    from .triton.functions import RoutedBias, RoutedDot
+    from .triton.functions import RoutedDot
 
     (B, k), plan, precision = routes.parent_Bk.shape, routes.plan, routes.precision
     if Down is None:
-        pre = RoutedDot.apply(x_Bd, F, origin, plan, k, precision)
+        pre: Tensor = RoutedDot.apply(x_Bd, F, b_F, origin, plan, k, precision)
     else:
-        subspace = RoutedDot.apply(x_Bd, Down, origin, plan, k, precision)
-        pre = RoutedDot.apply(subspace, F, None, plan, 1, precision)
-    if b_F is not None:
-        pre = pre + RoutedBias.apply(b_F, plan)
+        subspace = RoutedDot.apply(x_Bd, Down, None, origin, plan, k, precision)
+        pre = RoutedDot.apply(subspace, F, b_F, None, plan, 1, precision)
     return pre.view(B, k, -1)
 
 

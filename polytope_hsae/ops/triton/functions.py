@@ -25,7 +25,7 @@ def _ones(like: Tensor) -> Tensor:
 
 
 class RoutedDot(torch.autograd.Function):
-    """rows [N / divisor, d], weight [P, m, d] -> W[p] row of every pair, [N, m].
+    """rows [N / divisor, d], weight [P, m, d], bias [P, m] or None -> W[p] row + bias[p] of every pair, [N, m].
 
     origin [d] or None: what was subtracted from the rows, if it is learned. Its gradient is taken from the sums of
     each parent's pairs, without the gradient of any row.
@@ -33,24 +33,27 @@ class RoutedDot(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight_Pmd: Tensor, origin: Tensor | None, plan: Plan, divisor: int, precision: str
-    ) -> Tensor:
+        ctx: Any, rows: Tensor, weight_Pmd: Tensor, bias_Pm: Tensor | None, origin: Tensor | None,
+        plan: Plan, divisor: int, precision: str,
+    ) -> Tensor:  # fmt: skip
         rows, weight_Pmd = rows.to(DTYPE[precision]), weight_Pmd.to(DTYPE[precision])
         ctx.save_for_backward(rows, weight_Pmd)
         ctx.plan, ctx.divisor, ctx.precision = plan, divisor, precision
-        return dot(rows, weight_Pmd, plan, divisor, precision)
+        return dot(rows, weight_Pmd, plan, divisor, precision, bias_Pm)
 
     @staticmethod
     def backward(ctx: Any, grad_Nm: Tensor) -> tuple[Any, ...]:
         rows, weight_Pmd = ctx.saved_tensors
         options = ctx.plan, ctx.divisor, ctx.precision
-        of_origin = None
-        if ctx.needs_input_grad[2]:
-            summed_Pm = outer(grad_Nm, _ones(grad_Nm), ctx.plan, len(grad_Nm), "float32")
+        need, of_bias, of_origin = ctx.needs_input_grad, None, None
+        if need[2] or need[3]:
+            summed_Pm = outer(grad_Nm, _ones(grad_Nm), ctx.plan, len(grad_Nm), "float32")[:, :, 0]
+            of_bias = summed_Pm if need[2] else None
+        if need[3]:
             of_origin = -(summed_Pm.reshape(1, -1).to(weight_Pmd.dtype) @ weight_Pmd.flatten(0, 1))[0].float()
-        of_rows = sum_rows(grad_Nm, weight_Pmd, *options) if ctx.needs_input_grad[0] else None
-        of_weight = outer(grad_Nm, rows, *options) if ctx.needs_input_grad[1] else None
-        return of_rows, of_weight, of_origin, None, None, None
+        of_rows = sum_rows(grad_Nm, weight_Pmd, *options) if need[0] else None
+        of_weight = outer(grad_Nm, rows, *options) if need[1] else None
+        return of_rows, of_weight, of_bias, of_origin, None, None, None
 
 
 class RoutedSum(torch.autograd.Function):
@@ -103,7 +106,9 @@ class Route(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, E = x.to(DTYPE[precision]), E.to(DTYPE[precision])
         logits = torch.nn.functional.linear(x, E, None if b_E is None else b_E.to(E.dtype))
-        index, value, code_sum = select(logits, k, threshold, want_sum)
+        code_sum = None
+        if noise is None or want_sum:
+            index, value, code_sum = select(logits, k, threshold, want_sum)
         if noise is not None:
             code = logits.float() if threshold is None else torch.where(logits >= threshold, logits, 0.0).float()
             index, _, _ = select(code + noise(logits.float()), k, None, False)
@@ -135,19 +140,6 @@ class Route(torch.autograd.Function):
             of_b = summed_P if need_b else None
             of_origin = -(summed_P.to(E.dtype) @ E).float() if need_origin else None
         return of_x, of_weight, of_b, of_origin, None, None, None, None, None
-
-
-class RoutedBias(torch.autograd.Function):
-    """bias [P, m] -> the bias of every pair's parent, [N, m]."""
-
-    @staticmethod
-    def forward(ctx: Any, bias_Pm: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return bias_Pm[plan.parent_Bk.flatten()]
-
-    @staticmethod
-    def backward(ctx: Any, grad_Nm: Tensor) -> tuple[Tensor, None]:
-        return outer(grad_Nm, _ones(grad_Nm), ctx.plan, len(grad_Nm), "float32")[:, :, 0], None
 
 
 class SquaredError(torch.autograd.Function):

@@ -31,8 +31,8 @@ def _block(n: int, most: int) -> int:
 
 @triton.jit
 def _dot_kernel(
-    rows, weight, out, order, tile_parent, tile_start, tile_end, divisor, d,
-    M: tl.constexpr, MB: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr,
+    rows, weight, bias, out, order, tile_parent, tile_start, tile_end, divisor, d,
+    M: tl.constexpr, MB: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
@@ -49,6 +49,8 @@ def _dot_kernel(
             x = tl.load(row_at + at, mask=here[:, None] & (c[None, :] < d - at), other=0.0)
             w = tl.load(weight_at + at, mask=(m[None, :] < M) & (c[:, None] < d - at), other=0.0)
             total = tl.dot(x, w, total, input_precision=MODE)
+        if BIAS:
+            total += tl.load(bias + parent * M + m, mask=m < M, other=0.0)[None, :]
         tl.store(out + pair[:, None] * M + m[None, :], total, mask=here[:, None] & (m[None, :] < M))
 
 
@@ -166,18 +168,20 @@ def _tile_sum_kernel(
         tl.store(out + pair[:, None] * d + c[None, :], total, mask=here[:, None] & (c[None, :] < d))
 
 
-def dot(rows: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
-    """float32 [N, m]; rows [N / divisor, d]."""
+def dot(
+    rows: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str, bias_Pm: Tensor | None = None
+) -> Tensor:
+    """float32 [N, m]; rows [N / divisor, d]; with a bias each pair's own is added."""
     _, M, d = weight_Pmd.shape
     dtype, tiles = DTYPE[precision], plan.tiles
     rows, weight = rows.to(dtype).contiguous(), weight_Pmd.to(dtype).contiguous()
     out = rows.new_empty(len(plan.order), M, dtype=torch.float32)
     MB = _block(M, 256)
-    D = _block(d, (128 if MB <= 32 else 64) if precision == "bf16" else 32)
+    D = _block(d, 64 if precision == "bf16" else 32)
     _dot_kernel[(len(tiles.parent),)](
-        rows, weight, out, plan.order, tiles.parent, tiles.start, tiles.end, divisor, d,
-        M=M, MB=MB, T=TILE, D=D, MODE=MODE[precision], num_warps=4 if MB <= 32 else 8,
-        num_stages=3 if d > D else 1,
+        rows, weight, bias_Pm, out, plan.order, tiles.parent, tiles.start, tiles.end, divisor, d,
+        M=M, MB=MB, T=TILE, D=D, MODE=MODE[precision], BIAS=bias_Pm is not None, num_warps=4 if MB <= 32 else 8,
+        num_stages=4 if d > D else 1,
     )  # fmt: skip
     return out
 
@@ -223,7 +227,7 @@ def _sweep(
     _sweep_kernel[(len(tiles.place),)](
         rows, weight, coef_Nm, out_dot, out, plan.order, *tiles[:4], divisor, d,
         M=M, MB=_block(M, FEW), T=TILE, D=D, MODE=MODE[precision], DOT=weight_Pmd is not None,
-        num_warps=4, num_stages=4 if d > D else 1,
+        num_warps=4, num_stages=3 if d > D else 1,
     )  # fmt: skip
     return out_dot, _add_pieces(out, plan, tiles.first)
 
@@ -258,7 +262,8 @@ def sum_rows(coef_Nm: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, prec
 def slot_sums(coef_Nm: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str) -> Tensor:
     """W[p]^T c of every pair, [N, d], a matrix product per tile; float32 where every pair has its own row."""
     _, M, d = weight_Pmd.shape
-    weight, coef_Nm, tiles = weight_Pmd.to(DTYPE[precision]).contiguous(), coef_Nm.contiguous(), plan.tiles
+    weight, coef_Nm = (x.to(DTYPE[precision]).contiguous() for x in (weight_Pmd, coef_Nm))
+    tiles = plan.tiles
     slots = weight.new_empty(len(plan.order), d, dtype=torch.float32 if divisor == 1 else DTYPE[precision])
     D = _block(d, 128 if precision == "bf16" else 64)
     grid = (len(tiles.parent), triton.cdiv(d, D))

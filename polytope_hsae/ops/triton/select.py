@@ -47,23 +47,29 @@ def _write_bits(word, out, first, limit, W: tl.constexpr):
 
 @triton.jit
 def _kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest of at least k integers of BITS bits, two bits at a time from the top.
+    """The k-th largest of at least k integers of BITS bits, from the top.
 
-    The numbers of keys from each of three trials up are added as one integer of three fields: a sum over the block
-    waits for all of its threads, whatever it adds.
+    Of up to 512 keys two bits at a time: the numbers of keys from each of three trials up are added as one integer of
+    three fields, because a sum over the block waits for all of its threads, whatever it adds.
     """
-    FIELD: tl.constexpr = 16  # bits: up to 2^15 keys are counted
-    MASK: tl.constexpr = (1 << FIELD) - 1
     cut = tl.full((), -(1 << (BITS - 1)), tl.int32)
-    for pair in tl.static_range(BITS // 2):
-        one = cut + (1 << (BITS - 2 - 2 * pair))
-        two = one + (1 << (BITS - 2 - 2 * pair))
-        three = two + (1 << (BITS - 2 - 2 * pair))
-        fields = (key >= one).to(tl.int64) + ((key >= two).to(tl.int64) << FIELD)
-        counts = tl.sum(fields + ((key >= three).to(tl.int64) << (2 * FIELD)), 0)
-        cut = tl.where((counts & MASK) >= k, one, cut)
-        cut = tl.where(((counts >> FIELD) & MASK) >= k, two, cut)
-        cut = tl.where((counts >> (2 * FIELD)) >= k, three, cut)
+    if key.shape[0] <= 512:
+        for pair in tl.static_range(BITS // 2):
+            one = cut + (1 << (BITS - 2 - 2 * pair))
+            two = one + (1 << (BITS - 2 - 2 * pair))
+            three = two + (1 << (BITS - 2 - 2 * pair))
+            fields = (key >= one).to(tl.int32) + ((key >= two).to(tl.int32) << 10)
+            counts = tl.sum(fields + ((key >= three).to(tl.int32) << 20), 0)
+            cut = tl.where((counts & 1023) >= k, one, cut)
+            cut = tl.where(((counts >> 10) & 1023) >= k, two, cut)
+            cut = tl.where((counts >> 20) >= k, three, cut)
+    else:
+        for bit in tl.static_range(BITS):
+            if bit == 0:
+                trial = cut * 0
+            else:
+                trial = cut + (1 << (BITS - 1 - bit))
+            cut = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= k, trial, cut)
     return cut
 
 

@@ -1,14 +1,17 @@
 """The published JAX H-SAE, written again from section 6 of docs/method.md.
 
-Needs jax, equinox and optax, which the package itself does not use. It shares no code with the package, so that a
-misreading on one side shows as a difference. Shapes: B rows, d width, P parents, C children per parent, s subspace
-width, k active parents. Tensors have the names and the layout of the published parameter tree: decoders transposed.
+Needs jax, equinox and optax, which the rest of the package does not use. It shares no code with that, so that a
+misreading on one side shows as a difference: scripts/make_jax_fixture.py writes the tests' fixture with it, and
+`hsae bench` measures its training step. Shapes: B rows, d width, P parents, C children per parent, s subspace width,
+k active parents. Tensors have the names and the layout of the published parameter tree: decoders transposed.
 
     with precision("float64"):
         model, log, gradients = train(init(config, "float64"), lambda model, step: rows[step], config)
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-jax.config.update("jax_platforms", "cpu")  # a GPU would round float32 products to TF32
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")  # a GPU would round float32 products to TF32
 
 TOP_LEVEL, L1, ORTH, MAX_NORM = 0.1, 1e-3, 0.1, 0.75
 
@@ -228,6 +232,19 @@ def margins(model: HSAE, x: jax.Array) -> jax.Array:
     return jnp.stack(distances).min(0)
 
 
+def optimizer(config: Config) -> optax.GradientTransformation:
+    return optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8)
+
+
+def update(
+    adam: optax.GradientTransformation, model: HSAE, state: optax.OptState, x: jax.Array, warmup: jax.Array | float
+) -> tuple[HSAE, optax.OptState, dict[str, jax.Array], dict[str, HSAE]]:
+    """One step on rows x of unit norm: the new model and state, and what `gradients` gave."""
+    numbers, found = gradients(model, x, warmup)
+    updates, state = adam.update(found["clipped"], state)
+    return normalize(eqx.apply_updates(model, updates)), state, numbers, found
+
+
 def train(
     model: HSAE, next_rows: Callable[[HSAE, int], np.ndarray], config: Config
 ) -> tuple[HSAE, dict[str, np.ndarray], dict[int, dict[str, HSAE]]]:
@@ -236,16 +253,9 @@ def train(
     Returns the model, the log (name -> [steps]) and, at `config.gradient_steps`, the parameters before the step and its
     gradients. Numbers of a step are those before its update: gradient, projection, clipping, Adam, unit decoder rows.
     """
-    schedule = learning_rate(config)
-    adam = optax.adam(schedule, b1=0.9, b2=0.999, eps=1e-8)
+    schedule, adam = learning_rate(config), optimizer(config)
     dtype = model.W_down.dtype
-
-    @eqx.filter_jit
-    def update(model: HSAE, state: optax.OptState, x: jax.Array, warmup: jax.Array) -> tuple:
-        numbers, found = gradients(model, x, warmup)
-        updates, state = adam.update(found["clipped"], state)
-        return normalize(eqx.apply_updates(model, updates)), state, numbers, found
-
+    step_function = eqx.filter_jit(functools.partial(update, adam))
     state = adam.init(eqx.filter(model, eqx.is_inexact_array))
     log: dict[str, list[np.ndarray]] = {}
     kept = {}
@@ -254,7 +264,7 @@ def train(
         warmup = jnp.array(min(step / config.warmup_steps, 1), dtype)
         extra = {"warmup": warmup, "lr": jnp.array(schedule(step), dtype), "margin": margins(model, x).min()}
         before = model
-        model, state, numbers, found = update(model, state, x, warmup)
+        model, state, numbers, found = step_function(model, state, x, warmup)
         for name, value in (numbers | extra).items():
             log.setdefault(name, []).append(np.asarray(value))
         if step in config.gradient_steps:
