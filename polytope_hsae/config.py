@@ -180,8 +180,10 @@ class HSAEConfig(Block):
         "residual", description="What children read: the row, or what the parents leave of it."
     )
     child_input_detach: bool = Field(False, description="Stop the residual's gradient at the parents.")
-    parent_budget: Literal["per_row", "batch"] = Field(
-        "per_row", description="k parents for each row, or B k for a batch of B rows."
+    parent_budget: Literal["per_row", "batch", "joint"] = Field(
+        "per_row",
+        description="k parents for each row; B k for a batch of B rows; or B (k + K_c) for parents and children, which "
+        "share them so that the smallest code of both is the same.",
     )
     child_budget: Literal["per_parent", "shared", "batch"] = Field(
         "shared", description="k_c children for each active parent, K_c for all of a row's, or B K_c for a batch."
@@ -330,12 +332,14 @@ class HSAEConfig(Block):
         _require("use_tied_decoders_child", "true", tied, "false or init unless child_encoder and child_decoder agree")
         tied = not direct_F or self.tie_projectors is not True
         _require("tie_projectors", "true", tied, "false or init unless child_encoder is factored")
-        for field in ("parent_budget", "child_budget"):
-            relu = getattr(self, field) != "batch" or self.magnitude == "relu"
-            allowed = "per_row" if field == "parent_budget" else "per_parent or shared"
-            _require(field, "batch", relu, f"{allowed} unless magnitude is relu")
+        for field, others in (("parent_budget", "per_row"), ("child_budget", "per_parent or shared")):
+            found = getattr(self, field)
+            relu = found not in ("batch", "joint") or self.magnitude == "relu"
+            _require(field, found, relu, f"{others} unless magnitude is relu")
         hard = self.parent_budget == "per_row" or self.gate == "hard"
-        _require("parent_budget", "batch", hard, "per_row unless gate is hard")
+        _require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
+        both = self.parent_budget != "joint" or self.child_budget == "batch"
+        _require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
         alone = self.parent_budget == "per_row" or self.router_balance_rate == 0
         _require("router_balance_rate", self.router_balance_rate, alone, "0 unless parent_budget is per_row")
         for field in ("recycle_until", "split_above"):

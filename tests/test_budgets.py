@@ -50,8 +50,8 @@ def test_loss_and_all_gradients_equal_a_dense_implementation(parents, children, 
 def test_a_budget_by_hand():
     budget = Budget(1, True, 2.0, 0.5, None)
     codes = torch.tensor([[5.0, 4.0], [3.0, 0.0], [0.0, 0.0]])
-    assert budget.slots(10) == 2
-    assert budget.slots(1) == 1
+    assert budget.slots(10, False) == 2
+    assert budget.slots(1, False) == 1
     assert torch.equal(budget.keep(codes), codes)  # three codes for three rows, all of one batch
     assert budget.threshold == 3
     budget.keep(codes + 2)  # 7 6 5 of 7 6 5 2 2 2
@@ -170,7 +170,8 @@ def test_a_budget_reads_its_progress_from_a_tensor():
         budget = Budget(1, of_batch, 2.0, 0.9, 3)
         codes = torch.rand(4, 6).sort(descending=True).values
         for progress in (0.0, 0.3, 0.5, 0.99):
-            assert torch.equal(budget.keep(codes, progress), budget.keep(codes, torch.tensor(progress)))
+            now = budget.at(progress)
+            assert torch.equal(budget.keep(codes, now), budget.keep(codes, torch.tensor(now)))
 
 
 def test_annealing_resumes_exactly(tmp_path):
@@ -204,3 +205,57 @@ def test_annealing_resumes_exactly(tmp_path):
 def test_annealing_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HSAEConfig(**options)
+
+
+# -- one budget for parents and children
+
+
+def joint_model(**options):
+    return make_model("joint", "batch", topk_parent=2, topk_child_total=4, budget_slots=8.0, **options)
+
+
+def test_a_joint_budget_makes_the_smallest_codes_equal():
+    model = joint_model()
+    random_parameters(model)
+    x = 2 * normal(200, WIDTH, seed=3)
+    gaps = []
+    for _ in range(300):
+        codes = model(x).codes
+        model.update_balance(codes)
+        gaps.append((model.parent_budget.smallest - model.child_budget.smallest).abs().item())
+    assert gaps[-1] < 0.02 < 0.1 < gaps[0]
+    parents, children = (codes.parent_value > 0).sum().item(), (codes.child_value > 0).sum().item()
+    assert parents != 400
+    assert parents + children == pytest.approx(6 * 200, abs=1)
+    model.calibrate([x], 5.0)
+    codes = model.eval().encode(x)
+    assert codes.l0().double().mean().item() == pytest.approx(5, abs=0.01)
+    found = (codes.parent_value > 0).double().sum(1).mean().item()
+    assert found == pytest.approx(5 * model.parent_share.item(), abs=0.01)
+
+
+def test_gradients_of_a_joint_budget_are_those_of_a_batch_with_the_same_numbers():
+    model = joint_model(**LOSSES)
+    random_parameters(model)
+    assert_dense(model, 2 * normal(11, WIDTH, seed=3))  # its first step has k and K_c
+
+
+def test_a_joint_budget_resumes_exactly_and_is_saved(tmp_path):
+    def fresh():
+        options = {"parent_budget": "joint", "child_budget": "batch", "k_anneal_steps": 9, "topk_parent_start": 4}
+        return HierarchicalSAE(HSAEConfig(**{**HARD, **options}), 6, seed=1)
+
+    straight = train(tmp_path / "straight", model=fresh())
+    train(tmp_path / "killed", model=fresh(), kill_at=20)
+    resumed = train(tmp_path / "killed", model=fresh())
+    assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
+    assert resumed.model.parent_share != fresh().parent_share
+    resumed.model.save_pretrained(tmp_path / "model")
+    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.parent_share, resumed.model.parent_share)
+
+
+def test_a_joint_budget_needs_children_of_a_batch():
+    message = "parent_budget: found joint, allowed: per_row or batch unless child_budget is batch"
+    with pytest.raises(ValueError, match=message):
+        HSAEConfig(parent_budget="joint", gate="hard")

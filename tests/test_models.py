@@ -284,7 +284,7 @@ def dense_forward(t, config, x, temperature):
     mask = torch.zeros(B, P, dtype=torch.float64)
     for i in range(B):
         mask[i, largest(r[i].tolist(), config.topk_parent)] = 1.0
-    if config.parent_budget == "batch":
+    if config.parent_budget != "per_row":
         mask = of_batch(r, B * config.topk_parent)
     gate = mask
     if config.gate == "straight_through":

@@ -29,12 +29,12 @@ class Budget(nn.Module):
             afterwards those above `threshold`: the running mean of the smallest code in use, until it is calibrated.
         spare: slots per row of a batch's budget, as a multiple of per_row.
         decay: memory of the running mean, per batch.
-        start: codes per row at the start of training, where they are annealed; `progress` from there to per_row goes
-            from 0 to 1, and is None where nothing is annealed (any more).
+        start: codes per row at the start of training, where they are annealed.
     """
 
     threshold: Tensor
     batches: Tensor
+    smallest: Tensor  # code in use of the last batch
 
     def __init__(self, per_row: int, of_batch: bool, spare: float, decay: float, start: int | None):
         super().__init__()
@@ -44,25 +44,34 @@ class Budget(nn.Module):
             self.register_buffer("threshold", torch.zeros(()))
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def slots(self, most: int, progress: float | Tensor | None = None) -> int:
-        """Slots of a row, at most `most`: as many while k is annealed, whatever k is."""
-        per_row = self.per_row if progress is None or not self.training else max(self.per_row, self.start)
+    def slots(self, most: int, annealing: bool) -> int:
+        """Slots of a row, at most `most`; while k is annealed as many as for the largest k."""
+        per_row = max(self.per_row, self.start) if annealing and self.training else self.per_row
         return min(most, math.ceil(self.spare * per_row) if self.of_batch else per_row)
 
-    def keep(self, code_Bn: Tensor, progress: float | Tensor | None = None) -> Tensor:
-        """The codes [B, n], largest first in each row, with 0 in the slots that are not in use."""
-        now: float | Tensor | None = None
-        if progress is not None and self.training:
-            now = self.start + (self.per_row - self.start) * progress
+    def at(self, progress: float | Tensor | None) -> float | Tensor:
+        """Codes per row: from `start` (progress 0) to `per_row` (progress 1, or None)."""
+        return self.per_row if progress is None else self.start + (self.per_row - self.start) * progress
+
+    def keep(self, code_Bn: Tensor, now: float | Tensor | None = None) -> Tensor:
+        """The codes [B, n], largest first in each row, with 0 in the slots that are not in use.
+
+        now: codes per row in training, where it is not `per_row`; nothing waits for its value.
+        """
+        if not self.training:
+            now = None
         if not self.of_batch:
             if now is None:
                 return code_Bn
             return torch.where(first_slots(code_Bn.shape[1], now, code_Bn.device), code_Bn, 0.0)
         if not self.training:
             return torch.where(code_Bn > self.threshold, code_Bn, 0.0)
-        B, most = len(code_Bn), self.per_row if now is None else max(self.per_row, self.start)
-        keep_Bn, smallest = largest_of_batch(code_Bn.detach(), B * most, None if now is None else B * now)
-        running_mean_(self.threshold, self.batches, smallest, self.decay)
+        B = len(code_Bn)
+        if now is None:
+            keep_Bn, self.smallest = largest_of_batch(code_Bn.detach(), B * self.per_row)
+        else:
+            keep_Bn, self.smallest = largest_of_batch(code_Bn.detach(), code_Bn.numel(), B * now)
+        running_mean_(self.threshold, self.batches, self.smallest, self.decay)
         return torch.where(keep_Bn, code_Bn, 0.0)
 
 
@@ -70,7 +79,7 @@ class Budget(nn.Module):
 def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: float) -> None:
     """Set the thresholds of a model's batch budgets so that raw rows [B, d] have `target_l0` codes on average.
 
-    Parents get their share k / (k + K_c) of them; children get what the parents leave.
+    Parents get their share of them, k / (k + K_c) unless that was learned; children get what the parents leave.
     """
     was_training = model.training
     model.eval()
@@ -79,7 +88,8 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
         return (model.encode(h_Bd.to(model.data_mean)) for h_Bd in batches)
 
     if model.parent_budget.of_batch:
-        parents = target_l0 * model.config.topk_parent / model.config.total_l0
+        share = model.config.topk_parent / model.config.total_l0
+        parents = target_l0 * (share if model.parent_share is None else model.parent_share.item())
         model.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
         level = level_for_l0(lambda: (each.parent_value for each in codes()), parents)
         model.parent_budget.threshold.fill_(max(0.0, level))

@@ -26,6 +26,8 @@ from .norms import ConstrainedDecoders
 from .routing import routing_noise, straight_through_gate, topk_lowest
 from .start import ChildInit, RandomStart, SquareRoots, put_teacher, start_from_rows, tied
 
+SHARE_STEP = 1e-3  # by which a batch moves the parents' share of a joint budget
+
 
 class HierarchicalSAE(ConstrainedDecoders):
     """A router over P parents, each of which opens a sub-SAE of C children in an s-dimensional subspace.
@@ -44,6 +46,7 @@ class HierarchicalSAE(ConstrainedDecoders):
     transient_names: ClassVar[tuple[str, ...]] = ("gram_reference",)
     threshold: Tensor | None
     balance: Tensor | None
+    parent_share: Tensor | None
 
     def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
         super().__init__(config, width, normalize)
@@ -67,7 +70,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         self.b_F = nn.Parameter(torch.zeros(P, C)) if config.use_encoder_bias else None
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
         spare, decay = config.budget_slots, config.threshold_decay
-        of_batch = config.parent_budget == "batch", config.child_budget == "batch"
+        of_batch = config.parent_budget != "per_row", config.child_budget == "batch"
         self.parent_budget = Budget(config.topk_parent, of_batch[0], spare, decay, config.topk_parent_start)
         self.child_budget = Budget(config.active_children, of_batch[1], spare, decay, config.active_children_start)
         self.router_temperature = config.router_temp_start
@@ -76,6 +79,9 @@ class HierarchicalSAE(ConstrainedDecoders):
         self.register_buffer("gram_reference", None)
         offset = torch.tensor(width**-0.5) if config.magnitude == "leaky_offset" else None
         self.register_buffer("threshold", offset)
+        joint = config.parent_budget == "joint"
+        share = torch.tensor(config.topk_parent / config.total_l0)
+        self.register_buffer("parent_share", share if joint else None)
         self.register_buffer("balance", torch.zeros(P) if config.router_balance_rate > 0 else None)
 
     def _needs_metric(self) -> bool:
@@ -135,7 +141,7 @@ class HierarchicalSAE(ConstrainedDecoders):
             self.E,
             self.b_E,
             origin,
-            self.parent_budget.slots(self.n_parents, self.k_progress),
+            self.parent_budget.slots(self.n_parents, self.k_progress is not None),
             threshold=self.threshold,
             noise=self._handicap(generator),
             sum_codes=config.l1_scope == "all" and self.training,
@@ -147,7 +153,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         if straight_through:
             slots = torch.arange(config.topk_parent, device=logit.device).expand_as(logit)
             value = value * straight_through_gate(logit, slots, self.router_temperature)
-        return index, self.parent_budget.keep(value, self.k_progress), logits, code_sum
+        return index, self.parent_budget.keep(value, self._wanted()[0]), logits, code_sum
 
     def _handicap(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor] | None:
         """What the choice adds to the logits, as a function of them: the parents' balance, and in training noise."""
@@ -172,7 +178,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         handicap = self._handicap(generator)
         if handicap is not None:
             choice_BP = choice_BP + handicap(logits_BP)
-        k = self.parent_budget.slots(self.n_parents, self.k_progress)
+        k = self.parent_budget.slots(self.n_parents, self.k_progress is not None)
         if config.magnitude == "leaky_offset":
             index_Bk = topk_lowest(choice_BP, k)
         else:
@@ -180,7 +186,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         value_Bk = parent_code(logits_BP.gather(1, index_Bk), config.magnitude, self.threshold)
         if straight_through:
             value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.router_temperature)
-        return index_Bk, self.parent_budget.keep(value_Bk, self.k_progress), logits_BP
+        return index_Bk, self.parent_budget.keep(value_Bk, self._wanted()[0]), logits_BP
 
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: flat indices [B, K], codes [B, K], pre-activations [B, k, C].
@@ -198,14 +204,14 @@ class HierarchicalSAE(ConstrainedDecoders):
         config, parent_Bk = self.config, routes.parent_Bk
         pre_BkC = ops.encode_children(x_Bd, routes, self.Down, self.F, self.b_F, origin)
         if config.child_budget != "per_parent":
-            most = self.child_budget.slots(parent_Bk.shape[1] * self.n_children, self.k_progress)
+            most = self.child_budget.slots(parent_Bk.shape[1] * self.n_children, self.k_progress is not None)
             place_BK = ops.best_children(pre_BkC, value_Bk, most)
         elif config.topk_child == 1:
             place_BK = ops.best_child(pre_BkC, value_Bk)
         else:
             place_BK = self._best_per_parent(pre_BkC, value_Bk)
         children = ops.keep_children(pre_BkC, place_BK, value_Bk, config.magnitude, self.threshold)
-        kept_BK = self.child_budget.keep(children.value, self.k_progress)
+        kept_BK = self.child_budget.keep(children.value, self._wanted()[1])
         if kept_BK is not children.value:
             children = ops.with_codes(children, kept_BK)
         C = self.n_children
@@ -217,6 +223,16 @@ class HierarchicalSAE(ConstrainedDecoders):
         score_BkC = pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf)
         best_Bkc = torch.topk(score_BkC, self.config.topk_child, dim=2).indices
         return (best_Bkc + torch.arange(0, k * C, C, device=pre_BkC.device).view(1, k, 1)).flatten(1)
+
+    def _wanted(self) -> tuple[float | Tensor | None, float | Tensor | None]:
+        """Parents and children per row at this step of training; None: k and K_c."""
+        if self.k_progress is None and self.parent_share is None:
+            return None, None
+        parents, children = self.parent_budget.at(self.k_progress), self.child_budget.at(self.k_progress)
+        if self.parent_share is not None:
+            total = parents + children
+            parents, children = self.parent_share * total, (1 - self.parent_share) * total
+        return parents, children
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d] = b_dec + parents + children."""
@@ -246,7 +262,16 @@ class HierarchicalSAE(ConstrainedDecoders):
 
     @torch.no_grad()
     def update_balance(self, codes: Codes) -> None:
-        """Parents with less than the mean load of the batch rise in the choice, those with more fall."""
+        """Parents with less than the mean load of the batch rise in the choice, those with more fall.
+
+        Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
+        smallest child in use, and falls while it is smaller.
+        """
+        if self.parent_share is not None:
+            start = self.config.topk_parent / self.config.total_l0
+            rise = (self.parent_budget.smallest - self.child_budget.smallest).sign()
+            self.parent_share += SHARE_STEP * rise
+            self.parent_share.clamp_(start / 2, (1 + start) / 2)
         if self.balance is not None:
             load_P = load(codes, self.n_parents)
             self.balance += self.config.router_balance_rate * (load_P.mean() - load_P).sign()

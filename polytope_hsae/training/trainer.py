@@ -269,7 +269,7 @@ class HSAETrainer:
             "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
             "encoder_norm": self.parameters["E" if "E" in self.parameters else "D"].norm(dim=1).mean(),
         }
-        if getattr(self.model.config, "parent_budget", None) == "batch":
+        if getattr(self.model.config, "parent_budget", "per_row") != "per_row":
             values["full_rows_parents"] = (codes.parent_value > 0).all(1).double().mean()
         if getattr(self.model.config, "child_budget", None) == "batch":
             values["full_rows_children"] = (codes.child_value > 0).all(1).double().mean()
