@@ -12,8 +12,8 @@ from ..config import HSAEConfig, TopKConfig, TrainingConfig
 from ..models.constraints import atom_norms, gram, project_out, row_norms
 from ..models.hsae import HierarchicalSAE
 from ..models.losses import biorth_identity, biorth_offdiag, causal_orthogonality
-from ..models.magnitude import child_code, parent_code
 from ..models.routing import routing_noise, straight_through_gate
+from ..ops.magnitude import child_code, parent_code
 
 
 def scaled(h_Bd: Tensor, kind: str) -> Tensor:
