@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .models.batchtopk import BatchTopKSAE as BatchTopKSAE
     from .models.codes import Codes as Codes
     from .models.flat import TopKSAE as TopKSAE
-    from .models.hsae import ChildInit as ChildInit
     from .models.hsae import HierarchicalSAE as HierarchicalSAE
     from .models.hsae import freeze_decoder_weights as freeze_decoder_weights
     from .models.hsae import unfreeze_decoder_weights as unfreeze_decoder_weights
     from .models.jumprelu import JumpReLUSAE as JumpReLUSAE
     from .models.matryoshka import MatryoshkaSAE as MatryoshkaSAE
+    from .models.start import ChildInit as ChildInit
     from .teacher import Teacher as Teacher
     from .teacher import extract_teacher as extract_teacher
     from .training.trainer import HSAETrainer as HSAETrainer
@@ -56,7 +56,7 @@ _HOME = {
     "JumpReLUSAE": "models.jumprelu",
     "MatryoshkaSAE": "models.matryoshka",
     "TopKSAE": "models.flat",
-    "ChildInit": "models.hsae",
+    "ChildInit": "models.start",
     "HierarchicalSAE": "models.hsae",
     "freeze_decoder_weights": "models.hsae",
     "unfreeze_decoder_weights": "models.hsae",

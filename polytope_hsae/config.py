@@ -152,7 +152,7 @@ class HSAEConfig(Block):
     n_children_per_parent: Whole = Field(8, ge=1, description="C: children per parent.")
     topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
     topk_child_total: Whole | None = Field(
-        None, ge=1, description="K_c: active children per row under child_budget shared; null = k * k_c."
+        None, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
     )
     subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
@@ -164,14 +164,46 @@ class HSAEConfig(Block):
     router_noise: Literal["relative", "absolute"] = Field(
         "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
     )
+    router_balance_rate: float = Field(
+        0.0,
+        ge=0,
+        description="Move of a parent's bias of the choice against its load, per batch, units of r.",
+    )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
+    recycle_every: Whole = Field(0, ge=0, description="Steps between recyclings of dead parents; 0 = never.")
+    recycle_until: Whole | None = Field(None, ge=1, description="Last step that may recycle; null = any.")
+    split_above: float | None = Field(
+        None, gt=0, le=1, description="Recycling splits parents active in more than this share of rows; null = none."
+    )
     child_input: Literal["input", "residual"] = Field(
         "residual", description="What children read: the row, or what the parents leave of it."
     )
     child_input_detach: bool = Field(False, description="Stop the residual's gradient at the parents.")
-    child_budget: Literal["per_parent", "shared"] = Field(
-        "shared", description="k_c children for each active parent, or K_c for all of a row's."
+    parent_budget: Literal["per_row", "batch", "joint"] = Field(
+        "per_row",
+        description="k parents for each row; B k for a batch of B rows; or B (k + K_c) for parents and children, which "
+        "share them so that the smallest code of both is the same.",
+    )
+    child_budget: Literal["per_parent", "shared", "batch"] = Field(
+        "shared", description="k_c children for each active parent, K_c for all of a row's, or B K_c for a batch."
+    )
+    budget_slots: float = Field(
+        2.0, ge=1, description="Codes that a row may have under a batch's budget, as a multiple of k, or of K_c."
+    )
+    k_anneal_steps: Whole = Field(0, ge=0, description="Steps in which k and K_c go linearly from their starts.")
+    topk_parent_start: Whole | None = Field(None, ge=1, description="k at the first step; null = topk_parent.")
+    active_children_start: Whole | None = Field(
+        None, ge=1, description="K_c at the first step, under child_budget shared or batch; null = K_c."
+    )
+    threshold_decay: float = Field(
+        0.99, ge=0, lt=1, description="Memory of a batch budget's running mean of its smallest code, per batch."
+    )
+    child_encoder: Literal["factored", "direct"] = Field(
+        "factored", description="Children read through Down_p and F_p of rank s, or each has a row of width d for F."
+    )
+    child_decoder: Literal["factored", "direct"] = Field(
+        "factored", description="Atoms are Up_p^T G_pj of rank s, or each is a row of width d of G."
     )
     use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     use_tied_decoders_child: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
@@ -180,6 +212,13 @@ class HSAEConfig(Block):
     use_decoder_bias: bool = Field(True, description="Learn b_dec, started at the geometric median.")
     initial: Literal["unit", "he_uniform"] = Field(
         "unit", description="Random start: unit rows and orthonormal subspaces, or He-uniform with D left unnormalised."
+    )
+    initial_router: Literal["random", "rows"] = Field(
+        "random", description="Parents start at random directions, or both E and D at rows of the bias sample."
+    )
+    initial_children: Literal["random", "data"] = Field(
+        "random",
+        description="Sub-SAEs start at random, or at what their parent leaves of the rows that it is active on.",
     )
     normalize_decoder: bool = Field(True, description="Keep decoder rows and atoms at unit norm.")
     normalize_child: Literal["atom", "decoder"] = Field("atom", description="What has unit norm: the atom or G's row.")
@@ -244,9 +283,30 @@ class HSAEConfig(Block):
     @property
     def active_children(self) -> int:
         """K_c: children kept per row."""
-        if self.child_budget == "shared" and self.topk_child_total is not None:
-            return self.topk_child_total
-        return self.topk_parent * self.topk_child
+        return self.topk_child_total or self.topk_parent * self.topk_child
+
+    @property
+    def total_l0(self) -> int:
+        """Active parents and children per row, on average where rows share them."""
+        return self.topk_parent + self.active_children
+
+    def _check_annealing(self) -> None:
+        k, K = self.topk_parent_start, self.active_children_start
+        started = k is not None or K is not None
+        _require(
+            "k_anneal_steps",
+            self.k_anneal_steps,
+            started == (self.k_anneal_steps > 0),
+            "above 0 with topk_parent_start or active_children_start, 0 without",
+        )
+        if k is not None:
+            _require("topk_parent_start", k, k <= self.n_parents, f"at most n_parents = {self.n_parents}")
+            _require("topk_parent_start", k, self.gate == "hard", "null unless gate is hard")
+        if K is not None:
+            limit = self.topk_parent * self.n_children_per_parent
+            _require("active_children_start", K, limit >= K, f"at most k * C = {limit}")
+            shared = self.child_budget != "per_parent"
+            _require("active_children_start", K, shared, "null unless child_budget is shared or batch")
 
     @model_validator(mode="after")
     def _consistent(self) -> "HSAEConfig":
@@ -259,13 +319,33 @@ class HSAEConfig(Block):
             _require(
                 "topk_child_total",
                 self.topk_child_total,
-                self.child_budget == "shared",
-                "null unless child_budget is shared",
+                self.child_budget != "per_parent",
+                "null unless child_budget is shared or batch",
             )
             limit = self.topk_parent * C
             _require(
                 "topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}"
             )
+        direct_F, direct_G = self.child_encoder == "direct", self.child_decoder == "direct"
+        _require("child_decoder", "direct", direct_F or not direct_G, "factored unless child_encoder is direct")
+        tied = direct_F == direct_G or self.use_tied_decoders_child is not True
+        _require("use_tied_decoders_child", "true", tied, "false or init unless child_encoder and child_decoder agree")
+        tied = not direct_F or self.tie_projectors is not True
+        _require("tie_projectors", "true", tied, "false or init unless child_encoder is factored")
+        for field, others in (("parent_budget", "per_row"), ("child_budget", "per_parent or shared")):
+            found = getattr(self, field)
+            relu = found not in ("batch", "joint") or self.magnitude == "relu"
+            _require(field, found, relu, f"{others} unless magnitude is relu")
+        hard = self.parent_budget == "per_row" or self.gate == "hard"
+        _require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
+        both = self.parent_budget != "joint" or self.child_budget == "batch"
+        _require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
+        alone = self.parent_budget == "per_row" or self.router_balance_rate == 0
+        _require("router_balance_rate", self.router_balance_rate, alone, "0 unless parent_budget is per_row")
+        for field in ("recycle_until", "split_above"):
+            found = getattr(self, field)
+            _require(field, found, found is None or self.recycle_every > 0, "null unless recycle_every is above 0")
+        self._check_annealing()
         return self
 
 
@@ -346,6 +426,11 @@ class FlatConfig(Block):
     project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
     aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")
     aux_k: Whole = Field(32, ge=1, description="Dead latents used per row, at most.")
+
+    @property
+    def total_l0(self) -> float:
+        """Active latents per row, on average."""
+        return self.k
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -511,7 +596,7 @@ class Config(Block):
         """
         hsae = self.arm_hsae(arm)
         if k is None:
-            k = self._codes(self.arm(arm.match["l0"])) if "l0" in arm.match else hsae.topk_parent + hsae.active_children
+            k = self._codes(self.arm(arm.match["l0"])) if "l0" in arm.match else hsae.total_l0
         sizes = {
             "n_latents": hsae.n_parents * (1 + hsae.n_children_per_parent) if n_latents is None else n_latents,
             "k": max(1, round(k)) if arm.kind == "topk" else k,
@@ -526,10 +611,7 @@ class Config(Block):
 
     def _codes(self, arm: ArmConfig) -> float:
         """Active parents and children per row that an arm asks for."""
-        if arm.kind != "hsae":
-            return self.arm_flat(arm).k
-        hsae = self.arm_hsae(arm)
-        return hsae.topk_parent + hsae.active_children
+        return (self.arm_hsae(arm) if arm.kind == "hsae" else self.arm_flat(arm)).total_l0
 
     def arm_stages(self, arm: ArmConfig) -> list[StageConfig]:
         """The stages that this arm trains through."""

@@ -99,7 +99,7 @@ def test_an_empty_file_gives_the_defaults(load):
             {"hsae": {"topk_child_total": 9, "child_budget": "per_parent"}},
             "hsae.topk_child_total",
             "9",
-            "null unless child_budget is shared",
+            "null unless child_budget is shared or batch",
         ),
         ({"hsae": {"topk_parent": 2, "topk_child_total": 17}}, "hsae.topk_child_total", "17", "at most k * C = 16"),
         ({"corpus": {"split": [0.8, 0.1, 0.2]}}, "corpus.split", "[0.8, 0.1, 0.2]", "three shares above 0 with sum 1"),

@@ -243,7 +243,7 @@ def test_a_projected_gradient_changes_no_constrained_norm_at_first_order(norm_me
     model.normalize_decoder_weights()
     sum(weight * value for weight, value in model.loss_terms(model(h), LossOverrides()).values()).backward()
     model.project_gradients()
-    metric = model._norm_metric()
+    metric = model.norm_metric()
     of_children = (
         (lambda G: atom_norms(model.Up, G, metric)) if normalize_child == "atom" else (lambda G: row_norms(G, None))
     )

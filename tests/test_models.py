@@ -14,8 +14,9 @@ from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
-from polytope_hsae.models.hsae import ChildInit, HierarchicalSAE
+from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.routing import routing_noise, straight_through_gate
+from polytope_hsae.models.start import ChildInit
 from polytope_hsae.ops import reference as ops
 
 
@@ -300,6 +301,17 @@ def largest(scores, n):
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:n]
 
 
+def of_batch(scores, n):
+    """1 at the n largest positive entries of all."""
+    mask = torch.zeros(scores.numel(), dtype=torch.float64)
+    mask[largest(scores.flatten().tolist(), n)] = 1.0
+    return mask.view_as(scores) * (scores > 0)
+
+
+def dense_atoms(t):
+    return torch.einsum("pcs,psd->pcd", t["G"], t["Up"]) if "Up" in t else t["G"]
+
+
 def dense_forward(t, config, x, temperature):
     """The model of method.md section 1 with dense masks: (x_hat, x_hat_top, a [B,P], c [B,P,C], r, q)."""
     B, P, C = len(x), config.n_parents, config.n_children_per_parent
@@ -308,6 +320,8 @@ def dense_forward(t, config, x, temperature):
     mask = torch.zeros(B, P, dtype=torch.float64)
     for i in range(B):
         mask[i, largest(r[i].tolist(), config.topk_parent)] = 1.0
+    if config.parent_budget != "per_row":
+        mask = of_batch(r, B * config.topk_parent)
     gate = mask
     if config.gate == "straight_through":
         soft = dense_soft_mask(r, mask, temperature)
@@ -317,9 +331,12 @@ def dense_forward(t, config, x, temperature):
     child_input = centred
     if config.child_input == "residual":
         child_input = centred - (top.detach() if config.child_input_detach else top)
-    q = torch.einsum("bps,pcs->bpc", torch.einsum("bd,psd->bps", child_input, t["Down"]), t["F"]) + t["b_F"]
+    reads = torch.einsum("pcs,psd->pcd", t["F"], t["Down"]) if "Down" in t else t["F"]
+    q = torch.einsum("bd,pcd->bpc", child_input, reads) + t["b_F"]
     child_mask = torch.zeros(B, P, C, dtype=torch.float64)
-    for i in range(B):
+    if config.child_budget == "batch":
+        child_mask = of_batch(q * (mask * a > 0).unsqueeze(2), B * config.active_children)
+    for i in range(B if config.child_budget != "batch" else 0):
         routed = [p for p in range(P) if mask[i, p] > 0 and a[i, p] > 0]
         if config.child_budget == "per_parent":
             for p in routed:
@@ -329,7 +346,7 @@ def dense_forward(t, config, x, temperature):
             for n in largest([q[i, p, j].item() for p, j in pairs], config.active_children):
                 child_mask[i, pairs[n][0], pairs[n][1]] = 1.0
     c = child_mask * (torch.relu(q) if config.magnitude == "relu" else torch.ones_like(q))
-    atoms = torch.einsum("pcs,psd->pcd", t["G"], t["Up"])
+    atoms = dense_atoms(t)
     base = t["b_dec"] if "b_dec" in t else torch.zeros(x.shape[1], dtype=torch.float64)
     return base + top + torch.einsum("bpc,pcd->bd", c, atoms), base + top, a, c, r, q, mask
 
@@ -344,7 +361,8 @@ def dense_loss(t, config, x, temperature, sigma):
     else:
         routed = torch.relu(q) * mask.unsqueeze(2)
         loss = loss + (config.l1_parent * torch.relu(r).sum() + config.l1_child * routed.sum()) / B
-    for read, write in ((t["E"][None], t["D"][None]), (t["F"], t["G"])):
+    written = t["G"] if t["F"].shape == t["G"].shape else dense_atoms(t)
+    for read, write in ((t["E"][None], t["D"][None]), (t["F"], written)):
         n = read.shape[1]
         if config.use_offdiag_biorth:
             unit = [rows / rows.norm(dim=-1, keepdim=True) for rows in (read, write)]
@@ -354,7 +372,7 @@ def dense_loss(t, config, x, temperature, sigma):
         else:
             loss = loss + config.biorth_lambda * ((read @ write.mT - torch.eye(n, dtype=torch.float64)) ** 2).sum()
     inner = [
-        t["D"][p] @ sigma @ (t["Up"][p].T @ t["G"][p, j])
+        t["D"][p] @ sigma @ dense_atoms(t)[p, j]
         for p in range(config.n_parents)
         for j in range(config.n_children_per_parent)
     ]

@@ -207,8 +207,7 @@ def _words(
     tensors = sae.tensors()
     pairs = [(tensors["E"][index_L], sae.write_directions()[index_L])]
     if isinstance(sae, HierarchicalSAE):
-        reads_LCd = sae.F[index_L] @ sae.Down[index_L]
-        pairs.append((reads_LCd.flatten(0, 1), sae.atoms(index_L).flatten(0, 1)))
+        pairs.append((sae.child_readers(index_L).flatten(0, 1), sae.atoms(index_L).flatten(0, 1)))
     found = [
         [
             {"reads": reads, "writes": writes}

@@ -55,6 +55,7 @@ class SparseAutoencoder(nn.Module):
         self.width = width
         self.normalize = normalize
         self.router_temperature = 1.0
+        self.k_progress: float | Tensor | None = None  # of annealing k: from 0 to 1, then None
         self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
         self.precision: ops.Precision = "float32"  # of the matrix products on a GPU; the trainer sets it
         self.register_buffer("data_mean", torch.zeros(width))
@@ -90,6 +91,12 @@ class SparseAutoencoder(nn.Module):
         The batches are gone through many times: a list, or an object whose `iter` starts anew.
         """
         raise NotImplementedError
+
+    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
+        """Set the thresholds, where a kind has them, so that raw rows [B, d] have `target_l0` codes on average.
+
+        The batches may be gone through more than once: a list, or an object whose `iter` starts anew.
+        """
 
     def write_directions(self) -> Tensor:
         """Unit-norm decoder rows, the parents' write directions in raw coordinates: [P, d]."""
@@ -151,6 +158,12 @@ class SparseAutoencoder(nn.Module):
 
     def update_router_temperature(self, step: int, total_steps: int) -> None:
         """Set the temperature of step 0 <= step < total_steps; models without routing have nothing to set."""
+
+    def update_k(self, step: int) -> None:
+        """Set how far the annealing of k is at this step; models that do not anneal it have nothing to set."""
+
+    def update_balance(self, codes: Codes) -> None:
+        """Move what balances the latents' loads by a training batch's codes; most models have nothing to move."""
 
     # files
 

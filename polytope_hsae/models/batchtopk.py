@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import BatchTopKConfig
 from .flat import FlatSAE
-from .selection import level_for_l0, pack
+from .selection import largest_of_batch, level_for_l0, pack, running_mean_
 
 
 class BatchTopKSAE(FlatSAE):
@@ -43,18 +43,10 @@ class BatchTopKSAE(FlatSAE):
     def _kept(self, logits_BP: Tensor) -> Tensor:
         """The batch's largest positive logits, as a mask [B, P]; the smallest of them is remembered."""
         budget = round(self.config.k * len(logits_BP))
-        kept = torch.topk(logits_BP.detach().flatten(), budget, sorted=False)
-        keep_BP = torch.zeros_like(logits_BP, dtype=torch.bool)
-        keep_BP.view(-1)[kept.indices] = kept.values > 0
+        keep_BP, smallest = largest_of_batch(logits_BP.detach(), budget)
         if budget:
-            self._remember(kept.values.min().clamp_min(0))
+            running_mean_(self.threshold, self.batches, smallest, self.config.threshold_decay)
         return keep_BP
-
-    @torch.no_grad()
-    def _remember(self, smallest: Tensor) -> None:
-        """Take the smallest activation that was kept (0: all positive ones were) into the running mean."""
-        self.batches += 1
-        self.threshold.lerp_(smallest, (1 / self.batches).clamp_min(1 - self.config.threshold_decay).to(smallest))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:

@@ -31,6 +31,12 @@ class Codes(NamedTuple):
         return dense.scatter_add(1, self.parent_index, self.parent_value)
 
 
+def load(codes: Codes, n_parents: int) -> Tensor:
+    """In how many rows each parent is active: [P], in the type of the codes; no boolean indexing, so no GPU waits."""
+    used_Bk = (codes.parent_value > 0).to(codes.parent_value.dtype)
+    return used_Bk.new_zeros(n_parents).scatter_add_(0, codes.parent_index.flatten(), used_Bk.flatten())
+
+
 class Dead(NamedTuple):
     """Masks of what has not been in use for too long: parents [P] (a flat SAE's latents), children [P*C]."""
 

@@ -14,8 +14,8 @@ from ..config import LossOverrides, TopKConfig
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
 from .constraints import geometric_median, project_out, row_norms
-from .hsae import unit_rows
 from .losses import aux_parent, reconstruction_error
+from .start import unit_rows
 
 
 class FlatSAE(SparseAutoencoder):
@@ -52,12 +52,6 @@ class FlatSAE(SparseAutoencoder):
         and gradients are the same.
         """
         return self.training and logits_BP.is_cuda
-
-    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the thresholds, where a kind has them, so that raw rows [B, d] have `target_l0` codes on average.
-
-        The batches may be gone through more than once: a list, or an object whose `iter` starts anew.
-        """
 
     # the way through the model
 

@@ -53,6 +53,8 @@ def _parents(config: HSAEConfig, d: int) -> float:
 def _children(config: HSAEConfig, d: int) -> float:
     """Down_p x and F_p for k parents, 2ksd + 2kCs; Up_p^T G for K children of at most min(k, K) parents, thrice.
 
+    Direct children have rows of width d in place of both: 2kCd, and thrice 2Kd.
+
     Backward through F and Down go only children that a gradient reaches, and their parents. Codes of one parent are
     added up in its subspace, so that a parent is the unit of what Down and Up cost.
     """
@@ -61,7 +63,10 @@ def _children(config: HSAEConfig, d: int) -> float:
     reached = k * C if config.l1_child > 0 and config.l1_scope == "all" else K
     residual_gradient = config.child_input == "residual" and not config.child_input_detach
     input_gradient = config.use_decoder_bias or residual_gradient
-    forward = 2 * k * s * d + 2 * k * C * s
-    backward = 4 * reached * s + (4 if input_gradient else 2) * min(k, reached) * s * d
-    decode = 3 * (2 * K * s + 2 * min(k, K) * s * d)
+    if config.child_encoder == "direct":
+        forward, backward = 2 * k * C * d, (4 if input_gradient else 2) * reached * d
+    else:
+        forward = 2 * k * s * d + 2 * k * C * s
+        backward = 4 * reached * s + (4 if input_gradient else 2) * min(k, reached) * s * d
+    decode = 3 * (2 * K * d if config.child_decoder == "direct" else 2 * K * s + 2 * min(k, K) * s * d)
     return forward + backward + decode

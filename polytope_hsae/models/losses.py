@@ -100,14 +100,15 @@ def biorth_jax(E: Tensor, D: Tensor, precision: ops.Precision = "float32") -> Te
     return squared.clamp_min(torch.finfo(E.dtype).tiny).sqrt() / (P * P - P)
 
 
-def causal_orthogonality(D: Tensor, Up: Tensor, G: Tensor, sigma: Tensor | None, form: str) -> Tensor:
+def causal_orthogonality(D: Tensor, Up: Tensor | None, G: Tensor, sigma: Tensor | None, form: str) -> Tensor:
     """Mean over children of the squared causal inner product of a parent's row and its child's atom.
 
     `atom`: <D_p, A_pj> in the residual metric Sigma (None = Euclidean); no [P, C, d] tensor is built.
     `literal`: <D_p, A_pj - D_p>, and `sigma` is then expected to hold the metric of that form, Sigma^-1.
     """
     metric_D = D if sigma is None else D @ sigma
-    inner_PC = torch.einsum("pcs,ps->pc", G, torch.einsum("psd,pd->ps", Up, metric_D))
+    in_subspace = metric_D if Up is None else torch.einsum("psd,pd->ps", Up, metric_D)
+    inner_PC = torch.einsum("pcs,ps->pc", G, in_subspace)
     if form == "literal":
         inner_PC = inner_PC - (D * metric_D).sum(1, keepdim=True)
     return inner_PC.square().mean()
@@ -125,7 +126,7 @@ def aux_parent(output: ModelOutput, D: Tensor, dead_P: Tensor, k: int, reduction
     return reconstruction_error(error_Bd, rebuilt_Bd, reduction) * dead_P.any()
 
 
-def aux_child(output: ModelOutput, Up: Tensor, G: Tensor, dead_R: Tensor, k: int, reduction: str) -> Tensor:
+def aux_child(output: ModelOutput, Up: Tensor | None, G: Tensor, dead_R: Tensor, k: int, reduction: str) -> Tensor:
     """The same from dead children of the row's active parents; 0 if no child is dead."""
     codes, C = output.codes, G.shape[1]
     flat_BkC = codes.parent_index.unsqueeze(2) * C + torch.arange(C, device=G.device)
@@ -185,15 +186,17 @@ def loss_terms(
     elif config.biorth_lambda > 0:
         form: Callable[[Tensor, Tensor], Tensor] = biorth_offdiag if config.use_offdiag_biorth else biorth_identity
         terms["biorth_router"] = (config.biorth_lambda, form(parameters["E"], parameters["D"]))
-        terms["biorth_child"] = (config.biorth_lambda, form(parameters["F"], parameters["G"]))
+        like = parameters["F"].shape == parameters["G"].shape  # else F reads the row itself, and compares with atoms
+        write = parameters["G"] if like else parameters["G"] @ parameters["Up"]
+        terms["biorth_child"] = (config.biorth_lambda, form(parameters["F"], write))
     if config.gram_lambda > 0:
         terms["gram"] = (config.gram_lambda, biorth_offdiag(parameters["D"], parameters["D"]))
     if config.causal_ortho_lambda > 0:
-        D, Up, G = parameters["D"], parameters["Up"], parameters["G"]
+        D, Up, G = parameters["D"], parameters.get("Up"), parameters["G"]
         value = causal_orthogonality(D, Up, G, metric, config.causal_orth_form)
         terms["causal_orth"] = (config.causal_ortho_lambda, value)
     if config.aux_weight > 0 and dead is not None:
-        D, Up, G = parameters["D"], parameters["Up"], parameters["G"]
+        D, Up, G = parameters["D"], parameters.get("Up"), parameters["G"]
         of_parents = aux_parent(output, D, dead.parents, config.aux_k_parent, reduction)
         of_children = aux_child(output, Up, G, dead.children, config.aux_k_child, reduction)
         terms |= {"aux_parent": (config.aux_weight, of_parents), "aux_child": (config.aux_weight, of_children)}

@@ -20,6 +20,33 @@ def pack(logits_BP: Tensor, keep_BP: Tensor) -> tuple[Tensor, Tensor]:
     return index_Bk, torch.where(keep_BP.gather(1, index_Bk), logits_BP.gather(1, index_Bk), 0.0)
 
 
+def largest_of_batch(score_Bn: Tensor, most: int, wanted: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mask [B, n] of the `most` largest scores of the batch that are above 0, and the smallest one (0: all are).
+
+    wanted: only that many of them, rounded; it may be a tensor, as nothing waits for its value.
+    """
+    kept = torch.topk(score_Bn.flatten(), min(most, score_Bn.numel()), sorted=wanted is not None)
+    value_n = kept.values
+    if wanted is not None:
+        value_n = torch.where(first_slots(len(value_n), wanted, value_n.device), value_n, torch.inf)
+    used_n = (value_n > 0) & (value_n < torch.inf)
+    keep_N = torch.zeros_like(score_Bn, dtype=torch.bool).flatten().scatter(0, kept.indices, used_n)
+    smallest = value_n.min().clamp_min(0) if value_n.numel() else score_Bn.new_zeros(())
+    return keep_N.view_as(score_Bn), smallest
+
+
+def first_slots(n: int, wanted: float | Tensor, device: torch.device) -> Tensor:
+    """Mask [n] of the first `wanted` (rounded) of n slots."""
+    return torch.arange(n, device=device) + 0.5 <= wanted
+
+
+@torch.no_grad()
+def running_mean_(mean: Tensor, batches: Tensor, value: Tensor, decay: float) -> None:
+    """Take one batch's value into the running mean, in place; the first batches weigh alike. `batches` counts them."""
+    batches += 1
+    mean.lerp_(value, (1 / batches).clamp_min(1 - decay).to(value))
+
+
 def level_for_l0(scores: Callable[[], Iterable[Tensor]], target_l0: float) -> float:
     """The level above which the scores, batches [B, P], number `target_l0` per row on average; -inf: all of them.
 

@@ -106,10 +106,11 @@ def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor, rout
 
 
 def encode_children(
-    x_Bd: Tensor, routes: Routing, Down: Tensor, F: Tensor, b_F: Tensor | None, origin: Tensor | None = None
+    x_Bd: Tensor, routes: Routing, Down: Tensor | None, F: Tensor, b_F: Tensor | None, origin: Tensor | None = None
 ) -> Tensor:
     """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0.
 
+    Without Down children read the row itself: F is [P, C, d].
     origin: as in `route`; on a CPU None.
     """
     if routes.plan is None:
@@ -117,39 +118,52 @@ def encode_children(
     from .triton.functions import RoutedDot
 
     (B, k), plan, precision = routes.parent_Bk.shape, routes.plan, routes.precision
-    subspace = RoutedDot.apply(x_Bd, Down, None, origin, plan, k, precision)
-    pre: Tensor = RoutedDot.apply(subspace, F, b_F, None, plan, 1, precision)
+    if Down is None:
+        pre: Tensor = RoutedDot.apply(x_Bd, F, b_F, origin, plan, k, precision)
+    else:
+        subspace = RoutedDot.apply(x_Bd, Down, None, origin, plan, k, precision)
+        pre = RoutedDot.apply(subspace, F, b_F, None, plan, 1, precision)
     return pre.view(B, k, -1)
 
 
 def decode_children(
     index_BK: Tensor,
     value_BK: Tensor,
-    Up: Tensor,
+    Up: Tensor | None,
     G: Tensor,
     routes: Routing | None = None,
     children: "Children | None" = None,
 ) -> Tensor:
     """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d].
 
+    Without Up the atoms are the rows of G [P, C, d].
     With the row's routes and children, every parent's atoms are summed in its subspace first.
     """
     (B, K), C = index_BK.shape, G.shape[1]
-    if not uses_kernels(value_BK, Up) or B * K == 0:
+    if not uses_kernels(value_BK, G) or B * K == 0:
         return reference.decode_children(index_BK, value_BK, Up, G)
     from .triton.functions import RoutedSum
 
     if routes is None or children is None:
-        routes = routing(index_BK // C, Up)
+        routes = routing(index_BK // C, G)
         dense_Nc = torch.nn.functional.one_hot(index_BK % C, C) * value_BK.unsqueeze(2)
     elif children.dense is not None:
         dense_Nc = children.dense
     else:
         dense_Nc = value_BK.new_zeros(children.pre.shape).flatten(1).scatter(1, children.place, value_BK)
     k, plan, precision = routes.parent_Bk.shape[1], routes.plan, routes.precision
-    subspace_Ns = RoutedSum.apply(dense_Nc.reshape(-1, C), G, plan, 1, precision)
-    decoded: Tensor = RoutedSum.apply(subspace_Ns, Up, plan, k, precision)
+    sums, rows = _in_subspace(dense_Nc.reshape(-1, C), Up, G, plan, precision)
+    decoded: Tensor = RoutedSum.apply(sums, rows, plan, k, precision)
     return decoded
+
+
+def _in_subspace(dense_Nc: Tensor, Up: Tensor | None, G: Tensor, plan: Any, precision: str) -> tuple[Tensor, Tensor]:
+    """Every pair's children summed in its parent's subspace, and that subspace's rows; without Up these are G's."""
+    from .triton.functions import RoutedSum
+
+    if Up is None:
+        return dense_Nc, G
+    return RoutedSum.apply(dense_Nc, G, plan, 1, precision), Up
 
 
 class Children(NamedTuple):
@@ -201,6 +215,14 @@ def keep_children(
     return Children(pre_BkC, place_BK, value_BK * is_open_BK, None)
 
 
+def with_codes(children: Children, value_BK: Tensor) -> Children:
+    """The same children with other codes."""
+    pre, place, _, dense = children
+    if dense is not None:
+        dense = torch.zeros_like(pre).flatten(1).scatter(1, place, value_BK).view_as(pre)
+    return Children(pre, place, value_BK, dense)
+
+
 class Reconstruction(NamedTuple):
     """x_hat, x_hat_top [B, d]; errors: their rows' squared errors [B], if taken; these then carry all gradients."""
 
@@ -211,7 +233,7 @@ class Reconstruction(NamedTuple):
 
 def reconstruct(
     x_Bd: Tensor, top_Bd: Tensor | None, routes: Routing, value_Bk: Tensor, index_BK: Tensor, children: Children,
-    D: Tensor, Up: Tensor, G: Tensor, b_dec: Tensor | None, compare: bool,
+    D: Tensor, Up: Tensor | None, G: Tensor, b_dec: Tensor | None, compare: bool,
 ) -> Reconstruction:  # fmt: skip
     """Decode and, with `compare` on a GPU, take the errors in the same pass. index_BK: the children, as p*C + j.
 
@@ -219,12 +241,12 @@ def reconstruct(
     """
     C, dense = G.shape[1], children.dense
     if compare and routes.plan is not None and dense is not None:
-        from .triton.functions import Reconstruct, RoutedSum
+        from .triton.functions import Reconstruct
 
         plan, precision = routes.plan, routes.precision
-        subspace_Ns = RoutedSum.apply(dense.view(-1, C), G, plan, 1, precision)
+        sums, rows = _in_subspace(dense.view(-1, C), Up, G, plan, precision)
         parents = (value_Bk.reshape(-1, 1), D, b_dec) if top_Bd is None else (None, None, None)
-        x_hat, x_hat_top, *errors = Reconstruct.apply(x_Bd, top_Bd, *parents, subspace_Ns, Up, plan, precision)
+        x_hat, x_hat_top, *errors = Reconstruct.apply(x_Bd, top_Bd, *parents, sums, rows, plan, precision)
         return Reconstruction(x_hat, x_hat_top, (errors[0], errors[1]))
     if top_Bd is None:
         top_Bd = weighted_row_sum(D, routes.parent_Bk, value_Bk, routes)

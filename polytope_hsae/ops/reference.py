@@ -35,11 +35,15 @@ def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> T
     return summed
 
 
-def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor, F: Tensor, b_F: Tensor | None) -> Tensor:
-    """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0."""
+def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor | None, F: Tensor, b_F: Tensor | None) -> Tensor:
+    """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0.
+
+    Without Down children read the row itself: F is [P, C, d].
+    """
     (B, k), (P, C, s) = parent_Bk.shape, F.shape
-    if composes(B * k, P, C, s):
-        pre = _Dot.apply(x_Bd, (F @ Down).flatten(0, 1), rows_of(parent_Bk, C))
+    if Down is None or composes(B * k, P, C, s):
+        direct = F if Down is None else F @ Down
+        pre = _Dot.apply(x_Bd, direct.flatten(0, 1), rows_of(parent_Bk, C))
     else:
         subspace = _Dot.apply(x_Bd, Down.flatten(0, 1), rows_of(parent_Bk, s))
         pre = _Dot.apply(subspace.view(B * k, s), F.flatten(0, 1), rows_of(parent_Bk.view(-1, 1), C))
@@ -47,11 +51,11 @@ def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor, F: Tensor, b_
     return pre_BkC if b_F is None else pre_BkC + b_F[parent_Bk]
 
 
-def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor, G: Tensor) -> Tensor:
-    """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]."""
+def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor | None, G: Tensor) -> Tensor:
+    """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]; without Up of G_pj."""
     (B, K), (P, C, s) = index_BK.shape, G.shape
-    if composes(B * K, P, C, s):
-        return weighted_row_sum((G @ Up).flatten(0, 1), index_BK, value_BK)
+    if Up is None or composes(B * K, P, C, s):
+        return weighted_row_sum((G if Up is None else G @ Up).flatten(0, 1), index_BK, value_BK)
     codes = weighted_row_sum(G.flatten(0, 1), index_BK.view(-1, 1), value_BK.view(-1, 1))
     return weighted_row_sum(Up.flatten(0, 1), rows_of(index_BK // C, s), codes.view(B, K * s))
 

@@ -14,9 +14,9 @@ from ..data.store import ActivationStore
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
-from ..models.flat import FlatSAE
 from ..models.flops import training_flops
-from ..models.hsae import ChildInit, HierarchicalSAE
+from ..models.hsae import HierarchicalSAE
+from ..models.start import ChildInit
 from ..provenance import NOT_IN_RESULTS
 from ..records import Train
 from ..teacher import Teacher
@@ -44,12 +44,14 @@ def require_trainable(config: Config, arm: ArmConfig, width: int, memory: int) -
     """Raise ConfigError when an arm's model has subspaces wider than the residual or needs more bytes than `memory`."""
     hsae = config.arm_hsae(arm)
     P, C, s = hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim
-    if arm.kind == "hsae" and s > width:
+    if arm.kind == "hsae" and hsae.child_decoder == "factored" and s > width:
         raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
-    decoder = P * (width + s * width + C * s) if arm.kind == "hsae" else config.arm_flat(arm).n_latents * width
-    needed = 2 * decoder * 4 * 4  # an encoder as large, and float32 of each weight, its gradient and Adam's two moments
+    weights = 2 * config.arm_flat(arm).n_latents * width if arm.kind != "hsae" else 0
+    for kind in (hsae.child_encoder, hsae.child_decoder) if arm.kind == "hsae" else ():
+        weights += P * (width + (C * width if kind == "direct" else s * width + C * s))
+    needed = weights * 4 * 4  # float32 of each weight, its gradient and Adam's two moments
     if needed > memory:
-        found = f"{arm.name} with {2 * decoder:,} weights, {needed / 1e9:,.0f} GB in training"
+        found = f"{arm.name} with {weights:,} weights, {needed / 1e9:,.0f} GB in training"
         raise ConfigError(f"hsae.n_parents: found {P} ({found}), allowed: what fits into {memory / 1e9:,.0f} GB")
 
 
@@ -102,9 +104,8 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
             trainer.fit(trackers, ticker)
     finally:
         trackers.close()
-    if isinstance(model, FlatSAE):
-        # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
-        model.calibrate(Sample(run.store, "val", CALIBRATION_ROWS, run.config.run.seed), model.config.k)
+    # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
+    model.calibrate(Sample(run.store, "val", CALIBRATION_ROWS, run.config.run.seed), model.config.total_l0)
     model.save_pretrained(folder / "model")
     final = validation_metrics(run, model)
     record = {

@@ -1,5 +1,6 @@
 """AdamW whose step is one pass over each tensor: on a GPU our kernel, with the clipping inside, on a CPU PyTorch's."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,14 @@ class FusedAdamW(torch.optim.AdamW):
                 rows.append([rate, 1 - rate * group["weight_decay"], 1 / (1 - b1**t), (1 - b2**t) ** -0.5])
         # Fresh pinned memory every time: the copy runs later, when this function has long returned.
         self.hyper.copy_(torch.tensor(rows).pin_memory(), non_blocking=True)
+
+    @torch.no_grad()
+    def forget(self, parameters: Iterable[Tensor], row_n: Tensor) -> None:
+        """Set the moments of these rows of the parameters to 0."""
+        for parameter in parameters:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.state[parameter]:
+                    self.state[parameter][moment][row_n] = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

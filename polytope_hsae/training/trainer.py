@@ -16,7 +16,9 @@ from ..config import StageConfig, TeacherConfig, TrainingConfig
 from ..data.stream import RowStream
 from ..models.base import SparseAutoencoder, without_sharing
 from ..models.codes import ModelOutput
+from ..models.hsae import HierarchicalSAE
 from ..models.losses import PENALTIES
+from ..models.recycle import recycle
 from ..tracking import Tracker
 from .anchor import Anchor
 from .checkpoint import (
@@ -89,7 +91,8 @@ class HSAETrainer:
         self.anchor = Anchor(model, n_teacher, teacher or TeacherConfig())
         self.stop_signal: int | None = None
         self.broken = torch.zeros((), device=self.device)  # steps whose gradient norm was not finite
-        self.numbers = torch.zeros(2, device=self.device)  # penalty warm-up and routing temperature, for the graph
+        self.numbers = torch.zeros(3, device=self.device)  # penalty warm-up, temperature, annealing; for the graph
+        self.batch_Bd = torch.empty(0, model.width, device=self.device)  # the last micro-batch, for recycling
         self.graph: StepGraph | None = None
         if config.cuda_graph and self.optimizer.fused and config.accumulate == 1:
             self.graph = StepGraph(self.generator)
@@ -135,6 +138,7 @@ class HSAETrainer:
         config, model = self.config, self.model
         model.train()
         model.update_router_temperature(self.step, self.total)
+        model.update_k(self.step)
         warmup = penalty_warmup(config, self.step)
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
@@ -150,7 +154,9 @@ class HSAETrainer:
         if self.optimizer.fused:
             self._look_for_nan(grad_norm, terms)
         self.step += 1
+        recycled = self._recycle(stage)
         return lambda: {
+            **recycled,
             "loss": loss,
             **{name: value.detach() for name, (_, value) in terms.items()},
             "lr": rate,
@@ -167,6 +173,7 @@ class HSAETrainer:
         for _ in range(config.accumulate):
             batch_Bd = self.stream.next().to(self.device) if rows_Bd is None else rows_Bd
             output = model(batch_Bd, self.generator)
+            self.batch_Bd = batch_Bd
             terms = model.loss_terms(output, stage.loss, self.usage.dead(config)) | self.anchor.terms()
             weighted = [w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
@@ -174,6 +181,7 @@ class HSAETrainer:
                 self._require_finite("loss", loss, terms)
             (loss / config.accumulate).backward()
             self.usage.update(output.codes)
+            model.update_balance(output.codes)
         if model.config.project_gradient:
             model.project_gradients()
         grad_norm = self._clip(terms)
@@ -187,12 +195,15 @@ class HSAETrainer:
     def _replay(self, stage: StageConfig, warmup: float, frozen: set[int]) -> Any:
         """`_work` through the graph: the numbers that change from step to step are sent ahead, as tensors."""
         assert self.graph is not None
-        numbers = torch.tensor([warmup, self.model.router_temperature]).pin_memory()
+        annealing = self.model.k_progress is not None
+        numbers = torch.tensor([warmup, self.model.router_temperature, self.model.k_progress or 0.0]).pin_memory()
         self.numbers.copy_(numbers, non_blocking=True)
         self.model.router_temperature = self.numbers[1]  # type: ignore[assignment]
+        if annealing:
+            self.model.k_progress = self.numbers[2]
         # Restoring the atoms' norms while G is frozen takes a Cholesky factor, which waits for the GPU.
         waits = getattr(self.model, "gram_reference", None) is not None
-        key = None if waits else (stage.name, tuple(sorted(frozen)))
+        key = None if waits else (stage.name, tuple(sorted(frozen)), annealing)
         return self.graph(
             key, lambda rows: self._work(stage, self.numbers[0], rows), self.stream.next().to(self.device)
         )
@@ -225,6 +236,25 @@ class HSAETrainer:
             found = f"the {what} is {value.item()} at step {self.step} ({_parts(terms)})"
             raise Diverged(f"training: {found}; last good checkpoint: {kept}")
 
+    def _recycle(self, stage: StageConfig) -> dict[str, float]:
+        """Recycle dead parents where this step asks for it: how many parents changed, for the log.
+
+        A stage that freezes anything is left alone, and so are rows that an anchor holds.
+        """
+        model, options = self.model, self.model.config
+        if not isinstance(model, HierarchicalSAE) or options.recycle_every == 0 or stage.freeze:
+            return {}
+        late = options.recycle_until is not None and self.step > options.recycle_until
+        if late or self.step % options.recycle_every or self.step == self.total:
+            return {"recycled_parents": 0.0}
+        dead_P = self.usage.dead_parents(self.config.dead_after)
+        held = self.anchor.n_rows if self.anchor.kind != "none" else 0
+        free_P = torch.arange(model.n_parents, device=self.device) >= held
+        changed_n = recycle(model, self.batch_Bd, dead_P, free_P, options.split_above, self.generator)
+        self.optimizer.forget([tensor for name, tensor in model.tensors().items() if name != "b_dec"], changed_n)
+        self.usage.restart(changed_n)
+        return {"recycled_parents": float(len(changed_n))}
+
     @torch.no_grad()
     def _usage_log(self, output: ModelOutput, temperature: float) -> dict[str, Any]:
         codes, config = output.codes, self.config
@@ -239,8 +269,13 @@ class HSAETrainer:
             "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
             "encoder_norm": self.parameters["E" if "E" in self.parameters else "D"].norm(dim=1).mean(),
         }
+        if getattr(self.model.config, "parent_budget", "per_row") != "per_row":
+            values["full_rows_parents"] = (codes.parent_value > 0).all(1).double().mean()
+        if getattr(self.model.config, "child_budget", None) == "batch":
+            values["full_rows_children"] = (codes.child_value > 0).all(1).double().mean()
         if self.model.n_children:
             values["dead_children"] = self.usage.dead_children(config.dead_after_routed).double().mean()
+        if "Up" in self.parameters:
             values["projector_norm"] = self.parameters["Up"].norm(dim=-1).mean()
         return values
 

@@ -41,6 +41,13 @@ class Usage:
         """Mask [P*C] of children whose parent was active for `after_routed` tokens without them."""
         return self.idle_child >= after_routed
 
+    @torch.no_grad()
+    def restart(self, parent_n: Tensor) -> None:
+        """Count from 0 for these parents and their children."""
+        self.idle_parent[parent_n] = 0
+        if self.n_children:
+            self.idle_child.view(-1, self.n_children)[parent_n] = 0
+
     def dead(self, config: TrainingConfig) -> Dead:
         """Both masks, by the config's two limits."""
         return Dead(self.dead_parents(config.dead_after), self.dead_children(config.dead_after_routed))
