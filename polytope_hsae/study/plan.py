@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
@@ -26,6 +27,7 @@ from ..config import (
 )
 from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
+from ..models.hsae import HierarchicalSAE
 from ..parsing import parse_yaml, shown
 from ..provenance import NOT_IN_RESULTS
 
@@ -247,11 +249,9 @@ def model_config(study: Study, base: Config, run: RunKey, width: int) -> HSAECon
 
 def hsae_parameters(config: HSAEConfig, d: int) -> int:
     """Parameters of an H-SAE, tied tensors once."""
-    P, C, s = config.n_parents, config.n_children_per_parent, config.subspace_dim
-    pairs = [(config.use_tied_decoders_parent, P * d), (config.tie_projectors, P * s * d)]
-    pairs.append((config.use_tied_decoders_child, P * C * s))
-    weights = sum(size * (1 if tie is True else 2) for tie, size in pairs)
-    return weights + (P + P * C) * config.use_encoder_bias + d * config.use_decoder_bias
+    with torch.device("meta"):
+        model = HierarchicalSAE(config, d)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def settings_hash(study: Study, base: Config, run: RunKey) -> str:
@@ -284,6 +284,8 @@ SHAPE = (  # fields of hsae that decide its number of parameters
     "n_parents",
     "n_children_per_parent",
     "subspace_dim",
+    "child_encoder",
+    "child_decoder",
     "use_encoder_bias",
     "use_decoder_bias",
     "use_tied_decoders_parent",

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from ..config import Config, ConfigError
 from ..fileio import read_json, update_text, write_json
 from ..phases.run import device_of, keep_freed_memory, remove_leftovers
+from ..training.trainer import Interrupted
 from .data import StudyData
 from .measure import run_once
 from .plan import Cell, RunKey, Study, dump_study, load_study, places_removed, settings_hash
@@ -72,10 +73,13 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
     data.prepare(say)
     records = _finished(study, base, data.sha256, folder, options.test, say)
     say(f"study: {len(records)} of {n_runs(study)} runs are there")
-    for record in _made(study, with_device, data, records, options):
-        run = key_of(record)
-        write_json(folder / "runs" / run.file, record)
-        say(f"study: {len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {_line(record)}")
+    try:
+        for record in _made(study, with_device, data, records, options):
+            run = key_of(record)
+            write_json(folder / "runs" / run.file, record)
+            say(f"study: {len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {_line(record)}")
+    except Interrupted as error:
+        raise InterruptedError("the same command goes on; runs that are done are kept") from error
     return folder
 
 
