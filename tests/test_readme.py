@@ -1,6 +1,6 @@
 """Every command and the library example of README.md run, on the finished smoke run in place of the quickstart's.
 
-`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it.
+`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, and `study` in test_study.py, on a tiny study.
 """
 
 import re
@@ -23,7 +23,8 @@ COMMANDS = [
     for line in text.splitlines()
     if line.strip()
 ]
-HSAE = [command for command in COMMANDS if command.startswith("hsae ") and "import-jax" not in command]
+ELSEWHERE = ("hsae import-jax", "hsae study")
+HSAE = [command for command in COMMANDS if command.startswith("hsae ") and not command.startswith(ELSEWHERE)]
 RUN = "runs/quickstart"
 
 

@@ -13,6 +13,7 @@ from tiny import save_family
 
 from polytope_hsae.config import ConfigError
 from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.study.plan import RunKey, hsae_parameters, load_study, model_config
 from polytope_hsae.study.results import read_results
@@ -207,10 +208,9 @@ def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):
     refused(hsae("study", "table", out, "--test"), "test values", "--test")
 
 
-def test_packed_runs_are_the_same_files_again(done, fixtures, tmp_path):
+def test_packed_runs_are_the_same_files_again(done, tmp_path):
     packed = tmp_path / "runs.jsonl"
-    answer = run(done / "study.yaml", done, fixtures, "--pack", packed)
-    assert answer.code == 0, answer.err
+    assert hsae("study", "pack", done, packed).code == 0
     assert len(packed.read_text().splitlines()) == 6
     assert hsae("study", "unpack", packed, tmp_path / "out").code == 0
     assert records(tmp_path / "out") == records(done)
@@ -281,6 +281,18 @@ def test_records_of_other_data_do_not_share_a_table(done, tmp_path):
     refused(hsae("study", "table", out), "different data")
     path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 7}))
     refused(hsae("study", "table", out), path.name)
+
+
+def test_the_study_of_the_repository_is_one():
+    """Every run of studies/win has a config; arms of equal parameters are within the tables' tolerance."""
+    study, base = load_study(Path(__file__).parents[1] / "studies" / "win" / "study.yaml")
+    assert n_runs(study) == 2 * 4 * 10 * (3 + 2)
+    one = RunKey("recommended", HOOK, 32, 0, 2e-3)
+    nested = model_config(study, base, one, 256)
+    flat = model_config(study, base, one._replace(arm="jumprelu-params"), 256)
+    atoms = model_config(study, base, one._replace(arm="matryoshka"), 256)
+    assert (nested.n_parents * 9, atoms.n_latents) == (4608, 4608)
+    assert abs(parameter_count(flat, 256) - hsae_parameters(nested, 256)) < 600
 
 
 def test_rates_come_first_and_failed_ones_lose(tmp_path):

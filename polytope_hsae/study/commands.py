@@ -26,18 +26,14 @@ def run_command(
     test: Annotated[bool, typer.Option("--test", help="Measure on test documents, too.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     cache: Annotated[Path, typer.Option("--cache", help="Where activations are kept.")] = Path("runs/study-cache"),
-    pack: Annotated[Path | None, typer.Option("--pack", help="Afterwards, one JSONL file of all runs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Make the runs that are not there yet; one that is stopped goes on where it was."""
-    from .pack import pack_runs
     from .run import Options, run_study
 
     options = Options(only, limit, workers, test, device, cache)
     say = (lambda message: None) if quiet else (lambda message: typer.echo(message))
-    folder = run_study(file, overrides or [], out, options, say)
-    if pack is not None:
-        say(f"{pack}: {pack_runs(folder, pack)} runs")
+    run_study(file, overrides or [], out, options, say)
 
 
 @app.command("table")
@@ -52,9 +48,20 @@ def table_command(
         typer.echo(str(path))
 
 
+@app.command("pack")
+def pack_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL file to write, a run a line.")],
+) -> None:
+    """Write all runs as one file, to carry it to another machine."""
+    from .pack import pack_runs
+
+    typer.echo(f"{file}: {pack_runs(folder, file)} runs")
+
+
 @app.command("unpack")
 def unpack_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `run --pack` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `pack` wrote.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")],
 ) -> None:
     """Write the runs of a packed file as files of a study folder."""

@@ -198,6 +198,7 @@ def _made(
         return
     worker = (study, config, options, data.device)
     data.__dict__.pop("lm", None)  # every worker loads its own
+    torch.cuda.empty_cache()
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start, worker) as pool:
         pending: dict[Future[dict[str, Any]], RunKey] = {}
         try:
