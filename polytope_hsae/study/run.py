@@ -6,6 +6,7 @@ again. So a study that was stopped goes on, and one that was changed makes anew 
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -215,8 +216,11 @@ def _made(
             raise OSError(
                 "study: a worker was killed (out of memory?), try fewer --workers; finished runs are kept"
             ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            # Only this process writes records, so nothing is half-written; unfinished runs are made another time.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 _worker: list[Any] = []  # of a worker process: the study, its config and its data
@@ -224,6 +228,8 @@ _worker: list[Any] = []  # of a worker process: the study, its config and its da
 
 def _start(study: Study, config: Config, options: Options, device: str) -> None:
     """Begin a worker process: it loads what its runs share once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
     keep_freed_memory()
     disable_progress_bar()
