@@ -19,7 +19,6 @@ from ..evaluation.hierarchy import Firings, count_firings, hierarchy_metrics
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..fileio import sha256_file, sha256_json
 from ..models.base import SparseAutoencoder
-from ..models.flat import FlatSAE
 from ..models.flops import training_flops
 from ..phases.arms import CALIBRATION_ROWS, Sample, fresh_model
 from ..provenance import environment
@@ -86,9 +85,8 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
     if failed is None:
         model.eval()
         model.precision = "float32"
-        if isinstance(model, FlatSAE) and isinstance(made, FlatConfig):
-            # A threshold is a choice, and choices are made on val.
-            model.calibrate(Sample(hook.store, "val", CALIBRATION_ROWS, run.seed), made.k)
+        # A threshold is a choice, and choices are made on val.
+        model.calibrate(Sample(hook.store, "val", CALIBRATION_ROWS, run.seed), run.l0)
         firings = {split: count_firings(model, hook.store, split) for split in ("val", "test")[: 1 + test]}
         record |= {split: held_out(study, data, hook, run, model, split, firings[split]) for split in firings}
         in_train = count_firings(model, hook.store, "train", study.measure.usage_rows)
