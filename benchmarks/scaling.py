@@ -62,7 +62,7 @@ def name_of(point: dict[str, int]) -> str:
 
 def measured(sizes: dict[str, int], device: str, steps: int) -> dict[str, Any]:
     """One point: rows per second, ms and peak, or why there are none."""
-    found = guarded(lambda: ours(shape_of(sizes), device, "uniform", steps, seconds=2, by_part=False), device)
+    found = guarded(lambda: ours(shape_of(sizes), device, "uniform", steps, 2, by_part=False), device)
     if "why" not in found:
         found["rows_per_s"] = found["batch"] / found["ms"] * 1e3
     return {"sizes": sizes, **found}
@@ -92,7 +92,7 @@ def drawing(curve: str, points: list[dict[str, Any]], quantity: str, title: str)
 
     said = "; ".join(f"{name_of(point['point'])}: {point[quantity]:,.4g}" for point in shown)
     name = f"{quantity}-{curve}".replace(" ", "-").replace("_", "-")
-    return draw(name, f"{title} over {curve}", said, Frame(1.8, 0.75), paint).inline if shown else ""
+    return draw(name, f"{title} over {curve}", said, Frame(1.8, 0.85), paint).inline if shown else ""
 
 
 def markdown(document: dict[str, Any]) -> str:

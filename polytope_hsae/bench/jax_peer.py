@@ -16,6 +16,7 @@ from typing import Any
 from .shapes import Shape
 
 NEEDS = ("jax", "equinox", "optax")
+WARM_UP, MOST_MS = 2, 5_000  # steps that are not counted; no step begins after the counted ones took this
 
 
 def measure(shape: Shape, routings: list[str], device: str, steps: int, limit: float) -> dict[str, dict[str, Any]]:
@@ -97,13 +98,13 @@ def _measure(config: Any, batch: int, routing: str, steps: int) -> dict[str, Any
         return jnp.bincount(parents.ravel(), length=config.P).max() / batch
 
     largest = float(load(rows, model))
-    times = []
-    for number in range(steps + 3):
+    times: list[float] = []
+    while len(times) < steps + WARM_UP and sum(times[WARM_UP:]) < MOST_MS:
         began = time.perf_counter()
         model, state, numbers = step(rows, model, state)
         jax.block_until_ready((model, state, numbers))
-        if number >= 3:
-            times.append(1e3 * (time.perf_counter() - began))
+        times.append(1e3 * (time.perf_counter() - began))
+    times = times[WARM_UP:]
     memory = jax.devices()[0].memory_stats() or {}
     peak = memory.get("peak_bytes_in_use")
     return {

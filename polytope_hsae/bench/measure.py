@@ -44,13 +44,13 @@ def times(work: Callable[[], object], device: str, steps: int, *, warm_up: int =
 
     On a GPU each is the mean of ROW calls, or of one where a call takes longer than a second.
     """
-    took = 0.0
+    took, began = 0.0, time.perf_counter()
     for _ in range(warm_up):
-        began = time.perf_counter()
+        started = time.perf_counter()
         work()
         _wait(device)
-        took = time.perf_counter() - began
-        if took > seconds / 2:  # a slow step needs no more of it
+        took = time.perf_counter() - started
+        if time.perf_counter() - began > seconds / 2:
             break
     row = ROW if took < 1 else 1
     found: list[float] = []

@@ -28,6 +28,7 @@ SMALLEST = 16  # a peer's batch is halved until it fits, down to this share of t
 LOOP_SECONDS, LOOP_PARENTS = 60, (64, 256)  # a loop that takes longer is not measured; the sizes that say how long
 LOOP, SLOW_MS = "H-SAE, loop over parents", 5_000
 JAX_SECONDS = 200
+SECONDS = {"cuda": 10.0, "cpu": 4.0}  # of a measurement, after its warm-up of at most half of that
 
 
 class Options(NamedTuple):
@@ -114,7 +115,7 @@ def start(shape: Shape, device: str) -> HierarchicalSAE:
 
 
 def ours(
-    shape: Shape, device: str, routing: str, steps: int, *, seconds: float = 20, by_part: bool = True
+    shape: Shape, device: str, routing: str, steps: int, seconds: float, *, by_part: bool = True
 ) -> dict[str, Any]:
     """Our step on a shape: ms, peak, largest load, and ms by part. Raises torch.OutOfMemoryError."""
     model = start(shape, device)
@@ -195,7 +196,7 @@ class ShapeBench:
         torch.use_deterministic_algorithms(before)
 
     def _our_step(self, shape: Shape, routing: str) -> dict[str, Any]:
-        return ours(shape, self.device, routing, self.options.steps)
+        return ours(shape, self.device, routing, self.options.steps, SECONDS[self.device])
 
     # peers
 
@@ -261,7 +262,9 @@ class ShapeBench:
         rows: Rows = make_rows(routing, batch, model.E.detach(), k)
         step = PeerStep(model, self.shape.training, self.precision)
         many = isinstance(model, LoopHSAE) and len(model.E) > max(LOOP_PARENTS)
-        found = _record(lambda: step(rows.next()), self.device, steps or self.options.steps, 10, by_part=not many)
+        found = _record(
+            lambda: step(rows.next()), self.device, steps or self.options.steps, SECONDS[self.device], not many
+        )
         return {**found, "batch": batch, "max_load": largest_load(model.chosen_Bk, len(model.E))}
 
     def _halving(self, step: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
