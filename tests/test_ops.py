@@ -35,6 +35,7 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS)
 def poisoned_memory():
     """Memory that nothing has written holds NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # a run switches it off
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -1,0 +1,53 @@
+"""The one configuration model: every field with its meaning, unit and bounds.
+
+`load_config("quickstart", ["run.seed=1"])` reads a packaged config by name or any YAML file by path, applies
+`key.path=value` overrides and validates. Bad input raises ConfigError with one line: field, found, allowed.
+"""
+
+from .block import FOLDER_NAME, GROUPS, PACKAGE, Block, ConfigError, Whole, first_line
+from .evaluation import EvalConfig, LatentsConfig, SteeringConfig, TargetsConfig, TrackingConfig
+from .flat import FLAT_KINDS, BatchTopKConfig, FlatConfig, JumpReLUConfig, MatryoshkaConfig, TopKConfig
+from .hsae import HSAEConfig
+from .load import apply_override, dump_yaml, find_config, load_config
+from .run import ArmConfig, Config
+from .sources import ConceptsConfig, CorpusConfig, DataConfig, GeometryConfig, ModelConfig, RunConfig
+from .training import LossOverrides, PhaseStages, StageConfig, TeacherConfig, TrainingConfig
+
+__all__ = [
+    "FLAT_KINDS",
+    "FOLDER_NAME",
+    "GROUPS",
+    "PACKAGE",
+    "ArmConfig",
+    "BatchTopKConfig",
+    "Block",
+    "ConceptsConfig",
+    "Config",
+    "ConfigError",
+    "CorpusConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FlatConfig",
+    "GeometryConfig",
+    "HSAEConfig",
+    "JumpReLUConfig",
+    "LatentsConfig",
+    "LossOverrides",
+    "MatryoshkaConfig",
+    "ModelConfig",
+    "PhaseStages",
+    "RunConfig",
+    "StageConfig",
+    "SteeringConfig",
+    "TargetsConfig",
+    "TeacherConfig",
+    "TopKConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "Whole",
+    "apply_override",
+    "dump_yaml",
+    "find_config",
+    "first_line",
+    "load_config",
+]

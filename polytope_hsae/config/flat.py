@@ -1,0 +1,76 @@
+"""The flat SAEs' options (docs/method.md section 1)."""
+
+from itertools import pairwise
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .block import (
+    Block,
+    Whole,
+    require,
+)
+
+
+class FlatConfig(Block):
+    """What every flat SAE has (docs/method.md section 1)."""
+
+    n_latents: Whole = Field(ge=1, description="P: latents.")
+    k: float = Field(gt=0, description="Active latents per row, on average.")
+    recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
+    project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
+    aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")
+    aux_k: Whole = Field(32, ge=1, description="Dead latents used per row, at most.")
+
+    @property
+    def total_l0(self) -> float:
+        """Active latents per row, on average."""
+        return self.k
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        require("k", self.k, self.k <= self.n_latents, f"at most n_latents = {self.n_latents}")
+        return self
+
+
+class TopKConfig(FlatConfig):
+    k: Whole = Field(ge=1, description="Active latents per row.")
+
+
+class BatchTopKConfig(FlatConfig):
+    threshold_decay: float = Field(
+        0.99, ge=0, lt=1, description="Memory of the running mean of the smallest kept activation, per batch."
+    )
+
+
+class MatryoshkaConfig(BatchTopKConfig):
+    fractions: tuple[float, ...] = Field(
+        (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), description="Prefixes that rebuild the row, as shares of the latents."
+    )
+
+    @model_validator(mode="after")
+    def _nested(self) -> Self:
+        rising = all(a < b for a, b in pairwise((0.0, *self.fractions)))
+        allowed = "rising shares above 0, the last one 1"
+        require("fractions", list(self.fractions), rising and self.fractions[-1:] == (1.0,), allowed)
+        return self
+
+
+class JumpReLUConfig(FlatConfig):
+    bandwidth: float = Field(
+        0.1, gt=0, description="Width of the rectangle around a threshold inside which it gets a gradient, units of x."
+    )
+    l0_weight: float = Field(
+        3.0, ge=0, description="Weight of (L0/k - 1)^2, as a multiple of the error of an empty code."
+    )
+    initial_threshold: float | None = Field(
+        None, gt=0, description="Every latent's threshold at the start; null = where the bias sample's L0 is k."
+    )
+
+
+FLAT_KINDS: dict[str, type[FlatConfig]] = {
+    "topk": TopKConfig,
+    "batchtopk": BatchTopKConfig,
+    "jumprelu": JumpReLUConfig,
+    "matryoshka": MatryoshkaConfig,
+}

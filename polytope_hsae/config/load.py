@@ -1,0 +1,80 @@
+"""Reading a config: a packaged name or a YAML file, overrides, validation."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..parsing import cut, parse_yaml, shown
+from .block import MAX_BYTES, PACKAGE, ConfigError, first_line
+from .run import Config
+
+
+def find_config(name_or_path: str) -> Path:
+    """Path of a packaged config by name, or of a YAML file. Raises ConfigError naming the packaged ones."""
+    packaged = PACKAGE / "configs" / f"{name_or_path}.yaml"
+    for path in (Path(name_or_path), packaged):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml")))
+    raise ConfigError(f"config: found {name_or_path!r}, allowed: a YAML file or one of {names}")
+
+
+def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
+    """Read, override and validate a config.
+
+    Args:
+        name_or_path: packaged name ("quickstart") or path of a YAML file.
+        overrides: "key.path=value" strings; values are read as YAML; list items by number (arms.0.name=x).
+
+    Raises:
+        ConfigError: one line naming the field, what was found and what is allowed.
+    """
+    path = find_config(name_or_path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"found {path.stat().st_size} bytes, allowed: {MAX_BYTES}")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    tree = {} if tree is None else tree  # an empty file
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of config blocks")
+    for override in overrides or []:
+        apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(first_line(error, Config)) from error
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put one "key.path=value" into a tree. Raises ConfigError when it is none, or its place is not there."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set: found {shown(override)}, allowed: key.path=value")
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {cut(key)}: found {shown(text)}, allowed: a YAML value ({error})") from error
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        _check_step(node, part, key)
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    _check_step(node, last, key)
+    node[int(last) if isinstance(node, list) else last] = value
+
+
+def _check_step(node: Any, part: str, key: str) -> None:
+    """Raise ConfigError when `part` of an override's key cannot be an item of `node`."""
+    if isinstance(node, list) and part not in map(str, range(len(node))):
+        raise ConfigError(f"--set {cut(key)}: found item {shown(part)}, allowed: 0 to {len(node) - 1}")
+    if not isinstance(node, dict | list):
+        raise ConfigError(f"--set {cut(key)}: found a value above {shown(part)}, allowed: a block")
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML, every field present."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

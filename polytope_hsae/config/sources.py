@@ -1,0 +1,81 @@
+"""Where a run's numbers come from: machine, language model, text, concepts, activations, geometry."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .block import FOLDER_NAME, Block, Fraction, Whole, check_split
+
+
+class RunConfig(Block):
+    name: str = Field("run", description="Folder name of the run below runs/.", pattern=FOLDER_NAME)
+    seed: Whole = Field(0, ge=0, description="Seed of everything random in the run.")
+    device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N.")
+    threads: int = Field(2, ge=1, le=1024, description="CPU threads; part of what makes a CPU run repeatable.")
+    deterministic: bool = Field(True, description="Ask PyTorch for deterministic algorithms.")
+
+
+class ModelConfig(Block):
+    name: str = Field("textbook-lm-9m", description="Hub id, folder, or the packaged textbook-lm-9m.")
+    revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision the language model runs in.")
+    hook: str = Field(
+        "final_residual_pre_unembed",
+        description="final_residual_pre_unembed (after the final norm), layers.N (N-th block, negative from the end), "
+        "or any module name, e.g. model.layers.2.",
+    )
+
+
+class CorpusConfig(Block):
+    source: Literal["tokens", "text", "jsonl", "parquet", "hub"] = Field("tokens", description="Kind of corpus.")
+    path: str | None = Field(None, description="File or hub dataset; null = the packaged sampled tokens.")
+    split: tuple[Fraction, Fraction, Fraction] = Field(
+        (0.80, 0.05, 0.15), description="Shares of documents for train, val and test."
+    )
+    max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
+    context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "CorpusConfig":
+        return check_split(self)
+
+
+class ConceptsConfig(Block):
+    ontology: str = Field("wordnet", description="wordnet, or a YAML/JSON tree {parent: {child: [words]}}.")
+    max_parents: Whole = Field(80, ge=2, description="Parents kept at most.")
+    max_children_per_parent: Whole = Field(32, ge=2, description="Children kept per parent at most.")
+    min_children: Whole = Field(3, ge=2, description="Parents with fewer children are dropped.")
+    min_words_per_child: Whole = Field(3, ge=3, description="Children with fewer words are dropped.")
+    min_test_rows: Whole = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
+    label: Literal["belief", "next_token", "current_token"] = Field(
+        "belief", description="Which concept a row carries: what the model believes comes next, what comes, what is."
+    )
+    belief_threshold: float = Field(0.3, gt=0, lt=1, description="Probability mass from which a belief is a label.")
+    split: tuple[Fraction, Fraction, Fraction] = Field(
+        (0.70, 0.15, 0.15), description="Shares of words for train, val and test."
+    )
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "ConceptsConfig":
+        return check_split(self)
+
+
+class DataConfig(Block):
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Stored activations.")
+    shard_rows: Whole = Field(65_536, ge=256, description="Rows per shard file.")
+    batch_tokens: Whole = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
+    normalize: Literal["rms", "unit_row", "none"] = Field(
+        "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
+    )
+    bias_rows: Whole | None = Field(
+        4096, ge=1, description="Train rows whose geometric median starts b_dec; null = all of them, read as a stream."
+    )
+
+
+class GeometryConfig(Block):
+    metric: Literal["causal", "identity", "diagonal", "random"] = Field(
+        "causal", description="Metric of the unembedding's rows; causal = their covariance, the rest to compare with."
+    )
+    shrinkage: float = Field(0.05, ge=0, lt=1, description="Relative shrinkage of the covariance to its mean.")
+    estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector from its tokens.")
+    permutations: Whole = Field(1000, ge=100, description="Draws of every permutation null.")
