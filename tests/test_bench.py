@@ -10,7 +10,7 @@ from running import hsae, refused, script
 
 from polytope_hsae.bench import jax_peer, run
 from polytope_hsae.bench.floor import Ceilings, flat_parts, floor_record, hsae_parts, parameter_count
-from polytope_hsae.bench.measure import Rows, guarded, largest_load, make_rows, times
+from polytope_hsae.bench.measure import Rows, deterministic, guarded, largest_load, make_rows, times
 from polytope_hsae.bench.peers import FlatTopK, LoopHSAE, PeerStep
 from polytope_hsae.bench.shapes import load_shape
 from polytope_hsae.bench.table import markdown
@@ -249,6 +249,17 @@ def test_a_run_prints_and_writes_its_tables(tmp_path):
     assert document["ceilings"]["copy_tb_per_s"] > 0
 
 
+def test_the_deterministic_step_is_that_of_a_run():
+    def settings() -> tuple[bool, bool]:
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), filled
+
+    before = settings()
+    with deterministic():
+        assert settings() == (True, False)  # a run fills no fresh memory
+    assert settings() == before
+
+
 def test_what_has_no_numbers_says_why():
     document = run.bench(
         [load_shape("smoke", [f"{key}={value}" for key, value in TINY.items()])],
@@ -279,6 +290,9 @@ def test_json_is_one_document():
         (["--steps", "0"], ["--steps"]),
         (["--shape", "smoke", "--set", "hsae.subspace_dim=300"], ["subspace_dim", "256"]),
         (["--shape", "smoke", "--set", "hsae.n_parent=3"], ["n_parent", "n_parents"]),
+        (["--shape", "smoke", "--set", "hsae.child_encoder=direct"], ["hsae.child_encoder", "direct", "factored"]),
+        (["--shape", "smoke", "--set", "hsae.child_budget=batch"], ["hsae.child_budget", "batch", "shared"]),
+        (["--shape", "smoke", "--set", "hsae.router_balance_rate=0.1"], ["hsae.router_balance_rate", "0.1"]),
     ],
 )
 def test_bad_options_are_one_line(arguments, words):
@@ -322,5 +336,5 @@ def test_on_a_cpu_both_trainings_of_the_precision_script_are_one(tmp_path):
     document = json.loads((tmp_path / "precision.json").read_text())
     assert document["largest_distance"] == {"float32": 0, "float32 again": 0}
     assert len(document["curves"]["float32"]["loss"]) == 6
-    assert "Stated: bf16 stays within 1%" in (tmp_path / "precision.md").read_text()
+    assert "bf16 was not measured" in (tmp_path / "precision.md").read_text()
     assert (tmp_path / "precision.svg").read_text().startswith("<?xml")

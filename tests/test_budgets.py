@@ -164,6 +164,20 @@ def test_k_goes_linearly_to_its_end(parents, children):
     assert model.train()(x).codes.parent_index.shape[1] == (5 if parents == "per_row" else 6)
 
 
+@pytest.mark.parametrize("parents", ["per_row", "batch"])
+def test_every_parent_of_an_annealed_k_has_its_children(parents):
+    start = {"topk_parent_start": 5, "k_anneal_steps": 4}
+    model = make_model(parents, "per_parent", topk_parent=2, topk_child=2, topk_child_total=None, **start)
+    random_parameters(model)
+    with torch.no_grad():
+        model.b_E.fill_(30.0)  # every parent and child is above 0
+        model.b_F.fill_(300.0)
+    model.update_k(0)
+    codes = model(normal(11, WIDTH, seed=3)).codes
+    assert (codes.parent_value > 0).sum() == 5 * 11
+    assert (codes.child_value > 0).sum() == 2 * 5 * 11
+
+
 def test_a_budget_reads_its_progress_from_a_tensor():
     """As the replayed step does, which must not wait for it."""
     for of_batch in (False, True):

@@ -5,10 +5,11 @@ import torch
 from test_budgets import assert_dense
 from test_models import LOSSES, SHAPE, WIDTH, Roots, child_inits, generator, normal, random_parameters
 
-from polytope_hsae.config import HSAEConfig
+from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.flops import training_flops
 from polytope_hsae.models.hsae import HierarchicalSAE
+from polytope_hsae.models.losses import biorth_identity
 
 KINDS = ["factored", "direct"]
 
@@ -28,6 +29,16 @@ def test_loss_and_all_gradients_equal_a_dense_implementation(child_decoder, tie,
     sigma = Roots(WIDTH).sigma
     model.set_metric(sigma)
     assert_dense(model, normal(11, WIDTH, seed=3), sigma)
+
+
+def test_subspaces_as_wide_as_the_rows_are_still_subspaces():
+    """F and G then have one shape, and F still compares with atoms."""
+    model = make_model("factored", subspace_dim=WIDTH, initial_children="data", **{**LOSSES, "causal_ortho_lambda": 0})
+    model.initialize_bias([normal(60, WIDTH)])
+    torch.testing.assert_close(model.F, model.atoms(slice(None)))
+    random_parameters(model)
+    found = model.loss_terms(model(normal(11, WIDTH, seed=3)), LossOverrides())["biorth_child"][1]
+    torch.testing.assert_close(found, biorth_identity(model.F, model.atoms(slice(None))))
 
 
 @pytest.mark.parametrize("child_decoder", KINDS)

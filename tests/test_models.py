@@ -220,6 +220,20 @@ def test_a_hard_gate_passes_no_gradient_through_the_choice(magnitude):
         assert torch.equal(value, torch.relu(logits.gather(1, index)))
 
 
+@pytest.mark.parametrize("child_budget", ["per_parent", "shared"])
+def test_parents_and_children_are_encoded_one_after_the_other(child_budget):
+    model = make_model(child_input="residual", child_budget=child_budget)
+    random_parameters(model)
+    x = normal(11, WIDTH)
+    codes, rows = model.encode(x), x - model.b_dec
+    parent, value, _ = model.encode_parent(rows)
+    left = rows - torch.einsum("bk,bkd->bd", value, model.D[parent])
+    index, child, pre = model.encode_children(left, parent, value)
+    assert pre.shape == (11, 3, 4)
+    for found, expected in zip((parent, value, index, child), codes[:4], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_the_gate_is_exactly_one_forward():
     logits = 50 * normal(40, 9)
     gate = straight_through_gate(logits.requires_grad_(), logits.topk(3, dim=1).indices, 0.3)

@@ -33,11 +33,14 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS)
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Memory that nothing has written holds NaN."""
+    """Memory that nothing has written holds NaN; runs of other tests switch that off."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # a run switches it off
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def normal(*shape, seed=0):
@@ -66,7 +69,14 @@ def parents(B, k, P, repeated=False):
 @precisions
 @pytest.mark.parametrize(
     "B,k,P,m,d",
-    [(33, 3, 7, 4, 37), (70, 4, 5, 20, 130), (1, 2, 9, 4, 16), (40, 8, 8, 96, 64), (CHUNK // 2 + 9, 1, 2, 1, 16)],
+    [
+        (33, 3, 7, 4, 37),
+        (70, 4, 5, 20, 130),
+        (1, 2, 9, 4, 16),
+        (40, 8, 8, 96, 64),
+        (CHUNK // 2 + 9, 1, 2, 1, 16),
+        (5, 2, 3, 300, 16),
+    ],
 )
 @pytest.mark.parametrize("own_rows", [False, True])
 def test_routed_dot_sum_and_outer_equal_a_gather(B, k, P, m, d, own_rows, precision):

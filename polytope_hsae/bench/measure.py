@@ -6,7 +6,8 @@ Shapes: B rows, d width, P parents, k active ones.
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -161,6 +162,20 @@ def make_rows(routing: str, batch: int, E: Tensor, k: int) -> Rows:
 def largest_load(chosen_Bk: Tensor, n_parents: int) -> float:
     """Share of rows that the most chosen parent is chosen for."""
     return float(torch.bincount(chosen_Bk.flatten(), minlength=n_parents).max() / len(chosen_Bk))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's deterministic algorithms, as `run.deterministic` asks for them: without filling fresh memory."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def guarded(work: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:

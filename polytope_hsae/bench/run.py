@@ -18,7 +18,18 @@ from ..provenance import environment
 from ..training.trainer import HSAETrainer
 from . import jax_peer
 from .floor import Ceilings, flat_parts, floor_record, hsae_parts
-from .measure import Rows, ceilings, free_memory, guarded, largest_load, make_rows, parts, peak_gib, times
+from .measure import (
+    Rows,
+    ceilings,
+    deterministic,
+    free_memory,
+    guarded,
+    largest_load,
+    make_rows,
+    parts,
+    peak_gib,
+    times,
+)
 from .peers import FlatTopK, LoopHSAE, PeerStep
 from .shapes import Shape
 
@@ -189,11 +200,9 @@ class ShapeBench:
                 if precision != self.precision:
                     shape = self.shape.with_training(precision=precision)
                     self._add(f"ours, {precision}", routing, precision, partial(self._our_step, shape, routing))
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
         name = f"ours, {self.precision}, deterministic"
-        self._add(name, routing, self.precision, lambda: self._our_step(self.shape, routing))
-        torch.use_deterministic_algorithms(before)
+        with deterministic():
+            self._add(name, routing, self.precision, lambda: self._our_step(self.shape, routing))
 
     def _our_step(self, shape: Shape, routing: str) -> dict[str, Any]:
         return ours(shape, self.device, routing, self.options.steps, SECONDS[self.device])

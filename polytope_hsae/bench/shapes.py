@@ -6,6 +6,12 @@ from ..config import ConfigError, HSAEConfig, StageConfig, TrainingConfig, load_
 
 WIDTHS = {"jax-compat": 2304, "v2-focused": 2304, "quickstart": 256, "smoke": 256}
 NEVER = 10**6  # steps of a stage that is not finished
+MEASURED = {  # options of which the floor, the peers and a start on the device know these values alone
+    "child_encoder": ("factored",),
+    "parent_budget": ("per_row",),
+    "child_budget": ("per_parent", "shared"),
+    "router_balance_rate": (0.0,),
+}
 
 
 class Shape(NamedTuple):
@@ -35,7 +41,8 @@ class Shape(NamedTuple):
 def load_shape(name: str, overrides: list[str] | None = None) -> Shape:
     """The shape of a packaged config with `key.path=value` overrides.
 
-    Raises ConfigError for an unknown name, an override that does not fit, or subspaces wider than the rows.
+    Raises ConfigError for an unknown name, an override that does not fit or is not in MEASURED, or subspaces wider
+    than the rows.
     """
     if name not in WIDTHS:
         raise ConfigError(f"--shape: found {name!r}, allowed: {', '.join(WIDTHS)}")
@@ -46,4 +53,7 @@ def load_shape(name: str, overrides: list[str] | None = None) -> Shape:
     if config.hsae.subspace_dim > WIDTHS[name]:
         found, most = config.hsae.subspace_dim, WIDTHS[name]
         raise ConfigError(f"hsae.subspace_dim: found {found}, allowed: at most the width {most}")
+    for field, allowed in MEASURED.items():
+        if (value := getattr(config.hsae, field)) not in allowed:
+            raise ConfigError(f"hsae.{field}: found {value}, allowed in a bench: {' or '.join(map(str, allowed))}")
     return Shape(name, config.hsae, training, WIDTHS[name], config.data.normalize)

@@ -225,10 +225,12 @@ class HierarchicalSAE(ConstrainedDecoders):
         return (best_Bkc + torch.arange(0, k * C, C, device=pre_BkC.device).view(1, k, 1)).flatten(1)
 
     def _wanted(self) -> tuple[float | Tensor | None, float | Tensor | None]:
-        """Parents and children per row at this step of training; None: k and K_c."""
+        """Parents and children per row at this step of training; None: k, and K_c or k_c for each parent."""
         if self.k_progress is None and self.parent_share is None:
             return None, None
         parents, children = self.parent_budget.at(self.k_progress), self.child_budget.at(self.k_progress)
+        if self.config.child_budget == "per_parent":
+            return parents, None
         if self.parent_share is not None:
             total = parents + children
             parents, children = self.parent_share * total, (1 - self.parent_share) * total

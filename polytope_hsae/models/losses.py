@@ -186,7 +186,7 @@ def loss_terms(
     elif config.biorth_lambda > 0:
         form: Callable[[Tensor, Tensor], Tensor] = biorth_offdiag if config.use_offdiag_biorth else biorth_identity
         terms["biorth_router"] = (config.biorth_lambda, form(parameters["E"], parameters["D"]))
-        like = parameters["F"].shape == parameters["G"].shape  # else F reads the row itself, and compares with atoms
+        like = config.child_encoder == config.child_decoder  # else F reads the row itself, and compares with atoms
         write = parameters["G"] if like else parameters["G"] @ parameters["Up"]
         terms["biorth_child"] = (config.biorth_lambda, form(parameters["F"], write))
     if config.gram_lambda > 0:

@@ -131,7 +131,7 @@ def _children_from_rows(model: "HierarchicalSAE", rows_Nd: Tensor) -> None:
             model.G[p] = centres(left_nd @ model.Up[p].T, model.G[p])
         if model.Down is not None and model.Up is not None:
             model.Down[p] = model.Up[p]
-        model.F[p] = model.G[p] if model.F.shape == model.G.shape else model.atoms(p)
+        model.F[p] = model.G[p] if model.config.child_encoder == model.config.child_decoder else model.atoms(p)
     model.normalize_decoder_weights()
 
 

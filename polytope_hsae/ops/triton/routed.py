@@ -41,7 +41,7 @@ def _dot_kernel(
         slot = first + tl.arange(0, T)
         here = slot < end
         pair = tl.load(order + slot, mask=here, other=0).to(tl.int64)
-        m, c = tl.arange(0, MB), tl.arange(0, D)
+        m, c = tl.program_id(1) * MB + tl.arange(0, MB), tl.arange(0, D)
         row_at = rows + (pair // divisor)[:, None] * d + c[None, :]
         weight_at = weight + (parent * M + m)[None, :] * d + c[:, None]
         total = tl.zeros((T, MB), tl.float32)
@@ -63,7 +63,7 @@ def _outer_kernel(
     chunk = tl.program_id(0)
     first, end = tl.load(chunk_start + chunk), tl.load(chunk_end + chunk)
     place = tl.load(chunk_place + chunk).to(tl.int64)
-    m, c = tl.arange(0, MB), tl.program_id(1) * D + tl.arange(0, D)
+    m, c = tl.program_id(2) * MB + tl.arange(0, MB), tl.program_id(1) * D + tl.arange(0, D)
     total = tl.zeros((MB, D), tl.float32)
     for at in range(first, end, T):
         slot = at + tl.arange(0, T)
@@ -178,7 +178,7 @@ def dot(
     out = rows.new_empty(len(plan.order), M, dtype=torch.float32)
     MB = _block(M, 256)
     D = _block(d, 64 if precision == "bf16" else 32)
-    _dot_kernel[(len(tiles.parent),)](
+    _dot_kernel[(len(tiles.parent), triton.cdiv(M, MB))](
         rows, weight, bias_Pm, out, plan.order, tiles.parent, tiles.start, tiles.end, divisor, d,
         M=M, MB=MB, T=TILE, D=D, MODE=MODE[precision], BIAS=bias_Pm is not None, num_warps=4 if MB <= 32 else 8,
         num_stages=4 if d > D else 1,
@@ -196,7 +196,7 @@ def outer(coef_Nm: Tensor, rows: Tensor, plan: Plan, divisor: int, precision: st
     out = rows.new_empty(len(chunks.place), M, d, dtype=torch.float32)  # from P on: later chunks
     MB = _block(M, 256)
     D = _block(d, (128 if MB <= 128 else 64) if precision == "bf16" else 64)
-    _outer_kernel[(len(chunks.place), triton.cdiv(d, D))](
+    _outer_kernel[(len(chunks.place), triton.cdiv(d, D), triton.cdiv(M, MB))](
         coef_Nm, rows, out, plan.order, chunks.start, chunks.end, chunks.place, divisor, d,
         M=M, MB=MB, T=64 if precision == "bf16" else 32, D=D, MODE=MODE[precision], num_warps=8, num_stages=3,
     )  # fmt: skip
