@@ -40,14 +40,14 @@ def train(run: Run, precision: str, steps: int, seed: int) -> dict[str, Any]:
     stage = config.arm_stages(arm)[-1].model_copy(update={"steps": steps})
     quiet = {"precision": precision, "log_every": NEVER, "val_every": NEVER, "checkpoint_every": NEVER}
     training = config.training.model_copy(update=quiet)
-    model = initial_model(run, arm)
+    model = initial_model(run, arm, run.store)
     trainer = HSAETrainer(model, RowStream(run.store, "train", training.batch_size, seed), [stage], training)
     losses = [trainer.train_step(stage)()["loss"].detach().clone() for _ in range(steps)]
     return {
         "precision": precision,
         "seed": seed,
         "loss": torch.stack(losses).tolist(),
-        **validation_metrics(run, model),
+        **validation_metrics(run, model, run.store),
     }
 
 

@@ -230,6 +230,8 @@ def test_restoring_a_gram_matrix_keeps_the_row_space(metric):
     both = torch.cat([Up, restored], dim=1)
     assert torch.linalg.matrix_rank(both, rtol=1e-9).tolist() == [2, 2, 2]
     torch.testing.assert_close(restore_gram(Up, gram(Up, metric), metric), Up)
+    Up[1, 1] = 0
+    assert restore_gram(Up, reference, metric).isnan().flatten(1).all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("norm_metric", ["euclidean", "causal"])
@@ -410,9 +412,9 @@ def test_leaky_offset_codes_known_answer():
 def test_ties_go_to_the_lowest_index():
     rows = torch.tensor([[0.0, 2.0, 0.0, 0.0, 1.0], [1.0, 1.0, 3.0, 1.0, 3.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
     assert topk_lowest(rows, 3).tolist() == [[1, 4, 0], [2, 4, 0], [0, 1, 2]]
-    generator = torch.Generator().manual_seed(0)
+    generator, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
     for k in (1, 5, 16):
-        many = torch.randint(0, 4, (50, 16), generator=generator).double()
+        many = torch.randint(0, 4, (50, 16), generator=generator).float().to(device)
         stable = many.sort(dim=1, descending=True, stable=True).indices[:, :k]
         assert torch.equal(topk_lowest(many, k), stable)
 

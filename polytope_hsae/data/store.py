@@ -9,6 +9,7 @@ Shapes: N rows of a split, n or b rows asked for, d residual width.
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -100,6 +101,11 @@ class ActivationStore:
         """Rows of a split."""
         return int(self._bounds[self._checked(split)][-1])
 
+    def n_bytes(self, split: str) -> int:
+        """Bytes of a split's activations."""
+        dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
+        return self.n_rows(split) * self.width * dtype.itemsize
+
     def shard_bounds(self, split: str) -> list[int]:
         """First row of every shard of a split, and the split's number of rows at the end."""
         return self._bounds[self._checked(split)].tolist()
@@ -115,18 +121,26 @@ class ActivationStore:
 
     def acts(self, split: str, indices: Tensor) -> Tensor:
         """Activations of the given rows, float32 [n,d], in the order asked for. Raises ValueError when out of range."""
+        return self.stored(split, indices).float()
+
+    def stored(self, split: str, indices: Tensor, *, pinned: bool = False) -> Tensor:
+        """As `acts`, in the manifest's dtype; `pinned`: in memory that a GPU copies without the host's help."""
         bounds = self._bounds[self._checked(split)]
         index_n = indices.to("cpu", torch.int64)
         if index_n.numel() and (int(index_n.min()) < 0 or int(index_n.max()) >= bounds[-1]):
             raise ValueError(
                 f"rows: found {int(index_n.min())} to {int(index_n.max())}, allowed: 0 to {bounds[-1] - 1}"
             )
-        shard_n = torch.from_numpy(np.searchsorted(bounds, index_n.numpy(), side="right") - 1)
-        acts_nd = torch.empty(index_n.numel(), self.width)
-        for shard in torch.unique(shard_n).tolist():
-            here = (shard_n == shard).nonzero().squeeze(1)
-            acts_nd[here] = self._mapped(self._files[split][shard])[index_n[here] - int(bounds[shard])].float()
-        return acts_nd
+        sorted_n, order_n = index_n.sort()  # so every shard is read once, from its beginning to its end
+        edges = torch.searchsorted(sorted_n, torch.from_numpy(bounds)).tolist()
+        dtype = getattr(torch, self.manifest["dtype"])
+        sorted_nd = torch.empty(index_n.numel(), self.width, dtype=dtype)
+        for shard, (first, last) in enumerate(pairwise(edges)):
+            if first < last:
+                rows_m, acts_Md = sorted_n[first:last] - int(bounds[shard]), self._mapped(self._files[split][shard])
+                torch.index_select(acts_Md, 0, rows_m, out=sorted_nd[first:last])
+        acts_nd = torch.empty(sorted_nd.shape, dtype=dtype, pin_memory=pinned)
+        return torch.index_select(sorted_nd, 0, order_n.argsort(), out=acts_nd)
 
     def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, int]]:
         """The split's rows in order: (acts float32 [b,d], number of the first row), b = `batch_size` but at the end."""
@@ -176,11 +190,11 @@ class ResidentStore(ActivationStore):
         self.device = torch.device(device)
         self._resident: dict[str, Tensor] = {}
 
-    def acts(self, split: str, indices: Tensor) -> Tensor:
-        """Rows float32 [n,d] on the device, in the order asked for; the device itself checks the range."""
+    def stored(self, split: str, indices: Tensor, *, pinned: bool = False) -> Tensor:
+        """Rows [n,d] on the device, in the order asked for and never pinned; the device itself checks the range."""
         if split not in self._resident:
             self._resident[split] = self._load(split)
-        return self._resident[split].index_select(0, indices.to(self.device)).float()
+        return self._resident[split].index_select(0, indices.to(self.device))
 
     def _load(self, split: str) -> Tensor:
         bounds = self.shard_bounds(split)

@@ -92,7 +92,9 @@ class RowStream:
             rows = torch.cat([torch.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
             generator = self._generator(epoch, 1 + index)
             order = rows[torch.randperm(rows.numel(), generator=generator)]
-            self._window_order = order.to(self.store.device)
+            if self.store.device.type == "cuda":
+                order = order.pin_memory()  # else its copy would wait for all that the GPU has still to do
+            self._window_order = order.to(self.store.device, non_blocking=True)
             self._window_key = (epoch, index)
         return start, self._window_order
 

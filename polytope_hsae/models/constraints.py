@@ -28,11 +28,18 @@ def restore_gram(Up: Tensor, reference_gram: Tensor, metric: Tensor | None) -> T
     """The Up nearest in this sense: M Up with M = L_ref L^-1, which has the reference Gram matrix again.
 
     While G is frozen this keeps every atom at the norm it had, whatever the optimiser did to Up (float64 inside).
+    NaN for a parent whose rows are not linearly independent.
     """
     wide = Up.double()
-    L = torch.linalg.cholesky(gram(wide, None if metric is None else metric.double()))
-    L_ref = torch.linalg.cholesky(reference_gram.double())
+    L = _cholesky(gram(wide, None if metric is None else metric.double()))
+    L_ref = _cholesky(reference_gram.double())
     return (L_ref @ torch.linalg.solve_triangular(L, wide, upper=False)).to(Up.dtype)
+
+
+def _cholesky(A: Tensor) -> Tensor:
+    """Lower factors of A [n, s, s], NaN where there is none: `torch.linalg.cholesky` waits for a GPU, to raise."""
+    L, failed_n = torch.linalg.cholesky_ex(A)
+    return torch.where(failed_n[:, None, None] == 0, L, torch.nan)
 
 
 def project_out(gradient: Tensor, normal: Tensor) -> Tensor:

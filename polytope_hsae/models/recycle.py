@@ -34,7 +34,7 @@ def recycle(
     dead = (dead_P & free_P).nonzero().flatten().tolist()
     share_P = (load(output.codes, model.n_parents) / max(1, len(h_Bd))).masked_fill(dead_P | ~free_P, 0)
     order = share_P.argsort(descending=True, stable=True).tolist()
-    crowded = [p for p in order if split_above is not None and share_P[p] > split_above]
+    crowded = order[: int((share_P > split_above).sum())] if split_above is not None else []
     pairs = list(zip(crowded, dead, strict=False))
     for crowded_p, dead_p in pairs:
         _split(model, crowded_p, dead_p, generator)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .. import ops
+
 
 def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: torch.Generator | None) -> Tensor:
     """Gumbel noise times the temperature, and for `relative` times the row's standard deviation too: [B, P]."""
@@ -32,6 +34,10 @@ def topk_lowest(value_BP: Tensor, k: int) -> Tensor:
 
     `torch.topk` promises nothing about ties. They matter where many entries are exactly 0.
     """
+    if ops.uses_kernels(value_BP):  # the kernel does it without waiting for the GPU
+        from ..ops.triton.select import select
+
+        return select(value_BP, k, None, False)[0]
     value_Bk, index_Bk = torch.topk(value_BP, k, dim=1)
     tied_B = (value_BP >= value_Bk[:, -1:]).sum(1) > k
     tied_B |= (value_Bk[:, 1:] == value_Bk[:, :-1]).any(1)

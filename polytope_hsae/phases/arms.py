@@ -10,6 +10,7 @@ import torch
 
 from ..config import ArmConfig, Config, ConfigError, FlatConfig, TeacherConfig
 from ..data.concepts import permuted_words
+from ..data.feed import feed, place
 from ..data.store import ActivationStore
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
@@ -28,6 +29,7 @@ from .run import Run
 
 SAMPLE_BATCH = 8192
 CALIBRATION_ROWS = 32_768
+BYTES_PER_WEIGHT = 4 * 4  # float32 of each weight, its gradient and Adam's two moments
 OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
@@ -35,24 +37,33 @@ def train_phase(run: Run, phase: int) -> None:
     """Train every arm of a phase that is not trained yet. Raises ConfigError before that if a later one cannot be."""
     for arm in run.config.arms:
         require_trainable(run.config, arm, run.store.width, memory_of(run.device))
-    for arm in run.config.arms:
-        if arm.phase == phase:
-            train_arm(run, arm)
+    arms = [arm for arm in run.config.arms if arm.phase == phase]
+    needed = max((training_bytes(run.config, arm, run.store.width) for arm in arms), default=0)
+    store = place(run.store, run.device, needed)
+    for arm in arms:
+        train_arm(run, arm, store)
 
 
 def require_trainable(config: Config, arm: ArmConfig, width: int, memory: int) -> None:
     """Raise ConfigError when an arm's model has subspaces wider than the residual or needs more bytes than `memory`."""
     hsae = config.arm_hsae(arm)
-    P, C, s = hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim
+    P, s = hsae.n_parents, hsae.subspace_dim
     if arm.kind == "hsae" and hsae.child_decoder == "factored" and s > width:
         raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
+    needed = training_bytes(config, arm, width)
+    if needed > memory:
+        found = f"{arm.name} with {needed // BYTES_PER_WEIGHT:,} weights, {needed / 1e9:,.0f} GB in training"
+        raise ConfigError(f"hsae.n_parents: found {P} ({found}), allowed: what fits into {memory / 1e9:,.0f} GB")
+
+
+def training_bytes(config: Config, arm: ArmConfig, width: int) -> int:
+    """Bytes of an arm's weights in training."""
+    hsae = config.arm_hsae(arm)
+    P, C, s = hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim
     weights = 2 * config.arm_flat(arm).n_latents * width if arm.kind != "hsae" else 0
     for kind in (hsae.child_encoder, hsae.child_decoder) if arm.kind == "hsae" else ():
         weights += P * (width + (C * width if kind == "direct" else s * width + C * s))
-    needed = weights * 4 * 4  # float32 of each weight, its gradient and Adam's two moments
-    if needed > memory:
-        found = f"{arm.name} with {weights:,} weights, {needed / 1e9:,.0f} GB in training"
-        raise ConfigError(f"hsae.n_parents: found {P} ({found}), allowed: what fits into {memory / 1e9:,.0f} GB")
+    return BYTES_PER_WEIGHT * weights
 
 
 def memory_of(device: str) -> int:
@@ -68,16 +79,20 @@ def trained_models(run: Run, phase: int) -> list[Path]:
     return [folder / name for folder in arms for name in OUTPUTS]
 
 
-def train_arm(run: Run, arm: ArmConfig) -> None:
-    """Train an arm to phase{2,3}/ARM/{model, checkpoints, train.json}; resumes, and skips what is done."""
+def train_arm(run: Run, arm: ArmConfig, store: ActivationStore) -> None:
+    """Train an arm to phase{2,3}/ARM/{model, checkpoints, train.json}; resumes, and skips what is done.
+
+    store: the run's, on the device where that has room for it.
+    """
     folder = run.arm_folder(arm.name)
     identity = arm_identity(run, arm)
     trained = all((folder / name).is_file() for name in OUTPUTS)
     if trained and read_json(folder / "train.json", Train)["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
         return
-    stream = RowStream(run.store, "train", run.config.training.batch_size, seed=run.config.run.seed)
-    model = initial_model(run, arm)
+    training, seed = run.config.training, run.config.run.seed
+    rows = RowStream(store, "train", training.batch_size, seed)
+    model = initial_model(run, arm, store)
     teacher_parents = initialize_teacher(run, arm, model) if arm.init != "random" else []
     mark = folder / "checkpoints" / "identity.json"
     if not mark.exists() or read_json(mark) != identity:
@@ -85,29 +100,30 @@ def train_arm(run: Run, arm: ArmConfig) -> None:
         shutil.rmtree(folder / "model", ignore_errors=True)
         write_json(mark, identity)
 
-    trainer = HSAETrainer(
-        model,
-        stream,
-        run.config.arm_stages(arm),
-        run.config.training,
-        folder=folder,
-        evaluate=lambda sae: validation_metrics(run, sae),
-        teacher=run.config.arm_teacher(arm),
-        n_teacher=len(teacher_parents),
-        seed=run.config.run.seed,
-    )
-    if trainer.resume():
-        run.say(f"phase {arm.phase}: {arm.name} resumes at step {trainer.step}")
-    trackers = open_trackers(run.config, run.folder, arm.phase, arm.name, trainer.step)
-    try:
-        with run.progress(f"phase {arm.phase} {arm.name}", "steps") as ticker:
-            trainer.fit(trackers, ticker)
-    finally:
-        trackers.close()
+    with feed(rows, run.device) as stream:
+        trainer = HSAETrainer(
+            model,
+            stream,
+            run.config.arm_stages(arm),
+            training,
+            folder=folder,
+            evaluate=lambda sae: validation_metrics(run, sae, store),
+            teacher=run.config.arm_teacher(arm),
+            n_teacher=len(teacher_parents),
+            seed=seed,
+        )
+        if trainer.resume():
+            run.say(f"phase {arm.phase}: {arm.name} resumes at step {trainer.step}")
+        trackers = open_trackers(run.config, run.folder, arm.phase, arm.name, trainer.step)
+        try:
+            with run.progress(f"phase {arm.phase} {arm.name}", "steps") as ticker:
+                trainer.fit(trackers, ticker)
+        finally:
+            trackers.close()
     # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
-    model.calibrate(Sample(run.store, "val", CALIBRATION_ROWS, run.config.run.seed), model.config.total_l0)
+    model.calibrate(Sample(store, "val", CALIBRATION_ROWS, seed), model.config.total_l0)
     model.save_pretrained(folder / "model")
-    final = validation_metrics(run, model)
+    final = validation_metrics(run, model, store)
     record = {
         "arm": arm.name,
         "identity": identity,
@@ -149,11 +165,11 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
     return {"settings": sha256_json(settings), **inputs}
 
 
-def initial_model(run: Run, arm: ArmConfig) -> SparseAutoencoder:
+def initial_model(run: Run, arm: ArmConfig, store: ActivationStore) -> SparseAutoencoder:
     """The arm's model on the run's device, with the data's normalisation and its bias at the median of a sample."""
     flat = None if arm.kind == "hsae" else flat_config(run, arm)
     sigma = load_geometry(run).sigma if flat is None else None
-    return fresh_model(run.config, arm, run.store, run.train_moments, run.device, flat, sigma)
+    return fresh_model(run.config, arm, store, run.train_moments, run.device, flat, sigma)
 
 
 def fresh_model(
@@ -238,15 +254,15 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> li
 
 
 @torch.no_grad()
-def validation_metrics(run: Run, sae: SparseAutoencoder) -> dict[str, float]:
+def validation_metrics(run: Run, sae: SparseAutoencoder, store: ActivationStore) -> dict[str, float]:
     """EV (centred on the train mean) and L0 on the first `val_rows` validation rows."""
     was_training = sae.training
     sae.eval()
     mean = run.train_moments[0].to(run.device, torch.float32)
-    limit = min(run.store.n_rows("val"), run.config.training.val_rows)
+    limit = min(store.n_rows("val"), run.config.training.val_rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
     for start in range(0, limit, 4096):
-        rows = run.store.acts("val", torch.arange(start, min(start + 4096, limit))).to(run.device)
+        rows = store.acts("val", torch.arange(start, min(start + 4096, limit))).to(run.device)
         codes = sae.encode(rows)
         error_nd, total_nd = (rows - sae.decode(codes)).square(), (rows - mean).square()
         sums += torch.stack([part.sum().double() for part in (error_nd, total_nd, codes.l0())])

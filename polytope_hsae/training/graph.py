@@ -39,7 +39,8 @@ class StepGraph:
             self.rows_Bd = rows_Bd.clone()
             self.graph = torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # Other threads may use the GPU meanwhile: one may be sending rows there.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = work(self.rows_Bd)
         self.rows_Bd.copy_(rows_Bd)
         self.graph.replay()

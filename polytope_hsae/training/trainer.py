@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import StageConfig, TeacherConfig, TrainingConfig
+from ..data.feed import Prefetch
 from ..data.stream import RowStream
 from ..models.base import SparseAutoencoder, without_sharing
 from ..models.codes import ModelOutput
@@ -61,7 +62,7 @@ class HSAETrainer:
     def __init__(
         self,
         model: SparseAutoencoder,
-        stream: RowStream,
+        stream: RowStream | Prefetch,
         stages: list[StageConfig],
         config: TrainingConfig,
         *,
@@ -201,9 +202,9 @@ class HSAETrainer:
         self.model.router_temperature = self.numbers[1]  # type: ignore[assignment]
         if annealing:
             self.model.k_progress = self.numbers[2]
-        # Restoring the atoms' norms while G is frozen takes a Cholesky factor, which waits for the GPU.
-        waits = getattr(self.model, "gram_reference", None) is not None
-        key = None if waits else (stage.name, tuple(sorted(frozen)), annealing)
+        # Restoring the atoms' norms while G is frozen takes Cholesky factors; their library may not allow a capture.
+        factors = getattr(self.model, "gram_reference", None) is not None
+        key = None if factors else (stage.name, tuple(sorted(frozen)), annealing)
         return self.graph(
             key, lambda rows: self._work(stage, self.numbers[0], rows), self.stream.next().to(self.device)
         )
