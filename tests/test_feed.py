@@ -2,10 +2,13 @@
 
 import json
 import threading
+from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from running import script
 from test_data import SETTINGS, documents
 from test_training import KilledError, MemoryStore, assert_same_run, make_trainer, planted_rows, validation
 
@@ -16,6 +19,7 @@ from polytope_hsae.data.stream import RowStream
 from polytope_hsae.tracking import JsonlTracker
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 class CountingStore(MemoryStore):
@@ -67,7 +71,7 @@ def test_batches_read_ahead_are_those_of_the_stream(prefetch):
     for _ in range(25):  # more than two epochs
         assert torch.equal(ahead.next(), plain.next())
         assert ahead.state_dict() == plain.state_dict()
-    ahead.close()
+    wait(ahead._pending)
     assert ahead.stream.store.n_read == 25 + AHEAD
     assert ahead.stream.state_dict() != plain.state_dict()
 
@@ -161,3 +165,13 @@ def test_a_resident_store_gives_the_same_batches(store):
     assert resident.state_dict() == plain.state_dict()
     rows = torch.tensor([5, 0, 5])
     assert store.stored("train", rows).dtype == resident.store.stored("train", rows).dtype == torch.bfloat16
+
+
+def test_the_loader_script_times_every_way(tmp_path):
+    command = ROOT / "benchmarks/loader.py", "--out", tmp_path, "--shape", "smoke", "--rows", 3000, "--steps", 1
+    answer = script(*command, "--device", "cpu")
+    assert answer.code == 0, answer.err
+    times = json.loads((tmp_path / "loader.json").read_text())["ms_per_step"]
+    assert len(times) == 8
+    assert all(ms > 0 for ms in times.values())
+    assert reading() == []
