@@ -1,4 +1,4 @@
-"""`hsae study run` and `hsae study table`."""
+"""The commands of `hsae study`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -215,8 +215,7 @@ def run_config(study: Study, base: Config, run: RunKey) -> Config:
     except ValidationError as error:
         raise ConfigError(f"arms.{arm.name}: {first_line(error, Config)}") from error
     if arm.kind == "hsae":
-        hsae = config.arm_hsae(config.arms[0])
-        total = hsae.topk_parent + hsae.active_children
+        total = config.arm_hsae(config.arms[0]).total_l0
         if total != run.l0:
             raise ConfigError(f"arms.{arm.name}.l0.{run.l0}: found {total} active latents, allowed: {run.l0}")
     return config
