@@ -101,7 +101,8 @@ class HierarchicalSAE(ConstrainedDecoders):
             if not self.config.child_input_detach:
                 rows, origin = x - top, None
             else:
-                rows = rows - part.detach() if origin is None else x - top.detach()
+                kept = origin is None and self.b_dec is not None  # rows carry b_dec's gradient
+                rows = rows - part.detach() if kept else x - top.detach()
         index, children = self._open_children(rows, routes, parent_value, origin)
         rebuilt = ops.reconstruct(
             x, top, routes, parent_value, index, children, self.D, self.Up, self.G, self.b_dec,

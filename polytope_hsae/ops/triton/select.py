@@ -169,7 +169,7 @@ def select(value_BP: Tensor, k: int, threshold: Tensor | None, want_sum: bool) -
     """
     B, P = value_BP.shape
     value_BP, device = value_BP.contiguous(), value_BP.device
-    n_chunks = max(1, triton.cdiv(P, max(CHUNK, k)))
+    n_chunks = max(1, min(triton.cdiv(P, CHUNK), P // max(1, k)))
     size = triton.cdiv(P, n_chunks)  # chunks of equal size, each of at least k entries
     PB = max(32, triton.next_power_of_2(size))
     slots = triton.next_power_of_2(3 * k)
