@@ -149,12 +149,11 @@ def test_flops_of_an_hsae_by_hand():
 
 
 def test_flops_agree_with_pytorchs_counter():
-    """It counts matrix products, also those of gradients that are 0, and no sums of weighted rows."""
+    """An H-SAE's are counted but for children whose code is 0, of which no gradient is taken; a flat model's logits."""
     total, _, _ = step_flops(64, "per_parent")
-    B, k, C, s, d = 512, 4, 4, 3, 16
-    shape = {"n_parents": 64, "topk_parent": k, "n_children_per_parent": C, "subspace_dim": s}
-    config = HSAEConfig(**shape, child_budget="per_parent", l1_parent=1, l1_child=1, l1_scope="all")
-    assert total == B * (training_flops(config, d) - 3 * 2 * k * d - 3 * 2 * k * s)
+    shape = {"n_parents": 64, "topk_parent": 4, "n_children_per_parent": 4, "subspace_dim": 3}
+    expected = 512 * training_flops(HSAEConfig(**shape, child_budget="per_parent", l1_parent=0.1), 16)
+    assert 0.97 * expected < total <= expected
     model = MODELS["topk"](make_config("topk"), 10)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(7, 10))
