@@ -243,12 +243,13 @@ def test_a_second_run_rewrites_nothing(finished):
 
 
 def test_a_run_killed_five_times_leaves_the_same_bytes(finished, tmp_path):
-    """kill -9 at five seeded random moments spread over the run.
+    """kill -9 at five seeded random moments spread over the run, each shortly after a file appears.
 
-    A moment is a place in the uninterrupted run's time line: a file that was there, and the seconds since.
+    Files mark the moments because seconds do not: the machine may be busier in one run than in the next.
     """
     draw = random.Random(29)
-    moments = [_moment(finished, (number + draw.random()) / 5) for number in range(5)]
+    made = _files_in_order(finished)
+    moments = [(made[int((number + draw.random()) / 5 * len(made))], draw.random() / 2) for number in range(5)]
     run, codes = tmp_path / "run", []
     for marker, seconds in moments:
         process = start(tmp_path / "log", "run", *SMOKE, "--out", run)
@@ -266,14 +267,10 @@ def test_a_run_killed_five_times_leaves_the_same_bytes(finished, tmp_path):
     assert contents(run) == contents(finished)
 
 
-def _moment(run: Path, share: float) -> tuple[str, float]:
-    """The last file made before this share of the run's time, and the seconds from there."""
+def _files_in_order(run: Path) -> list[str]:
+    """A run's files in the order in which they were made, but for those that are written again and again."""
     line = sorted((path.stat().st_mtime, path.relative_to(run).as_posix()) for path in run.rglob("*") if path.is_file())
-    lasting = [(made, name) for made, name in line if name not in ("metrics.jsonl", "provenance.json")]
-    begin, end = lasting[0][0], lasting[-1][0]
-    moment = begin + share * (end - begin)
-    made, name = [entry for entry in lasting if entry[0] <= moment][-1]
-    return name, moment - made
+    return [name for _, name in line if name not in ("metrics.jsonl", "provenance.json")]
 
 
 def test_what_a_kill_left_half_written_is_removed(finished, tmp_path):
