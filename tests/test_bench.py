@@ -338,3 +338,11 @@ def test_on_a_cpu_both_trainings_of_the_precision_script_are_one(tmp_path):
     assert len(document["curves"]["float32"]["loss"]) == 6
     assert "bf16 was not measured" in (tmp_path / "precision.md").read_text()
     assert (tmp_path / "precision.svg").read_text().startswith("<?xml")
+
+
+def test_a_model_that_is_timed_keeps_its_ties():
+    ties = ["hsae.use_tied_decoders_parent=true", "hsae.tie_projectors=true"]
+    model = run.start(load_shape("jax-compat", ["hsae.n_parents=32", *ties]), "cpu")
+    assert model.E is model.D
+    assert model.Down is model.Up
+    assert model.F is not model.G

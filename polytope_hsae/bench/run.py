@@ -118,6 +118,9 @@ def start(shape: Shape, device: str) -> HierarchicalSAE:
     with torch.device("meta"):
         model = HierarchicalSAE(config, width, normalize)
     model.to_empty(device=device)
+    first: dict[int, str] = {}
+    for name, tensor in small.tensors().items():  # what is tied comes apart on the way
+        setattr(model, name, getattr(model, first.setdefault(id(tensor), name)))
     for name, parameter in model.named_parameters():
         parameter.normal_(std=spread[name])
     for name, buffer in small.named_buffers():  # none depends on the number of parents

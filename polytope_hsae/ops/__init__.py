@@ -193,11 +193,14 @@ def best_child(pre_BkC: Tensor, value_Bk: Tensor) -> Tensor:
 def best_children(pre_BkC: Tensor, value_Bk: Tensor, n: int) -> Tensor:
     """Places in [k*C] of the n largest children of all opened parents of a row together, int64 [B, n]."""
     score_BN = pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf).flatten(1)
-    if uses_kernels(score_BN):
-        from .triton.select import select
+    return largest(score_BN, n) if uses_kernels(score_BN) else torch.topk(score_BN, n, dim=1).indices
 
-        return select(score_BN, n, None, False)[0]
-    return torch.topk(score_BN, n, dim=1).indices
+
+def largest(value_BP: Tensor, k: int) -> Tensor:
+    """On a GPU: indices [B, k] of the k largest entries of every row, the lowest index first among equal ones."""
+    from .triton.select import select
+
+    return select(value_BP, k, None, False)[0]
 
 
 def keep_children(
