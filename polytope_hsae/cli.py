@@ -19,6 +19,7 @@ from . import __version__
 from .completion import complete_config, complete_field
 from .config import Config, load_config
 from .study.commands import app as study_app
+from .study.synthetic.commands import app as synthetic_app
 from .units import size
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(study_app, name="study")
+app.add_typer(synthetic_app, name="synthetic")
 
 
 class Split(StrEnum):
