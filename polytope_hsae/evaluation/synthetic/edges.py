@@ -2,12 +2,12 @@
 
 A model predicts a forest over its latents: for every latent at most one other as its parent. Three forests:
 - structure: an H-SAE's child lies under its router parent, which has none. A flat model has no such edges.
-- cofiring: one rule for all latents of every model. Of the latents that are on in nearly all rows in which b is, the least
-  frequent one that is more frequent than b is b's parent.
+- cofiring: one rule for all latents of every model. Of the latents that are on in nearly all rows in which b is, the
+  least frequent one that is more frequent than b is b's parent.
 - forest: structure for an H-SAE's children and the rule among its router parents; for a flat model the rule alone.
 
-An H-SAE has two levels: a latent is a parent or a child, never both. So of a chain of three edges structure can hold the
-first and the last, or only the middle one; the edge between two router parents is what the rule adds.
+An H-SAE has two levels: a latent is a parent or a child, never both. So of a chain of three edges structure can hold
+the first and the last, or only the middle one; the edge between two router parents is what the rule adds.
 
 Shapes: L latents, P router parents, C children per parent, N features.
 """

@@ -46,7 +46,7 @@ def match(decoder_Ld: Tensor, world: World) -> Match:
 
 
 def f1_table(counts: Counts) -> Tensor:
-    """F1 of every latent as a detector of every feature, [L, N] float32 on the CPU: 2 both / (latent on + feature on)."""
+    """F1 F1 of every latent as a detector of every feature, 2 both / (on + on): [L, N] float32 on the CPU."""
     either_LN = counts.latent_L[:, None].float() + counts.feature_N.float()
     return (2 * counts.both_LN.float() / either_LN.clamp_min(1)).cpu()
 
@@ -73,11 +73,10 @@ def detection(counts: Counts, found: Match) -> dict[str, float]:
 def recovery(counts: Counts, found: Match, world: World) -> dict[str, float | None]:
     """How much of the world there is in the model.
 
-    `mcc`: mean |cosine| of the matched pairs. `unique`: share of latents whose nearest feature is nobody else's, counted
-    once per feature. `recovered`: share of the L most frequent features that a latent stands for; `recovered_level_l`
-    and `recovered_free` the same by level of the trees and outside them (None where the L have none of that level).
-    `leaf_given_parent`: of the children of recovered features on the last level, the share that is recovered.
-    `dead`: share of latents that are never on.
+    `mcc`: mean |cosine| of the matched pairs. `unique`: different nearest features, over latents. `recovered`: share of
+    the L most frequent features that a latent stands for; `recovered_level_l` and `recovered_free` the same by level of
+    the trees and outside them (None where the L have none of that level). `leaf_given_parent`: of the features on the
+    last level whose parent is recovered, the share that is recovered. `dead`: share of latents that are never on.
     """
     L = len(found.feature_L)
     rate_N, level_N, parent_N = world.rate_N.cpu(), world.level_N.cpu(), world.parent_N.cpu()

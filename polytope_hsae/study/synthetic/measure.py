@@ -32,9 +32,7 @@ def run_once(study: SyntheticStudy, run: SyntheticRun, device: str, workers: int
     world = World(study.world, device)
     peak = PeakMemory(device)
     model, mean_d = initial_model(study, run, world)
-    trainer = HSAETrainer(
-        model, SyntheticStream(world, study.batch_size), stages(study, arm), training, seed=run.seed
-    )
+    trainer = HSAETrainer(model, SyntheticStream(world, study.batch_size), stages(study, arm), training, seed=run.seed)
     failed, begun = None, synchronised(device)
     if arm.chance != "random":
         try:

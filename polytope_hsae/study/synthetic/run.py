@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from ...config import ConfigError
 from ...fileio import read_json, update_text, write_json
 from ...phases.run import device_of, keep_freed_memory
+from ...report.words import number
 from .measure import run_once
 from .plan import SyntheticRun, SyntheticStudy, dump_synthetic, load_synthetic, settings_hash
 from .table import write_table
@@ -77,11 +78,11 @@ def _line(record: dict[str, Any]) -> str:
     """A run's result in a few words."""
     if record["failed"] is not None:
         return f"{record['arm']} seed {record['seed']}: {record['failed']}"
-    features, rate = record["features"], record["rows_per_second"]
+    features, rate, edges = record["features"], record["rows_per_second"], record["edges"]["forest"]["f1"]
     speed = "not trained" if rate is None else f"{rate:,} rows/s"
     return (
-        f"{record['arm']} seed {record['seed']}: EV {record['ev']:.4f}, L0 {record['l0']:.2f}, F1 {features['f1']:.4f}, "
-        f"MCC {features['mcc']:.4f}, edge F1 {record['edges']['forest']['f1'] or 0.0:.4f}; {speed}, "
+        f"{record['arm']} seed {record['seed']}: EV {record['ev']:.4f}, L0 {record['l0']:.2f}, "
+        f"F1 {features['f1']:.4f}, MCC {features['mcc']:.4f}, edge F1 {number(edges, 4)}; {speed}, "
         f"{record['train_seconds']:.0f} of {record['seconds']:.0f} s"
     )
 
@@ -96,7 +97,7 @@ def _made(
             yield run_once(study, run, devices[0], workers)
         return
     waiting = list(runs)
-    free = [devices[number % len(devices)] for number in range(workers)]
+    free = [devices[worker % len(devices)] for worker in range(workers)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (workers,)) as pool:
         pending: dict[Future[dict[str, Any]], str] = {}
         try:
@@ -117,7 +118,7 @@ def _made(
 
 def _start(workers: int) -> None:
     """Begin a worker process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     keep_freed_memory()

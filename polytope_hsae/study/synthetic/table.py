@@ -9,7 +9,9 @@ from ...fileio import read_json, update_text
 from ...report.words import DASH, listed, number
 from .plan import SyntheticStudy, load_synthetic, settings_hash
 
-MAIN: dict[str, tuple[str, ...]] = {
+Columns = dict[str, tuple[str, ...]]  # a column's title: where its number lies in a record
+
+MAIN: Columns = {
     "latents": ("latents",),
     "L0": ("l0",),
     "of parents": ("l0_parents",),
@@ -23,7 +25,7 @@ MAIN: dict[str, tuple[str, ...]] = {
     "dead": ("features", "dead"),
     "recovered": ("features", "recovered"),
 }
-EDGES: dict[str, tuple[str, ...]] = {
+EDGES: Columns = {
     "edge F1": ("edges", "forest", "f1"),
     "chance": ("edges", "forest", "chance"),
     "precision": ("edges", "forest", "precision"),
@@ -39,9 +41,9 @@ EDGES: dict[str, tuple[str, ...]] = {
 }
 NOTES = (
     "Every metric is defined in docs/method.md, section 7. MCC, F1, precision, recall and unique as SynthSAEBench has",
-    "them. Edges: for an H-SAE its children's router parents and the co-firing rule among its parents, for a flat model",
-    "that rule alone; recall against the edges between as many of the most frequent features as there are latents;",
-    "chance: the recovered features dealt out anew. Random: not trained; frozen: the decoder stays random.",
+    "them. Edges: for an H-SAE its children's router parents and the co-firing rule among its parents, for a flat",
+    "model that rule alone; recall against the edges between as many of the most frequent features as there are",
+    "latents; chance: the recovered features dealt out anew. Random: not trained; frozen: the decoder stays random.",
 )
 
 
@@ -66,7 +68,7 @@ def _records(study: SyntheticStudy, folder: Path, arm: str) -> list[Any]:
 def _table(study: SyntheticStudy, records: dict[str, list[Any]]) -> str:
     world, every = study.world, [record for found in records.values() for record in found]
     devices = listed(sorted({record["code"]["device"] for record in every}))
-    levels = {f"level {n}": ("features", f"recovered_level_{n}") for n in range(world.depth + 1)} if world.trees else {}
+    levels: Columns = {f"level {n}": ("features", f"recovered_level_{n}") for n in range(len(world.level_sizes))}
     levels["outside trees"] = ("features", "recovered_free")
     in_trees = sum(world.level_sizes)
     lines = [
@@ -97,8 +99,9 @@ def _table(study: SyntheticStudy, records: dict[str, list[Any]]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(columns: dict[str, tuple[str, ...]], records: dict[str, list[Any]]) -> list[str]:
-    rows = [[_name(name, found), *(_shown(found, path) for path in columns.values())] for name, found in records.items()]
+def _markdown(columns: Columns, records: dict[str, list[Any]]) -> list[str]:
+    paths = columns.values()
+    rows = [[_name(name, found), *(_shown(found, path) for path in paths)] for name, found in records.items()]
     return _lines(["arm", *columns], rows)
 
 
