@@ -21,7 +21,8 @@ from .start import unit_rows
 class FlatSAE(SparseAutoencoder):
     """x_hat = b_dec + the chosen latents' codes times D, chosen by logits r = E (x - b_dec) + b_E.
 
-    E starts equal to D, or is D where it is tied; rows of D have unit norm. A kind says which latents are chosen, in `select`.
+    E starts equal to D, or is D where it is tied; rows of D have unit norm. A kind says which latents are chosen, in
+    `select`.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ("E", "b_E", "D", "b_dec")
