@@ -4,12 +4,14 @@ import json
 import math
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import polytope_hsae.ops
 from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
@@ -936,3 +938,13 @@ def test_codes_of_a_flat_model_have_no_children():
     )
     assert codes.l0().tolist() == [1]
     assert codes.dense_parents(4).tolist() == [[0, 2, 0, 0]]
+
+
+def test_a_tensor_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
+    there = SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lambda: 1)
+    monkeypatch.setattr(polytope_hsae.ops, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"found a tensor on cuda:1, allowed: cuda:0, or torch.cuda.set_device"):
+        polytope_hsae.ops.uses_kernels(there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert polytope_hsae.ops.uses_kernels(there)

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from running import Answer, files, hsae, refused
 from tiny import save_family
 
 from polytope_hsae.config import ConfigError
+from polytope_hsae.data.corpus import Documents
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.hsae import HierarchicalSAE
+from polytope_hsae.study.data import of_each_document, shortened
 from polytope_hsae.study.plan import RunKey, hsae_parameters, load_study, model_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
@@ -283,7 +286,7 @@ def test_records_of_other_data_do_not_share_a_table(done, tmp_path):
     refused(hsae("study", "table", out), path.name)
 
 
-@pytest.mark.parametrize("name,runs", [("win", 2 * 4 * 7 * (3 + 2)), ("explore", 8 * 2)])
+@pytest.mark.parametrize("name,runs", [("win", 2 * 4 * 7 * (2 + 2)), ("explore", 15 * 2), ("explore-l0", 2 * 4 * 8)])
 def test_the_studies_of_the_repository_are_some(name, runs):
     """Every run has a config, and every H-SAE as many parameters as the flat SAEs beside it, within 1 %."""
     study, base = load_study(Path(__file__).parents[1] / "studies" / name / "study.yaml")
@@ -291,7 +294,7 @@ def test_the_studies_of_the_repository_are_some(name, runs):
     one = RunKey("batchtopk", HOOK, 32, 0, study.lr[0])
     wanted = parameter_count(model_config(study, base, one, 256), 256)
     for arm in study.arms:
-        if arm.kind == "hsae" and arm.name != "published":
+        if arm.kind == "hsae" and arm.name not in ("published", "recommended-atoms"):
             found = hsae_parameters(model_config(study, base, one._replace(arm=arm.name), 256), 256)
             assert abs(found - wanted) < 0.01 * wanted
 
@@ -333,3 +336,17 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError):
             load_study(path)
+
+
+def test_contexts_come_from_each_document_in_turn():
+    rows = torch.tensor([[0, 0, 9], [0, 9, 9], [0, 18, 9], [3, 0, 9], [5, 0, 9], [5, 9, 4]])
+    assert of_each_document(rows, 10)[:, :2].tolist() == [[0, 0], [3, 0], [5, 0], [0, 9], [5, 9], [0, 18]]
+    assert of_each_document(rows, 4)[:, 0].tolist() == [0, 3, 5, 0]
+
+
+def test_held_out_documents_are_shortened():
+    documents = Documents(torch.arange(10, dtype=torch.int32), torch.tensor([0, 2, 8]), None)
+    short = shortened(documents, 3)
+    assert short.tokens.tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert short.starts.tolist() == [0, 2, 5]
+    assert short.lengths.tolist() == [2, 3, 2]

@@ -22,8 +22,8 @@ def training_flops(config: HSAEConfig | FlatConfig, width: int) -> int:
 
 
 def parameter_count(config: FlatConfig, width: int) -> int:
-    """Parameters of a flat model: E, D, b_E, b_dec, and JumpReLU's thresholds."""
-    return config.n_latents * (2 * width + 1 + isinstance(config, JumpReLUConfig)) + width
+    """Parameters of a flat model: E, D (once if tied), b_E, b_dec, and JumpReLU's thresholds."""
+    return config.n_latents * ((2 - config.tied) * width + 1 + isinstance(config, JumpReLUConfig)) + width
 
 
 def latents_for(size: Callable[[FlatConfig, int], int], config: FlatConfig, width: int, wanted: int) -> int:

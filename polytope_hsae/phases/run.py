@@ -56,7 +56,7 @@ class Run:
         self.force = force
         piped = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
         self.console = Console(quiet=quiet, stderr=stderr, width=PIPED_WIDTH if piped else None)
-        self.device = device_of(config.run.device)
+        self.device = use_device(config.run.device)
         torch.set_num_threads(config.run.threads)
         keep_freed_memory()
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
@@ -213,8 +213,8 @@ def remove_leftovers(folder: Path, *, deep: bool) -> None:
             path.unlink(missing_ok=True)  # it may have lain in a folder that is gone by now
 
 
-def device_of(name: str) -> str:
-    """A device that is there, for run.device. Raises ConfigError."""
+def use_device(name: str) -> str:
+    """A device that is there, for run.device; a GPU becomes the process's current one. Raises ConfigError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -224,4 +224,6 @@ def device_of(name: str) -> str:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise ConfigError(f"run.device: found {name!r}, allowed: one of {count} CUDA devices, or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     return name

@@ -59,6 +59,7 @@ def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, 
         "tokenizer_sha256": lm.tokenizer_sha256,
         "max_tokens": config.corpus.max_tokens,
         "heldout_tokens": study.heldout_tokens if study.text is not None else None,
+        "heldout_document_tokens": study.heldout_document_tokens,
         "split": None if study.text is not None else list(config.corpus.split),
         "context_length": config.corpus.context_length,
         "dtype": [config.model.dtype, config.data.dtype],
@@ -67,9 +68,23 @@ def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, 
         "concepts": options.model_dump(mode="json", exclude={"label", "belief_threshold", "ontology"}),
         "ontology": "wordnet" if options.ontology == "wordnet" else sha256_file(options.ontology),
         "shrinkage": config.geometry.shrinkage,
-        "contexts": study.measure.contexts,
+        "contexts": {"number": study.measure.contexts, "order": "of each document in turn"},
         "probe_rows": study.measure.probe_rows,
     }
+
+
+def of_each_document(rows_n3: Tensor, most: int) -> Tensor:
+    """The first `most` contexts when each document in turn gives its next one; contexts of a document lie together."""
+    document_n = rows_n3[:, 0].contiguous()
+    place_n = torch.arange(len(rows_n3)) - torch.searchsorted(document_n, document_n)
+    return rows_n3[torch.argsort(place_n, stable=True)[:most]]
+
+
+def shortened(documents: Documents, most: int) -> Documents:
+    """Every document's first `most` tokens."""
+    length_D = documents.lengths.clamp_max(most)
+    parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
+    return Documents(torch.cat(parts), length_D.cumsum(0) - length_D, documents.start_id)
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class StudyData:
         tensors = {}
         for split in ("val", "test"):
             rows = contexts(documents, members[split], self.config.corpus.context_length)
-            rows = rows[rows[:, 2] >= 3][: self.study.measure.contexts]
+            rows = of_each_document(rows[rows[:, 2] >= 3], self.study.measure.contexts)
             tensors[f"{split}.ids"], tensors[f"{split}.mask"] = padded_contexts(documents, rows)
             tensors[f"{split}.documents"] = rows[:, 0]
         write_tensors(self.folder / "contexts.safetensors", tensors)
@@ -140,6 +155,8 @@ class StudyData:
         folder = Path(self.study.text)
         train = load("text", folder / TEXTS["train"], options.max_tokens)
         held_out = load("text", folder / TEXTS["heldout"], self.study.heldout_tokens)
+        if self.study.heldout_document_tokens is not None:
+            held_out = shortened(held_out, self.study.heldout_document_tokens)
         if held_out.n_documents < 2:
             raise ConfigError(
                 f"text: found {held_out.n_documents} held-out document, allowed: 2 or more, for val and test"

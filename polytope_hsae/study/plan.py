@@ -80,6 +80,9 @@ class Study(Block):
         None, description="Folder with train.txt.xz and heldout.txt.xz; null = the config's corpus, split by document."
     )
     heldout_tokens: Whole = Field(1_000_000, ge=256, description="Tokens of heldout.txt.xz at most, for val and test.")
+    heldout_document_tokens: Whole | None = Field(
+        None, ge=3, description="Tokens read of each held-out document at most, so that no book outweighs the rest."
+    )
     hooks: list[str] = Field(min_length=1, description="Where the language model is read.")
     steps: Whole = Field(ge=1, description="Optimiser steps of every run.")
     batch_size: Whole = Field(ge=1, description="Rows per step.")
