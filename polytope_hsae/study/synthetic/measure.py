@@ -17,6 +17,7 @@ from ...evaluation.synthetic.world import World
 from ...models.base import SparseAutoencoder
 from ...models.hsae import HierarchicalSAE
 from ...phases.flat_arms import MODELS
+from ...phases.run import use_device
 from ...training.trainer import Diverged, HSAETrainer
 from ..measure import PeakMemory, Silent, faster_products, now, sources_sha256, synchronised, versions
 from .plan import SyntheticRun, SyntheticStudy, model_config, settings_hash, stages, training_config
@@ -28,6 +29,7 @@ def run_once(study: SyntheticStudy, run: SyntheticRun, device: str, workers: int
     """Train and measure one run; its record. A loss that is not finite is a record, too."""
     arm = study.arm(run.arm)
     made, training = model_config(study, arm), training_config(study, arm)
+    use_device(device)
     started, clock = now(), time.monotonic()
     world = World(study.world, device)
     peak = PeakMemory(device)

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from ...config import ConfigError
 from ...fileio import read_json, update_text, write_json
-from ...phases.run import device_of, keep_freed_memory
+from ...phases.run import keep_freed_memory, use_device
 from ...report.words import number
 from .measure import run_once
 from .plan import SyntheticRun, SyntheticStudy, dump_synthetic, load_synthetic, settings_hash
@@ -58,7 +58,7 @@ def run_synthetic(path: Path, overrides: list[str], out: Path | None, options: O
     if not wanted:
         names = ", ".join(arm.name for arm in study.arms)
         raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of them")
-    devices = [device_of(name) for name in options.device.split(",")]
+    devices = [use_device(name) for name in options.device.split(",")]
     missing = [run for run in wanted if not is_done(study, folder, run)]
     say(f"synthetic: {len(wanted) - len(missing)} of {len(wanted)} runs are there")
     for record in _made(study, missing, devices, options.workers):
