@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, HSAEConfig
-from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
+from ..data.concepts import Concepts, build_concepts
 from ..data.corpus import load_documents
 from ..data.harvest import harvest
 from ..data.store import ActivationStore
+from ..data.wordnet_nltk import nltk_sha256
+from ..data.words import graph_tokens, load_graphs, uses_nltk
 from ..fileio import sha256_file, write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
@@ -47,9 +49,18 @@ def run_phase1(run: Run) -> None:
 
 
 def source_files(config: Config) -> dict[str, str]:
-    """sha256 of the files outside the run folder that the config names: the corpus and the ontology."""
-    named = {"corpus.path": config.corpus.path, "concepts.ontology": config.concepts.ontology}
-    return {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
+    """sha256 of what the config names outside the run folder: corpus, ontology, templates, nltk's WordNet."""
+    options = config.concepts
+    named = {
+        "corpus.path": config.corpus.path,
+        "concepts.ontology": options.ontology,
+        "concepts.prompts": options.prompts,
+    }
+    found = {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
+    if uses_nltk(options.wordnet, options.nltk_data):
+        for part in options.parts_of_speech:
+            found[f"concepts.wordnet.{part}"] = nltk_sha256(part, options.nltk_data)
+    return found
 
 
 def check_model(run: Run) -> None:
@@ -73,6 +84,9 @@ def make_concepts(config: Config, tokenizer: Any) -> Concepts:
         min_words_per_child=options.min_words_per_child,
         split=options.split,
         seed=config.run.seed,
+        parts_of_speech=options.parts_of_speech,
+        wordnet=options.wordnet,
+        nltk_data=options.nltk_data,
     )
 
 
@@ -145,13 +159,15 @@ def class_statistics(concepts: Concepts, store: ActivationStore, vocab_size: int
 def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dict[str, object]:
     """The statistics of the hierarchy with their controls, from all words."""
     words, child_parent = concept_words(concepts)
-    nouns = word_tokens(run.lm.tokenizer, noun_words())
+    options = run.config.concepts
+    graphs = load_graphs(options.parts_of_speech, options.wordnet, options.nltk_data)
+    parts = graph_tokens(run.lm.tokenizer, graphs).values()
     evidence = collect_evidence(
         run.lm.unembedding,
         geometry,
         words,
         child_parent,
-        [nouns[word] for word in sorted(nouns)],
+        [tokens[word] for tokens in parts for word in sorted(tokens)],
         parent_names=[parent.name for parent in concepts.parents],
         child_names=[child.name for parent in concepts.parents for child in parent.children],
         estimator=run.config.geometry.estimator,
