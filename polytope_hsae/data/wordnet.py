@@ -14,8 +14,11 @@ from importlib import resources
 from typing import Literal
 
 PartOfSpeech = Literal["noun", "verb"]
-LETTERS = {"noun": "n", "verb": "v"}
-IRREGULAR = {"noun": "irregular_plurals", "verb": "irregular_forms"}  # their keys in the packaged files
+LETTERS: dict[PartOfSpeech, str] = {"noun": "n", "verb": "v"}
+IRREGULAR: dict[PartOfSpeech, str] = {
+    "noun": "irregular_plurals",
+    "verb": "irregular_forms",
+}  # their keys in the packaged files
 
 # Some are nouns to WordNet (as: arsenic; who: the organisation; might: power); in text they are not.
 FUNCTION_WORDS = frozenset(

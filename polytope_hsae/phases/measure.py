@@ -131,6 +131,11 @@ def _measure(
         metrics = {f"{key}_own_slots": metric for key, metric in own_slots.result.metrics.items()}
         units = {f"{key}_own_slots": units for key, units in own_slots.result.units.items()}
         evaluation |= Evaluation(metrics, units)
+    if run.from_templates is not None:
+        # concepts that text has too few contexts of: a map and numbers of their own, never pooled with natural rows
+        templated = evaluate_concepts(sae, run.from_templates, run.concepts, **label, **common).result
+        metrics = {f"{key}_templated": metric for key, metric in templated.metrics.items()}
+        evaluation |= Evaluation(metrics, {f"{key}_templated": units for key, units in templated.units.items()})
     steered = evaluate_steering(
         sae,
         run.lm,

@@ -24,6 +24,7 @@ from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
+from ..records import Checks
 from ..units import duration
 from .progress import Ticker
 
@@ -65,7 +66,7 @@ class Run:
         random.seed(config.run.seed)
         if not read_only:
             self._claim_folder()
-            for part in (self.folder, self.activations, *map(self.phase, PHASES)):
+            for part in (self.folder, self.activations, self.templates, *map(self.phase, PHASES)):
                 remove_leftovers(part, deep=part != self.folder)
         self.provenance = Provenance(self.folder)
 
@@ -124,6 +125,11 @@ class Run:
     def activations(self) -> Path:
         return self.folder / "activations"
 
+    @property
+    def templates(self) -> Path:
+        """Folder of the store of rows from templates; there only where `concepts.prompts` made some."""
+        return self.folder / "templates"
+
     def phase(self, number: int) -> Path:
         return self.folder / f"phase{number}"
 
@@ -154,6 +160,15 @@ class Run:
     @cached_property
     def store(self) -> ActivationStore:
         return ActivationStore.open(self.activations, verify=True)
+
+    @cached_property
+    def from_templates(self) -> ActivationStore | None:
+        """The rows from templates; None where none were asked for or needed."""
+        if self.config.concepts.prompts is None:
+            return None
+        checks = read_json(self.phase(1) / "checks.json", Checks)
+        made = any(parent["templated"] is not None for parent in checks["parents"])
+        return ActivationStore.open(self.templates, verify=True) if made else None
 
     @cached_property
     def train_moments(self) -> tuple[Tensor, float]:
