@@ -136,9 +136,11 @@ def test_templates_stay_apart_from_text(tmp_path: Path, finished: Path) -> None:
     assert json.loads(shown.out)["checks"] == checks
 
 
-def test_a_teacher_at_an_inner_hook_reads_them(tmp_path: Path) -> None:
+def test_a_teacher_and_phase_4_at_an_inner_hook_read_them(tmp_path: Path) -> None:
+    arms = [{"name": "baseline"}, {"name": "teacher", "init": "teacher"}]
     settings = ("concepts.prompts=packaged", "run.threads=1", "model.hook=layers.1", "concepts.label=current_token")
-    answer = hsae("phase1", "smoke", *(part for field in settings for part in ("--set", field)), "--out", tmp_path)
+    fields = (*settings, f"arms={json.dumps(arms)}")
+    answer = hsae("run", "smoke", *(part for field in fields for part in ("--set", field)), "--out", tmp_path)
     assert answer.code == 0, answer.err
     made = Concepts.from_json(read_json(tmp_path / "phase1/concepts.json"))
     train_V = made.token_to_child(16384, ("train",)) >= 0
@@ -151,3 +153,8 @@ def test_a_teacher_at_an_inner_hook_reads_them(tmp_path: Path) -> None:
     templated = sum(parent["templated"]["train"] for parent in read_json(tmp_path / "phase1/checks.json")["parents"])
     assert int(found["rows_from_templates"]) == labelled("templates") >= templated > 0
     assert int(found["rows"]) == ActivationStore.open(tmp_path / "activations").n_rows("train") + labelled("templates")
+    checks = read_json(tmp_path / "phase1/checks.json")
+    for metrics in read_json(tmp_path / "phase4/results.json")["arms"].values():
+        assert metrics["purity_templated"]["n"] <= len(checks["short_of_contexts"])
+        assert metrics["purity_templated"]["value"] is not None
+        assert metrics["purity"]["n"] <= len(checks["parents"]) - len(checks["short_of_contexts"])
