@@ -205,7 +205,8 @@ def concepts_command(
     from .data.concepts import Concepts, format_tree
     from .fileio import read_json
     from .lm_loading import load_tokenizer, tokenizer_sha256
-    from .phases.phase1_teacher import load_corpus, make_checks, make_concepts
+    from .phases.phase1_teacher import make_checks, make_concepts
+    from .phases.run import load_corpus
 
     loaded = load_config(config, overrides)
     model = loaded.model
@@ -215,8 +216,8 @@ def concepts_command(
         concepts = Concepts.from_json(read_json(made))
     else:
         concepts = make_concepts(loaded, tokenizer)
-    documents = load_corpus(loaded, tokenizer, tokenizer_sha256(model.name, revision=model.revision))
-    checks, _ = make_checks(loaded, tokenizer, concepts, documents)
+    corpus = load_corpus(loaded, tokenizer, tokenizer_sha256(model.name, revision=model.revision))
+    checks, _ = make_checks(loaded, tokenizer, concepts, *corpus)
     if as_json:
         _print_json({**concepts.to_json(), "checks": checks})
     else:

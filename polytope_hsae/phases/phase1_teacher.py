@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import Config, ConfigError, HSAEConfig
 from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
 from ..data.concepts import Concepts, build_concepts
-from ..data.corpus import Documents, load_documents, split_documents
+from ..data.corpus import Documents
 from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
@@ -22,7 +22,7 @@ from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
 from ..teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
-from .run import Run
+from .run import Run, load_corpus
 
 
 def run_phase1(run: Run) -> None:
@@ -41,8 +41,8 @@ def run_phase1(run: Run) -> None:
         if arm.init != "random":
             require_room(run.config.arm_hsae(arm), concepts.n_parents)
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
-    documents = load_corpus(run.config, run.lm.tokenizer, run.lm.tokenizer_sha256)
-    checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents)
+    documents, members = load_corpus(run.config, run.lm.tokenizer, run.lm.tokenizer_sha256)
+    checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
     if checks["warnings"]:
         run.say(f"phase 1: {len(checks['warnings'])} warnings on the concepts in checks.json; hsae concepts shows them")
     store = make_activations(run, concepts, documents)  # before anything is written: the model may refuse the corpus
@@ -112,27 +112,14 @@ def require_room(hsae: HSAEConfig, n_parents: int) -> None:
         raise ConfigError(f"hsae.n_parents: found {hsae.n_parents}, allowed: {allowed}")
 
 
-def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) -> Documents:
-    """The documents of a config's corpus."""
-    return load_documents(
-        config.corpus.source,
-        config.corpus.path,
-        tokenizer,
-        max_tokens=config.corpus.max_tokens,
-        context_length=config.corpus.context_length,
-        tokenizer_sha256=tokenizer_sha256,
-    )
-
-
 def make_checks(
-    config: Config, tokenizer: Any, concepts: Concepts, documents: Documents
+    config: Config, tokenizer: Any, concepts: Concepts, documents: Documents, members: dict[str, Tensor]
 ) -> tuple[dict[str, Any], TemplateDocuments | None]:
     """checks.json, and documents from templates for the parents that are short of natural ones, if they are asked for.
 
     Raises ValueError where train, val and test are not apart.
     """
     options, seed = config.concepts, config.run.seed
-    members = split_documents(documents.n_documents, config.corpus.split, seed)
     short = short_parents(count_contexts(concepts, documents, members), options.min_test_rows)
     templates = None
     if options.prompts is not None and short:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
+from ..data.corpus import Documents, load_documents, split_documents
 from ..data.store import ActivationStore
 from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
@@ -201,6 +203,20 @@ class Run:
         ticker = Ticker(self.console, what, unit)
         with ticker.bar:
             yield ticker
+
+
+def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) -> tuple[Documents, dict[str, Tensor]]:
+    """All documents of a config's corpus, and the numbers of those of train, val and test."""
+    options = config.corpus
+    documents = load_documents(
+        options.source,
+        options.path,
+        tokenizer,
+        max_tokens=options.max_tokens,
+        context_length=options.context_length,
+        tokenizer_sha256=tokenizer_sha256,
+    )
+    return documents, split_documents(documents.n_documents, options.split, config.run.seed)
 
 
 def run_folder_of(path: Path) -> Path:
