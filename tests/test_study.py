@@ -265,6 +265,11 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(tmp_path, changes, words)
     assert not (tmp_path / "out").exists()
 
 
+def test_templates_have_no_place_in_a_study(fixtures, tmp_path):
+    path = written(tmp_path, set={**TINY["set"], "concepts.prompts": "packaged"})
+    refused(run(path, tmp_path / "out", fixtures), "concepts.prompts: found 'packaged', allowed in a study: null")
+
+
 def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path):
     path = written(tmp_path)
     refused(hsae("study", "run", tmp_path / "none.yaml"), "none.yaml", "allowed: a YAML file")
