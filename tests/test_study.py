@@ -14,11 +14,9 @@ from tiny import save_family
 
 from polytope_hsae.config import ConfigError
 from polytope_hsae.data.corpus import Documents
-from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.flops import parameter_count
-from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.study.data import of_each_document, shortened
-from polytope_hsae.study.plan import RunKey, hsae_parameters, load_study, model_config
+from polytope_hsae.study.plan import RunKey, load_study, model_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
 
@@ -267,6 +265,11 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(tmp_path, changes, words)
     assert not (tmp_path / "out").exists()
 
 
+def test_templates_have_no_place_in_a_study(fixtures, tmp_path):
+    path = written(tmp_path, set={**TINY["set"], "concepts.prompts": "packaged"})
+    refused(run(path, tmp_path / "out", fixtures), "concepts.prompts: found 'packaged', allowed in a study: null")
+
+
 def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path):
     path = written(tmp_path)
     refused(hsae("study", "run", tmp_path / "none.yaml"), "none.yaml", "allowed: a YAML file")
@@ -295,7 +298,7 @@ def test_the_studies_of_the_repository_are_some(name, runs):
     wanted = parameter_count(model_config(study, base, one, 256), 256)
     for arm in study.arms:
         if arm.kind == "hsae" and arm.name not in ("published", "recommended-atoms"):
-            found = hsae_parameters(model_config(study, base, one._replace(arm=arm.name), 256), 256)
+            found = parameter_count(model_config(study, base, one._replace(arm=arm.name), 256), 256)
             assert abs(found - wanted) < 0.01 * wanted
 
 
@@ -315,19 +318,6 @@ def test_rates_come_first_and_failed_ones_lose(tmp_path):
     found[one] = {"failed": "the loss is nan"}
     assert best_trial([one, two], found) is None
     assert not [run for run in due(study, found) if run.arm == "topk"]
-
-
-@pytest.mark.parametrize("tie", [False, "init", True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_parameters_from_the_shape_are_the_models(tie, bias, tmp_path):
-    fields = {"use_tied_decoders_parent": tie, "tie_projectors": tie, "use_tied_decoders_child": tie}
-    fields |= {"use_encoder_bias": bias, "use_decoder_bias": bias}
-    arms = with_arm(0, hsae={**TINY["arms"][0]["hsae"], **fields})
-    study, base = load_study(written(tmp_path, arms=arms))
-    run = RunKey("nested", HOOK, 4, 0, 1e-3)
-    made = model_config(study, base, run, 16)
-    model: SparseAutoencoder = HierarchicalSAE(made, 16)  # type: ignore[arg-type]
-    assert hsae_parameters(made, 16) == sum(parameter.numel() for parameter in model.parameters())  # type: ignore[arg-type]
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):

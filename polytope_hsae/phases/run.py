@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,11 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
+from ..data.corpus import Documents, load_documents, split_documents
 from ..data.store import ActivationStore
 from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
+from ..records import Checks
 from ..units import duration
 from .progress import Ticker
 
@@ -65,7 +68,7 @@ class Run:
         random.seed(config.run.seed)
         if not read_only:
             self._claim_folder()
-            for part in (self.folder, self.activations, *map(self.phase, PHASES)):
+            for part in (self.folder, self.activations, self.templates, *map(self.phase, PHASES)):
                 remove_leftovers(part, deep=part != self.folder)
         self.provenance = Provenance(self.folder)
 
@@ -124,6 +127,11 @@ class Run:
     def activations(self) -> Path:
         return self.folder / "activations"
 
+    @property
+    def templates(self) -> Path:
+        """Folder of the store of rows from templates; there only where `concepts.prompts` made some."""
+        return self.folder / "templates"
+
     def phase(self, number: int) -> Path:
         return self.folder / f"phase{number}"
 
@@ -156,6 +164,15 @@ class Run:
         return ActivationStore.open(self.activations, verify=True)
 
     @cached_property
+    def from_templates(self) -> ActivationStore | None:
+        """The rows from templates; None where none were asked for or needed."""
+        if self.config.concepts.prompts is None:
+            return None
+        checks = read_json(self.phase(1) / "checks.json", Checks)
+        made = any(parent["templated"] is not None for parent in checks["parents"])
+        return ActivationStore.open(self.templates, verify=True) if made else None
+
+    @cached_property
     def train_moments(self) -> tuple[Tensor, float]:
         """Mean [d] (float64) of the train rows and their mean squared distance from it."""
         return self.store.moments("train")
@@ -186,6 +203,20 @@ class Run:
         ticker = Ticker(self.console, what, unit)
         with ticker.bar:
             yield ticker
+
+
+def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) -> tuple[Documents, dict[str, Tensor]]:
+    """All documents of a config's corpus, and the numbers of those of train, val and test."""
+    options = config.corpus
+    documents = load_documents(
+        options.source,
+        options.path,
+        tokenizer,
+        max_tokens=options.max_tokens,
+        context_length=options.context_length,
+        tokenizer_sha256=tokenizer_sha256,
+    )
+    return documents, split_documents(documents.n_documents, options.split, config.run.seed)
 
 
 def run_folder_of(path: Path) -> Path:

@@ -53,6 +53,11 @@ def text_hashes(study: Study, config: Config) -> dict[str, str]:
 def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, Any]:
     """All that the stores depend on, but for the hook; nothing in it names a place."""
     options = config.concepts
+    if options.prompts is not None:
+        raise ConfigError(f"concepts.prompts: found {options.prompts!r}, allowed in a study: null")
+    # what studies did not have from the start counts where it is used, so that older records stay valid
+    left_out = {"label", "belief_threshold", "ontology", "prompts", "nltk_data"}
+    left_out |= {name for name in ("parts_of_speech", "wordnet") if name not in options.model_fields_set}
     return {
         "text_sha256": text_hashes(study, config),
         "model_revision": lm.revision,
@@ -65,7 +70,7 @@ def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, 
         "dtype": [config.model.dtype, config.data.dtype],
         "seed": config.run.seed,
         "shard_rows": config.data.shard_rows,
-        "concepts": options.model_dump(mode="json", exclude={"label", "belief_threshold", "ontology"}),
+        "concepts": options.model_dump(mode="json", exclude=left_out),
         "ontology": "wordnet" if options.ontology == "wordnet" else sha256_file(options.ontology),
         "shrinkage": config.geometry.shrinkage,
         "contexts": {"number": study.measure.contexts, "order": "of each document in turn"},

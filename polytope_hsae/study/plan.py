@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
@@ -27,7 +26,6 @@ from ..config import (
 )
 from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
-from ..models.hsae import HierarchicalSAE
 from ..parsing import parse_yaml, shown
 from ..provenance import NOT_IN_RESULTS
 
@@ -245,15 +243,8 @@ def model_config(study: Study, base: Config, run: RunKey, width: int) -> HSAECon
         return flat
     hsae = model_config(study, base, run._replace(arm=other), width)
     assert isinstance(hsae, HSAEConfig)
-    n_latents = latents_for(parameter_count, flat, width, hsae_parameters(hsae, width))
+    n_latents = latents_for(parameter_count, flat, width, parameter_count(hsae, width))
     return type(flat).model_validate({**flat.model_dump(), "n_latents": n_latents})
-
-
-def hsae_parameters(config: HSAEConfig, d: int) -> int:
-    """Parameters of an H-SAE, tied tensors once."""
-    with torch.device("meta"):
-        model = HierarchicalSAE(config, d)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def settings_hash(study: Study, base: Config, run: RunKey) -> str:
