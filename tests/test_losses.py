@@ -202,6 +202,25 @@ def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
 # -- constraints
 
 
+def test_the_first_parents_rebuild_the_row_by_themselves():
+    shares = (0.25, 0.5)
+    config = HSAEConfig(n_parents=8, topk_parent=4, n_children_per_parent=2, subspace_dim=2, gate="hard")
+    config = config.model_copy(update={"parent_prefixes": shares, "top_level_beta": 0.5})
+    model = HierarchicalSAE(config, 6, "none", seed=1)
+    h_Bd = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+    weight, value = model.loss_terms(model(h_Bd), LossOverrides())["recon_prefixes"]
+    codes_BP = model(h_Bd).codes.dense_parents(8)
+    expected = sum((h_Bd - codes_BP[:, :n] @ model.D[:n] - model.b_dec).square().sum(1).mean() for n in (2, 4))
+    assert (weight, value.item()) == (0.5, pytest.approx(expected.item(), rel=1e-5))
+    value.backward()
+    assert model.D.grad[:4].abs().sum() > 0
+    assert (model.D.grad[4:] == 0).all()
+    assert "recon_prefixes" not in model.loss_terms(model(h_Bd), LossOverrides(top_level_beta=0.0))
+    for wrong in ((0.5, 0.25), (0.0,), (1.0,)):
+        with pytest.raises(ValueError, match="parent_prefixes"):
+            HSAEConfig(parent_prefixes=wrong)
+
+
 def test_norms_in_a_metric():
     M = spd(5)
     rows, Up, G = normal(4, 5), normal(3, 2, 5, seed=1), normal(3, 4, 2, seed=2)

@@ -1,5 +1,6 @@
 """The hierarchical SAE's own options (docs/method.md sections 1, 2 and 6)."""
 
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -89,6 +90,10 @@ class HSAEConfig(Block):
     project_gradient: bool = Field(False, description="Remove the gradient along constrained rows before a step.")
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
     top_level_beta: float = Field(0.1, ge=0, description="Weight of the parents-only reconstruction.")
+    parent_prefixes: tuple[float, ...] = Field(
+        (),
+        description="The first parents that rebuild the row by themselves, as shares of P; each like top_level_beta.",
+    )
     l1_parent: float = Field(0.0, ge=0, description="Weight of the parents' L1.")
     l1_child: float = Field(0.0, ge=0, description="Weight of the children's L1.")
     l1_scope: Literal["selected", "all"] = Field("selected", description="Codes that the L1 covers.")
@@ -189,6 +194,9 @@ class HSAEConfig(Block):
             require(
                 "topk_child_total", self.topk_child_total, self.topk_child_total <= limit, f"at most k * C = {limit}"
             )
+        prefixes = list(self.parent_prefixes)
+        rising = all(a < b for a, b in pairwise((0.0, *prefixes, 1.0)))
+        require("parent_prefixes", prefixes, rising, "rising shares above 0 and below 1")
         direct_F, direct_G = self.child_encoder == "direct", self.child_decoder == "direct"
         require("child_decoder", "direct", direct_F or not direct_G, "factored unless child_encoder is direct")
         tied = direct_F == direct_G or self.use_tied_decoders_child is not True

@@ -21,7 +21,7 @@ from .base import UNIT_ROW_EPS
 from .budget import Budget, calibrate
 from .codes import Codes, Dead, ModelOutput, load
 from .constraints import geometric_median
-from .losses import causal_orthogonality, loss_terms
+from .losses import causal_orthogonality, loss_terms, reconstruction_error
 from .norms import ConstrainedDecoders
 from .routing import routing_noise, straight_through_gate, topk_lowest
 from .start import ChildInit, RandomStart, SquareRoots, put_teacher, start_from_rows, tied
@@ -299,7 +299,22 @@ class HierarchicalSAE(ConstrainedDecoders):
     ) -> dict[str, tuple[float, Tensor]]:
         """Every loss term that is on, by name: (weight, value)."""
         config = overrides.apply(self.config)
-        return loss_terms(output, config, self.tensors(), self._penalty_metric(), self.threshold, dead, self.precision)
+        terms = loss_terms(output, config, self.tensors(), self._penalty_metric(), self.threshold, dead, self.precision)
+        if config.parent_prefixes and config.top_level_beta > 0:
+            terms["recon_prefixes"] = (config.top_level_beta, self._prefix_errors(output))
+        return terms
+
+    def _prefix_errors(self, output: ModelOutput) -> Tensor:
+        """The summed errors of rebuilding x by the first parents alone, one for each of `parent_prefixes`."""
+        index, value = output.codes.parent_index, output.codes.parent_value
+        routes = ops.routing(index, self.D, self.precision)
+        errors = []
+        for share in self.config.parent_prefixes:
+            first = max(1, round(share * self.n_parents))
+            x_hat = ops.weighted_row_sum(self.D, index, torch.where(index < first, value, 0.0), routes)
+            x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
+            errors.append(reconstruction_error(output.x, x_hat, self.config.recon_reduction))
+        return torch.stack(errors).sum()
 
     def _penalty_metric(self) -> Tensor | None:
         return self.sigma_inv if self.config.causal_orth_form == "literal" else self.sigma
