@@ -10,6 +10,7 @@ from torch import Tensor
 from polytope_hsae.config import TopKConfig
 from polytope_hsae.evaluation.synthetic.counts import Counts, count, decoders, slots
 from polytope_hsae.evaluation.synthetic.edges import (
+    best_cofiring,
     cofiring,
     edge_scores,
     forest,
@@ -193,6 +194,7 @@ def test_the_perfect_model_gets_everything():
     scores = edge_scores(cofiring(counts), found, made)
     assert (scores["precision"], scores["recall"], scores["f1"]) == (1.0, 1.0, 1.0)
     assert scores["right"] == reachable(made, 60) == 48
+    assert best_cofiring(counts, found, made)["f1"] == 1.0
     assert scores["chance"] is not None
     assert scores["chance"] < 0.2
 
@@ -255,6 +257,7 @@ def test_latents_that_are_nearly_always_on_are_nobodys_parent():
     assert cofiring(counts).tolist() == [-1, -1, 1]
     counts.pair_LL[1, 2] = counts.pair_LL[2, 1] = 80
     assert cofiring(counts).tolist() == [-1, -1, -1]
+    assert cofiring(counts, covered=0.8).tolist() == [-1, -1, 1]
     assert forest(3, 0, counts).tolist() == [-1, -1, -1]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import __version__
 from ...config import FlatConfig, HSAEConfig
 from ...evaluation.synthetic.counts import Counts, count, decoders
-from ...evaluation.synthetic.edges import cofiring, edge_scores, forest, structure, two_level_bound
+from ...evaluation.synthetic.edges import best_cofiring, cofiring, edge_scores, forest, structure, two_level_bound
 from ...evaluation.synthetic.recovery import detection, match, recovery
 from ...evaluation.synthetic.rows import BATCHES_AT_ONCE, SyntheticStream, draw
 from ...evaluation.synthetic.world import World
@@ -128,7 +128,10 @@ def measured(model: SparseAutoencoder, world: World, counts: Counts) -> dict[str
         "l0_parents": round(counts.parent_codes / counts.rows, 4),
         "l0_children": round(counts.child_codes / counts.rows, 4),
         "features": _rounded({**recovery(counts, found, world), **detection(counts, found)}),
-        "edges": {name: _rounded(edge_scores(above_L, found, world)) for name, above_L in forests.items()},
+        "edges": {
+            **{name: _rounded(edge_scores(above_L, found, world)) for name, above_L in forests.items()},
+            "best_cofiring": _rounded(best_cofiring(counts, found, world)),
+        },
         "two_level_bound": two_level_bound(world, P, C) if C else None,
     }
 
