@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..data.corpus import Documents, context_ids, contexts, load_documents, padded_contexts, split_documents
+from ..data.corpus import Documents, context_ids, contexts, padded_contexts
 from ..evaluation.bootstrap import Evaluation
 from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
@@ -41,13 +41,14 @@ def measure_models(
     *,
     teacher_parents: Mapping[str, Sequence[int]] | None = None,
     step: str,
+    held_out: "HeldOut | None" = None,
 ) -> dict[str, Measured]:
     """Reconstruction, language model, concept and steering metrics by model, on one run's data and language model.
 
     `teacher_parents`: the concepts of a model's first parents, where a teacher put them there; `step` names the work
-    for the user.
+    for the user; `held_out`: the split's contexts, if they are known.
     """
-    held_out = HeldOut(run, split)
+    held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
     of_language_model = evaluate_language_model(
         models,
@@ -78,16 +79,8 @@ class HeldOut:
     def __init__(self, run: Run, split: str):
         config = run.config
         self.split = split
-        documents = load_documents(
-            config.corpus.source,
-            config.corpus.path,
-            run.lm.tokenizer,
-            max_tokens=config.corpus.max_tokens,
-            context_length=config.corpus.context_length,
-            tokenizer_sha256=run.lm.tokenizer_sha256,
-        )
-        members = split_documents(documents.n_documents, config.corpus.split, config.run.seed)[split]
-        rows = contexts(documents, members, config.corpus.context_length)
+        documents, members = run.documents
+        rows = contexts(documents, members[split], config.corpus.context_length)
         rows = rows[rows[:, 2] >= 3]
         steering = config.eval.steering
         self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..config import Config, ConfigError, HSAEConfig
 from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
-from ..data.corpus import load_documents
 from ..data.harvest import harvest
 from ..data.store import ActivationStore
 from ..fileio import sha256_file, write_json
@@ -48,7 +47,12 @@ def run_phase1(run: Run) -> None:
 
 def source_files(config: Config) -> dict[str, str]:
     """sha256 of the files outside the run folder that the config names: the corpus and the ontology."""
-    named = {"corpus.path": config.corpus.path, "concepts.ontology": config.concepts.ontology}
+    corpus = config.corpus
+    named = {
+        "corpus.path": corpus.path,
+        "corpus.heldout_path": corpus.heldout_path,
+        "concepts.ontology": config.concepts.ontology,
+    }
     return {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
 
 
@@ -89,14 +93,7 @@ def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
     if run.force and (run.activations / "manifest.json").exists():
         for path in run.activations.iterdir():
             path.unlink()
-    documents = load_documents(
-        config.corpus.source,
-        config.corpus.path,
-        run.lm.tokenizer,
-        max_tokens=config.corpus.max_tokens,
-        context_length=config.corpus.context_length,
-        tokenizer_sha256=run.lm.tokenizer_sha256,
-    )
+    documents, members = run.documents
     with run.progress("harvest", "rows") as ticker:
         return harvest(
             run.lm,
@@ -112,24 +109,37 @@ def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
             belief_threshold=config.concepts.belief_threshold,
             seed=config.run.seed,
             split=config.corpus.split,
+            members=members if config.corpus.heldout_path is not None else None,
             progress=ticker,
         )
 
 
-def token_geometry(run: Run) -> CausalGeometry:
-    """The geometry of the unembedding's rows."""
+def token_geometry(run: Run, metric: str | None = None) -> CausalGeometry:
+    """The geometry of the unembedding's rows, in the config's metric or in another."""
     options = run.config.geometry
-    return CausalGeometry(run.lm.unembedding, options.shrinkage, options.metric, seed=run.config.run.seed)
+    return CausalGeometry(run.lm.unembedding, options.shrinkage, metric or options.metric, seed=run.config.run.seed)
 
 
-def make_teacher(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> Teacher:
-    """The teacher from train words: from tokens at the final residual, from activations at an inner hook."""
+def make_teacher(
+    run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry, metric: str | None = None
+) -> Teacher:
+    """The teacher from train words: from tokens at the final residual, from activations at an inner hook.
+
+    geometry: of the unembedding's rows; metric: of the activations, None = causal.
+    """
     lm, options = run.lm, run.config.geometry
     metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.hook}
     if run.at_final_residual:
         return extract_teacher(lm.unembedding, geometry, concepts, estimator=options.estimator, metadata=metadata)
     stats = class_statistics(concepts, store, lm.vocab_size)
-    return extract_activation_teacher(stats, concepts, shrinkage=options.shrinkage, metadata=metadata)
+    return extract_activation_teacher(
+        stats,
+        concepts,
+        shrinkage=options.shrinkage,
+        metric=metric or "causal",
+        seed=run.config.run.seed,
+        metadata=metadata,
+    )
 
 
 def class_statistics(concepts: Concepts, store: ActivationStore, vocab_size: int) -> ActivationClassStats:

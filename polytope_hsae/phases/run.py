@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
+from ..data.corpus import Documents, load_documents, split_documents, with_held_out
 from ..data.store import ActivationStore
 from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
@@ -150,6 +151,26 @@ class Run:
     @cached_property
     def concepts(self) -> Concepts:
         return Concepts.from_json(read_json(self.phase(1) / "concepts.json"))
+
+    @cached_property
+    def documents(self) -> tuple[Documents, dict[str, Tensor]]:
+        """All documents, and the numbers of those of train, val and test."""
+        options, seed = self.config.corpus, self.config.run.seed
+
+        def load(path: str | None, max_tokens: int) -> Documents:
+            return load_documents(
+                options.source,
+                path,
+                self.lm.tokenizer,
+                max_tokens=max_tokens,
+                context_length=options.context_length,
+                tokenizer_sha256=self.lm.tokenizer_sha256,
+            )
+
+        documents = load(options.path, options.max_tokens)
+        if options.heldout_path is None:
+            return documents, split_documents(documents.n_documents, options.split, seed)
+        return with_held_out(documents, load(options.heldout_path, options.heldout_tokens), seed)
 
     @cached_property
     def store(self) -> ActivationStore:
