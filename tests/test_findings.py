@@ -1,6 +1,7 @@
 """hsae findings: records, resuming, the aggregate over seeds, and a page whose words follow its numbers."""
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TINY: dict[str, Any] = {
     "set": {
         "run.threads": 1,
         "corpus.max_tokens": 6000,
+        "data.bias_rows": 64,
+        "training.batch_size": 64,
         "concepts.label": "current_token",
         "concepts.min_test_rows": 1,
         "eval.lm_contexts": 2,
@@ -67,7 +70,7 @@ def fixtures(tmp_path_factory) -> Path:
 def done(tmp_path_factory, fixtures) -> Path:
     """The folder of a finished tiny study with its page. Read only."""
     folder = tmp_path_factory.mktemp("findings")
-    answer = run(written(folder), folder / "out", fixtures, "--test")
+    answer = run(written(folder), folder / "out", fixtures)
     assert answer.code == 0, answer.err
     answer = hsae("findings", "write", folder / "out")
     assert answer.code == 0, answer.err
@@ -87,9 +90,8 @@ def test_a_study_leaves_one_small_record_for_every_arm(done):
         assert (done / "runs" / key.file).stat().st_size < 16_384
         assert found["steps"] == 4
         assert found["settings_sha256"] == settings_hash(configs[key.hook], key)
-        for split in ("val", "test"):
-            assert {"ev", "purity", "steering_leakage"} <= set(found[split]["metrics"])
-            assert set(found[split]["units"]) == {"purity", "leakage", "steering_leakage", "fvu"}
+        assert {"ev", "purity", "steering_leakage"} <= set(found["val"]["metrics"])
+        assert set(found["val"]["units"]) == {"purity", "leakage", "steering_leakage", "fvu"}
     for hook in HOOKS:
         kept = json.loads((done / "runs" / f"{hook}.json").read_text())
         assert kept["evidence"]["main"]["parents"]["z"]
@@ -108,19 +110,17 @@ def test_seeds_change_the_models_and_not_the_data(done):
 
 def test_a_finished_study_is_not_made_again_and_a_stopped_one_goes_on(done, fixtures, tmp_path):
     before = files(done)
-    answer = run(done / "study.yaml", done, fixtures, "--test")
+    answer = run(done / "study.yaml", done, fixtures)
     assert (answer.code, files(done)) == (0, before), answer.err
     assert "16 of 16 records are there" in answer.out
     copy = shutil.copytree(done, tmp_path / "copy")
     gone = copy / "runs" / Key(HOOKS[1], 1, "flat_topk").file
     text = gone.read_text()
     gone.unlink()
-    answer = run(copy / "study.yaml", copy, fixtures, "--test")
+    answer = run(copy / "study.yaml", copy, fixtures)
     assert answer.code == 0, answer.err
     assert "15 of 16 records are there" in answer.out
-    made, kept = json.loads(gone.read_text()), json.loads(text)
-    assert made["val"] == kept["val"]
-    assert made["test"] == kept["test"]
+    assert json.loads(gone.read_text())["val"] == json.loads(text)["val"]
 
 
 def test_workers_make_the_same_records(done, fixtures, tmp_path):
@@ -139,7 +139,7 @@ def test_changed_settings_are_made_again_and_left_out_of_the_page(done, fixtures
     found = read_summary(copy, "val")
     assert sorted(found.left_out) == [f"{hook}-s{seed}/teacher.json" for hook in sorted(HOOKS) for seed in (0, 1)]
     assert found.arms(HOOKS[0]) == ["baseline", "flat_topk", "permuted_teacher"]
-    answer = run(copy / "study.yaml", copy, fixtures, "--only", "baseline", "--test")
+    answer = run(copy / "study.yaml", copy, fixtures, "--only", "baseline")
     assert "teacher.json: made with other settings, is made again" in answer.out
     assert answer.code == 0, answer.err
 
@@ -160,9 +160,10 @@ def test_the_page_needs_the_files_alone_and_is_deterministic(done, tmp_path):
     results = json.loads((done / "results.json").read_text())
     assert [(one["hook"], one["seeds"]) for one in results["runs"]] == [(hook, [s]) for hook in HOOKS for s in (0, 1)]
     assert len(results["runs"][0]["targets"]) == 5
-    answer = hsae("findings", "write", copy, "--test", "--page", tmp_path / "docs" / "found.md")
+    answer = hsae("findings", "write", copy, "--page", tmp_path / "docs" / "found.md")
     assert answer.code == 0, answer.err
-    assert "test documents and words" in (tmp_path / "docs" / "found.md").read_text()
+    assert "](found/evidence-z.svg)" in (tmp_path / "docs" / "found.md").read_text()
+    refused(hsae("findings", "write", copy, "--test"), "found no test values", "hsae findings run --test")
 
 
 def planted(folder: Path, purity: dict[str, float], leakage: float = 0.5) -> None:
@@ -242,8 +243,6 @@ def test_packed_records_are_the_same_files_again(done, tmp_path):
 
 
 def test_text_from_a_folder_is_held_out_by_file(fixtures, tmp_path):
-    import lzma
-
     texts = packaged_texts(60)
     for name, part in (("train", texts[:40]), ("heldout", texts[40:])):
         with lzma.open(tmp_path / f"{name}.txt.xz", "wt", encoding="utf-8") as stream:
@@ -255,10 +254,13 @@ def test_text_from_a_folder_is_held_out_by_file(fixtures, tmp_path):
     found = record(out, HOOKS[0], 0, "baseline")
     assert set(found["text_sha256"]) == {"train", "heldout"}
     assert all(len(digest) == 64 for digest in found["text_sha256"].values())
-    assert 1000 < found["val"]["rows"] < 2000  # half of the held-out tokens, without the start tokens
+    assert 500 < found["val"]["rows"] < 1500  # half of the held-out tokens, without the start tokens
     saved = yaml.safe_load((out / "study.yaml").read_text())
     assert "text" not in saved  # a place
     assert saved["set"]["corpus.heldout_tokens"] == 3000
+    answer = run(written(tmp_path), out, fixtures, *more, "--test")  # the model is there: it is only measured
+    assert "has no test values, is measured again" in answer.out
+    assert set(record(out, HOOKS[0], 0, "baseline")["test"]["metrics"]) == set(found["val"]["metrics"])
     refused(run(written(tmp_path), out, fixtures, "--set", "text=nowhere"), "text", "nowhere", "train.txt.xz")
 
 
@@ -270,8 +272,8 @@ def test_text_from_a_folder_is_held_out_by_file(fixtures, tmp_path):
             {"hooks": [{"hook": "layers.1", "teacher": "nobody"}]},
             ["hooks.layers.1.teacher", "nobody", "permuted_teacher"],
         ),
-        ({"arms": [{"name": "a"}, {"name": "b", "against": "c"}]}, ["arms.b.against", "'c'"]),
-        ({"arms": [{"name": "a", "seed": 3}, {"name": "b"}]}, ["arms.a.seed", "null"]),
+        ({"arms": [*TINY["arms"], {"name": "more", "against": "nobody"}]}, ["arms.more.against", "'nobody'"]),
+        ({"arms": [*TINY["arms"], {"name": "more", "seed": 3}]}, ["arms.more.seed", "null"]),
         ({"unknown": 1}, ["unknown", "allowed: name"]),
         ({"set": {"hsae.n_parents": 0}}, ["hsae.n_parents"]),
     ],
@@ -283,5 +285,5 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(tmp_path, changes, words)
 def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path):
     refused(run(done / "study.yaml", done, fixtures, "--only", "nobody"), "--only", "nobody", "baseline")
     refused(hsae("findings", "write", tmp_path), "study.yaml")
-    with pytest.raises(ConfigError, match="found no file|found '"):
+    with pytest.raises(ConfigError, match="allowed: a YAML file"):
         load_findings(tmp_path / "none.yaml")

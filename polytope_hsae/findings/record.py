@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..data.feed import place
-from ..evaluation.bootstrap import Metric, Units
+from ..evaluation.bootstrap import FloatArray, Metric, Units
 from ..fileio import read_json
 from ..models.base import SparseAutoencoder
 from ..phases.arms import train_arm
@@ -122,17 +122,19 @@ def pack_units(units: Units) -> dict[str, list[Any]]:
     """
     numerator_U, denominator_U, keys_U = units.numerator_U, units.denominator_U, units.keys_U
     if len(keys_U) > MAX_UNITS:
-        group_U = np.arange(len(keys_U)) * MAX_UNITS // len(keys_U)
-        present_U = units.present_U
-        numerator_U, denominator_U = (
-            np.bincount(group_U, np.where(present_U, values_U, 0.0), MAX_UNITS)
-            for values_U in (numerator_U, denominator_U)
-        )
+        sums = np.zeros((2, MAX_UNITS))
+        np.add.at(sums, (slice(None), np.arange(len(keys_U)) * MAX_UNITS // len(keys_U)), _present(units))
+        numerator_U, denominator_U = sums
         keys_U = np.arange(MAX_UNITS)
     packed = {"keys": keys_U.tolist(), "numerator": [_rounded(value) for value in numerator_U.tolist()]}
     if (denominator_U != 1).any():
         packed["denominator"] = [_rounded(value) for value in denominator_U.tolist()]
     return packed
+
+
+def _present(units: Units) -> FloatArray:
+    """Numerators and denominators [2, U], 0 for a unit without a value."""
+    return np.where(units.present_U, np.stack([units.numerator_U, units.denominator_U]), 0.0)
 
 
 def unpack_units(packed: Mapping[str, list[Any]]) -> Units:
