@@ -170,14 +170,15 @@ class ActivationClassStats:
         if int(labels_N.min()) < -1 or int(labels_N.max()) >= self.n_classes:
             found = f"{int(labels_N.min())} to {int(labels_N.max())}"
             raise ValueError(f"labels: found {found}, allowed: -1 to {self.n_classes - 1}")
-        rows_Nd = acts_Nd.detach().cpu().double()
+        rows_Nd = acts_Nd.detach().double()  # the products of a batch are made where it lies
         if self._shift_d is None:
-            self._shift_d = rows_Nd.mean(0)
-        rows_Nd = rows_Nd - self._shift_d
+            self._shift_d = rows_Nd.mean(0).cpu()
+        rows_Nd = rows_Nd - self._shift_d.to(rows_Nd.device)
         class_N = torch.where(labels_N < 0, self.n_classes, labels_N)
         self._counts += torch.bincount(class_N, minlength=self.n_classes + 1)
-        self._sums.index_add_(0, class_N, rows_Nd)
-        self._scatter_dd += rows_Nd.T @ rows_Nd
+        sums = torch.zeros_like(self._sums, device=rows_Nd.device)
+        self._sums += sums.index_add_(0, class_N.to(rows_Nd.device), rows_Nd).cpu()
+        self._scatter_dd += (rows_Nd.T @ rows_Nd).cpu()
 
     @property
     def counts(self) -> Tensor:
@@ -218,6 +219,13 @@ class ActivationClassStats:
         scaled = self._sums / self._counts.clamp_min(1).double().sqrt().unsqueeze(1)
         return (self._scatter_dd - scaled.T @ scaled) / self.total
 
-    def geometry(self, shrinkage: float = 0.05) -> CausalGeometry:
-        """The residual_covariance geometry of the within-class covariance, with relative shrinkage."""
-        return CausalGeometry.from_activation_covariance(self.within_covariance(), shrinkage)
+    def geometry(self, shrinkage: float = 0.05, metric: str = "causal", seed: int = 0) -> CausalGeometry:
+        """The residual_covariance geometry of the within-class covariance, with relative shrinkage.
+
+        Another `metric` is made of its Sigma as `CausalGeometry` makes it of the unembedding's: identity, diagonal or
+        random (seeded).
+        """
+        causal = CausalGeometry.from_activation_covariance(self.within_covariance(), shrinkage)
+        if metric == "causal":
+            return causal
+        return CausalGeometry.from_covariance(causal.sigma, 0.0, metric, seed=seed)

@@ -17,7 +17,7 @@ from ..evaluation.reconstruction import evaluate_language_model, evaluate_recons
 from ..evaluation.steering import evaluate_steering
 from ..evaluation.words import TokenTexts
 from ..models.base import SparseAutoencoder
-from .run import Run, load_corpus
+from .run import Run
 
 SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
 
@@ -41,13 +41,14 @@ def measure_models(
     *,
     teacher_parents: Mapping[str, Sequence[int]] | None = None,
     step: str,
+    held_out: "HeldOut | None" = None,
 ) -> dict[str, Measured]:
     """Reconstruction, language model, concept and steering metrics by model, on one run's data and language model.
 
     `teacher_parents`: the concepts of a model's first parents, where a teacher put them there; `step` names the work
-    for the user.
+    for the user; `held_out`: the split's contexts, if they are known.
     """
-    held_out = HeldOut(run, split)
+    held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
     of_language_model = evaluate_language_model(
         models,
@@ -78,7 +79,7 @@ class HeldOut:
     def __init__(self, run: Run, split: str):
         config = run.config
         self.split = split
-        documents, members = load_corpus(config, run.lm.tokenizer, run.lm.tokenizer_sha256)
+        documents, members = run.documents
         rows = contexts(documents, members[split], config.corpus.context_length)
         rows = rows[rows[:, 2] >= 3]
         steering = config.eval.steering

@@ -178,7 +178,7 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         "hook": run.hook,
         "label": run.label,
         "split": config.eval.split,
-        "seeds": [config.run.seed],
+        "seeds": sorted({config.arm_seed(arm) for arm in config.arms}),
         "arms": {
             name: {key: metric.to_json() for key, metric in evaluation.metrics.items()}
             for name, evaluation in arms.items()
