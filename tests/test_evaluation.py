@@ -24,18 +24,17 @@ from polytope_hsae.evaluation.bootstrap import (
     paired,
 )
 from polytope_hsae.evaluation.concepts import (
-    SparseActivations,
     auroc_matrix,
     concept_metrics,
     evaluate_concepts,
     labelled_rows,
-    latent_activations,
     map_concepts,
 )
 from polytope_hsae.evaluation.reconstruction import (
     LM_METRICS,
     evaluate_reconstruction,
 )
+from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
 from polytope_hsae.evaluation.steering import STEERING_METRICS, Search, _select, evaluate_steering, solve_alpha
 from polytope_hsae.evaluation.targets import Thresholds, assess_targets, format_targets, verdict
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
@@ -81,6 +80,8 @@ class FakeConcepts:
 
 class FakeSAE:
     """Latent l is relu(h_l); decodes to scale * h, or to `offset`; child 0 of parent 0 copies its parent."""
+
+    data_scale = torch.ones(())
 
     def __init__(self, width, n_parents=None, n_children=0, scale=1.0, offset=None, directions=None):
         self.width, self.n_parents, self.n_children = width, n_parents or width, n_children
@@ -450,10 +451,8 @@ def test_the_map_is_one_to_one_and_needs_rows():
     dense[:, 1] = np.where(labels == 1, 0.1, 0)
     assert map_concepts(sparse(dense), labels, 4, min_rows=20).tolist() == [0, 1, -1, -1]
     assert map_concepts(sparse(dense[:, :1]), labels, 4, min_rows=20).tolist() == [0, -1, -1, -1]
-    assert latent_activations(FakeSAE(3), FakeStore(), "train", np.zeros(0, np.int64)).columns(np.arange(3)).shape == (
-        0,
-        3,
-    )
+    nothing = row_codes(FakeSAE(3), FakeStore(), "train", np.zeros(0, np.int64))
+    assert nothing.parents.columns(np.arange(3)).shape == (0, 3)
 
 
 # steering
