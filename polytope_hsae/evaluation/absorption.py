@@ -97,16 +97,19 @@ def absorption_metrics(
     positive_Q = np.bincount(label_N[kept_N], minlength=n_concepts)
     units = {"probe_recall": Units.ratio(positive_Q / rows_Q, np.ones(n_concepts), keys_Q)}
     elsewhere_Q = (found_NQ.sum(0) - positive_Q) / (len(label_N) - rows_Q)
-    chance = {"probe_recall": float(elsewhere_Q.mean())}
+    chance: dict[str, float | None] = {"probe_recall": float(elsewhere_Q.mean())}
     for name, absorbed_NQ in (("absorb", silent), ("absorb_with_children", silent | covered)):
         of_row_N = absorbed_NQ[np.arange(len(kept_N)), label_N[kept_N]]
         with np.errstate(invalid="ignore"):
             rate_Q = np.bincount(label_N[kept_N], weights=of_row_N, minlength=n_concepts) / positive_Q
             dealt_Q = np.bincount(label_N[kept_N], weights=absorbed_NQ.mean(1), minlength=n_concepts) / positive_Q
         units[name] = Units.mean(rate_Q, keys_Q)
-        if positive_Q.any():
-            chance[name] = float(np.nanmean(dealt_Q))
-    return summarise(units, chance, bootstrap, seed)
+        chance[name] = float(np.nanmean(dealt_Q)) if positive_Q.any() else None
+    result = summarise(units, chance, bootstrap, seed)
+    if not positive_Q.any():
+        nothing = unavailable("the probes find no concept in these rows")
+        return Evaluation(result.metrics | dict.fromkeys(("absorb", "absorb_with_children"), nothing), units)
+    return result
 
 
 def _carried(

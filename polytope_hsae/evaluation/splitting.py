@@ -21,7 +21,7 @@ SPLIT_METRICS = ("split", "f1_best", "f1_best_few")
 
 class _Entries(NamedTuple):
     """Positive codes [M], latent by latent, largest first; `start_M`: where the code's latent begins; `end_M`: one past
-    the last code of the latent that is as large, where a threshold at this value lies.
+    the last code of the latent that is as large; `next_M`: the next smaller one of the latent, 0 if there is none.
     """
 
     row_M: IntArray
@@ -29,6 +29,7 @@ class _Entries(NamedTuple):
     value_M: NDArray[np.float32]
     start_M: IntArray
     end_M: IntArray
+    next_M: NDArray[np.float32]
 
 
 def _entries(acts: SparseActivations) -> _Entries:
@@ -38,12 +39,14 @@ def _entries(acts: SparseActivations) -> _Entries:
     last = np.flatnonzero((np.diff(latent_M) != 0) | (np.diff(value_M) != 0))
     ends = np.append(last, len(row_M) - 1) + 1
     end_M = ends[np.searchsorted(ends, np.arange(len(row_M)), side="right")]
-    return _Entries(row_M, latent_M, value_M, np.searchsorted(latent_M, latent_M), end_M)
+    follows_M = np.append(latent_M, -1)[end_M] == latent_M
+    next_M = np.where(follows_M, np.append(value_M, 0)[end_M], 0)
+    return _Entries(row_M, latent_M, value_M, np.searchsorted(latent_M, latent_M), end_M, next_M)
 
 
 def sparse_probe(entries: _Entries, positive_N: NDArray[np.bool_], count: int) -> list[tuple[int, float]]:
     """At most `count` (latent, threshold): a row is positive where a latent reaches its threshold. Fewer, where no
-    further latent raises F1 on these rows.
+    further latent raises F1 on these rows. A threshold lies half way between two codes of its latent.
     """
     rule: list[tuple[int, float]] = []
     own_H = np.flatnonzero(positive_N[entries.row_M])  # the best threshold is the code of a positive row
@@ -65,7 +68,8 @@ def sparse_probe(entries: _Entries, positive_N: NDArray[np.bool_], count: int) -
         best = float(f1_H[place])
         hits, called = hits + int(more_hits_H[place]), called + int(more_called_H[place])
         uncovered_N[entries.row_M[start_H[place] : end_H[place]]] = False
-        rule.append((int(entries.latent_M[own_H[place]]), float(entries.value_M[own_H[place]])))
+        at = own_H[place]
+        rule.append((int(entries.latent_M[at]), float(entries.value_M[at] + entries.next_M[at]) / 2))
     return rule
 
 
