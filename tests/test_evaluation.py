@@ -266,12 +266,24 @@ def test_lm_metrics_of_a_perfect_and_of_a_constant_reconstruction(lm, ids, hook)
     assert perfect.units["kl"].keys_U.tolist() == [0, 1, 2, 5]
     constant = evaluate_language_model(FakeSAE(16, offset=mean), lm, hook, ids, mean, batch_size=4)
     assert constant.metrics["ce_recovered"].value == pytest.approx(0, abs=1e-5)
+    assert perfect.metrics["ev_logit"].value == pytest.approx(1, abs=1e-5)
+    assert constant.metrics["ev_logit"].value == pytest.approx(0, abs=1e-5)
     for name in ("kl", "delta_ce"):
         assert constant.metrics[name].value == pytest.approx(constant.metrics[name].chance, rel=1e-5)
         assert constant.metrics[name].value > 0.01
     log_p = lm.model(input_ids=ids).logits.log_softmax(-1)
     ce = -log_p[:, 1:-1].gather(-1, ids[:, 2:, None]).mean()
     assert constant.metrics["ce_clean"].value == pytest.approx(float(ce), rel=1e-5)
+
+
+def test_ev_of_the_logits_is_that_of_the_centred_unembedding_at_the_final_residual(lm, ids):
+    acts = lm.capture(ids, FINAL_HOOK).acts[:, 1:-1].reshape(-1, 16)
+    mean = acts.mean(0)
+    found = evaluate_language_model(FakeSAE(16, scale=0.7), lm, FINAL_HOOK, ids, mean, batch_size=4)
+    centred = (lm.unembedding - lm.unembedding.mean(0)).T
+    near, far = ((part @ centred).square().sum() for part in (0.3 * acts, acts - mean))
+    assert found.metrics["ev_logit"].value == pytest.approx(float(1 - near / far), abs=1e-5)
+    assert found.metrics["ev_logit"].chance == 0
 
 
 def test_ce_recovered_is_null_where_ablation_costs_nothing(lm):
