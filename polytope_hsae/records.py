@@ -29,6 +29,17 @@ class Train(TypedDict):
     validation: Validation
 
 
+class CheckedParent(TypedDict):
+    name: str
+    templated: dict[str, int] | None
+
+
+class Checks(TypedDict):
+    """checks.json of phase 1."""
+
+    parents: list[CheckedParent]
+
+
 class Angles(TypedDict):
     estimator: str
     median_angle_deg: float

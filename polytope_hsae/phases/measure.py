@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..data.corpus import Documents, context_ids, contexts, load_documents, padded_contexts, split_documents
+from ..data.corpus import Documents, context_ids, contexts, padded_contexts
 from ..evaluation.bootstrap import Evaluation
 from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
 from ..evaluation.firings import norm_metrics
@@ -20,7 +20,7 @@ from ..evaluation.structure import LabelledSample, evaluate_structure, labelled_
 from ..evaluation.words import TokenTexts
 from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
-from .run import Run
+from .run import Run, load_corpus
 
 SHOWN = (
     "ev", "ev_causal", "ev_logit", "ce_recovered", "kl", "l0",
@@ -94,16 +94,8 @@ class HeldOut:
     def __init__(self, run: Run, split: str):
         config = run.config
         self.split = split
-        documents = load_documents(
-            config.corpus.source,
-            config.corpus.path,
-            run.lm.tokenizer,
-            max_tokens=config.corpus.max_tokens,
-            context_length=config.corpus.context_length,
-            tokenizer_sha256=run.lm.tokenizer_sha256,
-        )
-        members = split_documents(documents.n_documents, config.corpus.split, config.run.seed)[split]
-        rows = contexts(documents, members, config.corpus.context_length)
+        documents, members = load_corpus(config, run.lm.tokenizer, run.lm.tokenizer_sha256)
+        rows = contexts(documents, members[split], config.corpus.context_length)
         rows = rows[rows[:, 2] >= 3]
         steering = config.eval.steering
         self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
@@ -153,6 +145,11 @@ def _measure(
         metrics = {f"{key}_own_slots": metric for key, metric in own_slots.result.metrics.items()}
         units = {f"{key}_own_slots": units for key, units in own_slots.result.units.items()}
         evaluation |= Evaluation(metrics, units)
+    if run.from_templates is not None:
+        # concepts that text has too few contexts of: a map and numbers of their own, never pooled with natural rows
+        templated = evaluate_concepts(sae, run.from_templates, run.concepts, **label, **common).result
+        metrics = {f"{key}_templated": metric for key, metric in templated.metrics.items()}
+        evaluation |= Evaluation(metrics, {f"{key}_templated": units for key, units in templated.units.items()})
     steered = evaluate_steering(
         sae,
         run.lm,
