@@ -92,14 +92,25 @@ class Metrics(TypedDict):
     """The metrics of one arm that are printed; there are more."""
 
     ev: Metric
+    ev_causal: Metric
+    ev_logit: Metric
     ce_recovered: Metric
+    kl: Metric
     l0: Metric
     purity: Metric
     leakage: Metric
     recall: Metric
+    split: Metric
+    absorb: Metric
+    absorb_with_children: Metric
     steering_leakage: Metric
+    edge_precision: Metric
+    edge_recall: Metric
+    child_given_parent: Metric
+    probe_min: Metric
     dead_parents: Metric
     dead_children: Metric
+    entropy: Metric
 
 
 class Target(TypedDict):

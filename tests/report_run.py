@@ -11,6 +11,8 @@ from polytope_hsae.report.read import RunFiles
 ARMS = ("baseline", "flat_topk", "teacher", "permuted_teacher")
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 OWN = {"ev": (0.6, 0.7, 0.58, 0.57), "purity": (0.2, 0.3, 0.5, 0.2), "leakage": (0.8, 0.7, 0.4, 0.8)}
+OTHERS = ("ev_causal", "ev_logit", "kl", "split", "absorb", "absorb_with_children", "probe_min", "entropy")
+OF_CHILDREN = ("dead_children", "edge_precision", "edge_recall", "child_given_parent")
 CHANCE = {"ev": 0.0, "purity": 0.25, "leakage": 0.75, "l0": None}
 
 
@@ -124,12 +126,16 @@ def hand_made() -> dict[str, Any]:
         found["l0"] = metric(8.0, 0.0)
         found["ce_recovered"] = metric(0.8, chance=0.0)
         found["dead_parents"] = metric(0.0, 0.0)
-        found["dead_children"] = metric(0.0, 0.0)
+        for name in OF_CHILDREN:
+            found[name] = metric(0.0, 0.0)
         found["recall"] = metric(0.5, chance=0.1 * place)
         found["steering_leakage"] = metric(0.4, chance=0.5)
+        for name in OTHERS:
+            found[name] = metric(0.1, chance=0.05)
         found["steering_unreached"] = metric(0.0, 0.0)
         arms[arm] = found
-    arms["flat_topk"]["dead_children"] = {**metric(None), "n": 0, "why": "a flat model has no children"}
+    for name in OF_CHILDREN:
+        arms["flat_topk"][name] = {**metric(None), "n": 0, "why": "a flat model has no children"}
     differences = {
         arm: {name: metric(round(values[place] - values[0], 9), 0.02) for name, values in OWN.items()}
         for place, arm in enumerate(ARMS)

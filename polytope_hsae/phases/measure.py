@@ -13,13 +13,21 @@ from torch import Tensor
 from ..data.corpus import Documents, context_ids, contexts, padded_contexts
 from ..evaluation.bootstrap import Evaluation
 from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
+from ..evaluation.firings import norm_metrics
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..evaluation.steering import evaluate_steering
+from ..evaluation.structure import LabelledSample, evaluate_structure, labelled_sample
 from ..evaluation.words import TokenTexts
+from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
 from .run import Run
 
-SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
+SHOWN = (
+    "ev", "ev_causal", "ev_logit", "ce_recovered", "kl", "l0",
+    "purity", "leakage", "recall", "split", "absorb", "absorb_with_children",
+    "steering_leakage", "edge_precision", "edge_recall", "child_given_parent", "probe_min",
+    "dead_parents", "dead_children", "entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,10 @@ def measure_models(
     """
     held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
+    sample = labelled_sample(
+        run.store, run.concepts, fold=split, shrinkage=run.config.geometry.shrinkage, seed=common["seed"], **labels(run)
+    )
+    sigma_dd = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
     of_language_model = evaluate_language_model(
         models,
         run.lm,
@@ -65,7 +77,11 @@ def measure_models(
         for done, (name, sae) in enumerate(models.items()):
             ticker(done, len(models))
             own = (teacher_parents or {}).get(name, ())
-            found[name] = _measure(run, sae, held_out, of_language_model[name], own, common)
+            evaluation = of_language_model[name] | Evaluation(norm_metrics(sae))
+            evaluation |= evaluate_reconstruction(
+                sae, run.store, split, run.train_moments[0], sigma_dd=sigma_dd, **common
+            )
+            found[name] = _measure(run, sae, held_out, sample, evaluation, own, common)
         ticker(len(models), len(models))
     return found
 
@@ -96,26 +112,32 @@ def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: i
     return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
 
 
+def labels(run: Run) -> dict[str, Any]:
+    """Which rows carry a concept, and how many of them a concept needs."""
+    options = run.config.concepts
+    return {
+        "label": run.label,
+        "vocab_size": run.lm.vocab_size,
+        "belief_threshold": options.belief_threshold,
+        "min_rows": options.min_test_rows,
+    }
+
+
 def _measure(
     run: Run,
     sae: SparseAutoencoder,
     held_out: HeldOut,
+    sample: LabelledSample,
     evaluation: Evaluation,
     teacher_parents: Sequence[int],
     common: Mapping[str, Any],
 ) -> Measured:
-    """Add to the language model's metrics all that one model has beside them."""
-    config, options = run.config, run.config.eval
-    evaluation |= evaluate_reconstruction(sae, run.store, held_out.split, run.train_moments[0], **common)
-    label: dict[str, Any] = {
-        "label": run.label,
-        "vocab_size": run.lm.vocab_size,
-        "fold": held_out.split,
-        "belief_threshold": config.concepts.belief_threshold,
-        "min_rows": config.concepts.min_test_rows,
-    }
+    """Add to the metrics of reconstruction all that concern concepts."""
+    options = run.config.eval
+    label = {**labels(run), "fold": held_out.split}
     concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
     evaluation |= concepts.result
+    evaluation |= evaluate_structure(sae, run.store, run.concepts, sample, concepts, **common)
     own_slots = None
     if teacher_parents:
         slots = np.full(run.concepts.n_parents, -1)
