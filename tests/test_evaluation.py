@@ -12,7 +12,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polytope_hsae import lm as lm_module
+from polytope_hsae import lm_edits
 from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.bootstrap import (
     Metric,
@@ -624,8 +624,8 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
         lambda module, args, output: lengths.append(args[0].shape[1])
     )
     runs = []
-    for plain in (lm_module._is_plain, lambda cache, length: False):
-        monkeypatch.setattr(lm_module, "_is_plain", plain)
+    for plain in (lm_edits._is_plain, lambda cache, length: False):
+        monkeypatch.setattr(lm_edits, "_is_plain", plain)
         lengths.clear()
         found = evaluate_steering(sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, **options)
         runs.append(found.records)

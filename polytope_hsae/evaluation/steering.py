@@ -31,6 +31,7 @@ from polytope_hsae.evaluation.bootstrap import (
 from polytope_hsae.evaluation.reconstruction import NO_HEAD
 from polytope_hsae.evaluation.words import significant
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+from polytope_hsae.lm_edits import LastPosition
 from polytope_hsae.models.base import SparseAutoencoder
 
 STEERING_METRICS = ("steering_leakage", "sibling_kl", "steering_unreached")
@@ -148,7 +149,7 @@ class _Steerer:
         # position 0 is left out: its norm is often that of an attention sink
         self.typical_norm = float(acts_MTd[:, 1:].norm(dim=-1).median())
         self.last_Md = acts_MTd[:, -1]
-        self.last = None if hook == FINAL_HOOK else lm.last_position(ids_MT, hook)
+        self.last = None if hook == FINAL_HOOK else LastPosition(lm, ids_MT, hook)
         self.before_MV = self._logits(torch.zeros_like(self.last_Md[None])).squeeze(0).double()
         self.log_total_M = self.before_MV.logsumexp(-1)
         self.probability_MV = self.before_MV.softmax(-1)
