@@ -206,3 +206,19 @@ def summarise(units: dict[str, Units], chance: Mapping[str, float | None], n: in
     """An Evaluation of every named units array, with its chance level where it has one."""
     metrics = {name: bootstrap_units(each, n, seed, chance.get(name)) for name, each in units.items()}
     return Evaluation(metrics, units)
+
+
+def bootstrap_quantile(
+    values: ArrayLike, q: float, n: int = 1000, seed: int = 0, chance: float | None = None
+) -> Metric:
+    """Quantile of values [U] with its interval; NaN marks a unit without a value, which is left out."""
+    values_U = np.asarray(values, dtype=np.float64)
+    values_U = values_U[np.isfinite(values_U)]
+    if not values_U.size:
+        return unavailable("no units with a value", chance)
+    value = float(np.quantile(values_U, q))
+    if values_U.size == 1:
+        return Metric(value, None, chance, 1, "no interval: one unit cannot be resampled")
+    draws_nU = np.random.default_rng(seed).integers(values_U.size, size=(n, values_U.size))
+    low, high = np.quantile(np.quantile(values_U[draws_nU], q, axis=1), _LEVELS)
+    return Metric(value, (float(low), float(high)), chance, values_U.size)
