@@ -12,7 +12,7 @@ class SteeringConfig(Block):
     contexts: Whole = Field(16, ge=1, description="Contexts that every concept is steered in.")
     context_length: Whole = Field(24, ge=4, description="Tokens per context.")
     max_concepts: Whole = Field(20, ge=1, description="Parents steered at most, evenly spaced in file order.")
-    max_children: Whole = Field(16, ge=1, description="Children of these steered at most, likewise.")
+    max_children: Whole = Field(8, ge=1, description="Children of these steered at most, likewise.")
     doses: list[Annotated[float, Field(gt=0)]] = Field([], description="Further rises, nats, for the dose-response.")
     layers: list[str] = Field([], description="Further hooks of the same width that directions are added at.")
 
