@@ -28,7 +28,8 @@ OF_CONCEPT = ("purity", "leakage", "recall")
 def run_phase4(run: Run) -> None:
     """Make phase4/, unless it is there already, and print the comparison and the targets."""
     folder = run.phase(4)
-    made = [run.activations / "manifest.json", run.phase(1) / "concepts.json", run.phase(1) / "evidence.json"]
+    of_phase1 = ("concepts.json", "teacher.safetensors", "evidence.json")
+    made = [run.activations / "manifest.json", *(run.phase(1) / name for name in of_phase1)]
     saved = {arm.name: run.arm_folder(arm.name) / "model" for arm in run.config.arms}
     inputs = run.hashes(*made, *(model / "model.safetensors" for model in saved.values()))
     outputs = [folder / name for name in OUTPUTS]
