@@ -149,3 +149,14 @@ class Steering(TypedDict):
 
     target_nats: float
     arms: dict[str, list[dict[str, Any]]]
+    grid: dict[str, list[dict[str, Any]]]
+
+
+class Interventions(TypedDict):
+    """interventions.json; `why` stands for what a model without an output head does not give."""
+
+    agreement: dict[str, Any]
+    target_nats: NotRequired[float]
+    ratio_invariance: NotRequired[dict[str, Any]]
+    targeting: NotRequired[dict[str, Any]]
+    why: NotRequired[str]

@@ -102,6 +102,31 @@ def steered(concept: int, number: int, leakage: float | None) -> dict[str, Any]:
     }
 
 
+def grid_cell(level: str, leakage: float | None, unreached: int = 0) -> dict[str, Any]:
+    """One level of steering.json's grid, injected at the run's hook and dose."""
+    place = {"level": level, "form": "inject", "hook": "model.layers.2", "target_nats": 0.5}
+    return {**place, "concepts": 2, "unreached": unreached, "steering_leakage": metric(leakage, chance=0.5)}
+
+
+def interventions() -> dict[str, Any]:
+    """interventions.json: the own directions keep ratios and hit their targets, the others do not."""
+    along = {"own": (0.05, 4.0), "other": (0.4, 0.5), "random": (0.3, 1.0)}
+    ratio = {
+        name: {"median": metric(kl, 0.01), "p90": metric(2 * kl, 0.01), "unreached": 1}
+        for name, (kl, _) in along.items()
+    }
+    targeted = {
+        name: {"median_ratio": metric(times), "share_above_threshold": metric(float(times > 3)), "unreached": 0}
+        for name, (_, times) in along.items()
+    }
+    return {
+        "target_nats": 0.5,
+        "ratio_invariance": {"thresholds": {"median": 0.1, "p90": 0.2}, **ratio},
+        "targeting": {"threshold": 3.0, "parents": targeted, "children": targeted},
+        "agreement": {"same_words": {name: metric(0.6) for name in ("cosine", "other_parents", "random")}},
+    }
+
+
 def train(arm: str) -> dict[str, Any]:
     """train.json of an arm."""
     budget = {"steps": 24, "tokens": 6144, "parameters": 1000, "flops_per_row": 100}
@@ -231,7 +256,14 @@ def hand_made() -> dict[str, Any]:
                 "teacher": [steered(0, 9, 0.1), steered(1, 3, None)],
                 "permuted_teacher": [steered(0, 9, None), steered(1, 3, None)],
             },
+            "grid": {
+                "baseline": [grid_cell("parent", 0.4), grid_cell("child", 0.3, unreached=1)],
+                "flat_topk": [],
+                "teacher": [grid_cell("parent", 0.1), grid_cell("child", None, unreached=2)],
+                "permuted_teacher": [grid_cell("parent", None, unreached=2)],
+            },
         },
+        "phase4/interventions.json": interventions(),
         "phase4/ablations.json": {
             "reference": "baseline",
             "differences": differences,
@@ -276,6 +308,7 @@ def run_files(files: dict[str, Any]) -> RunFiles:
         evidence=files["phase1/evidence.json"],
         results=files["phase4/results.json"],
         steering=files["phase4/steering.json"],
+        interventions=files["phase4/interventions.json"],
         ablations=files["phase4/ablations.json"],
         latents=files["phase4/latents.json"],
         store=files.get("activations/manifest.json"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polytope_hsae import lm as lm_module
+from polytope_hsae import lm_edits
 from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.bootstrap import (
     Metric,
@@ -30,12 +30,13 @@ from polytope_hsae.evaluation.concepts import (
     labelled_rows,
     map_concepts,
 )
+from polytope_hsae.evaluation.pushing import Search, evenly_spaced, solve_alpha
 from polytope_hsae.evaluation.reconstruction import (
     LM_METRICS,
     evaluate_reconstruction,
 )
 from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
-from polytope_hsae.evaluation.steering import STEERING_METRICS, Search, _select, evaluate_steering, solve_alpha
+from polytope_hsae.evaluation.steering import STEERING_METRICS, evaluate_steering
 from polytope_hsae.evaluation.targets import Thresholds, assess_targets, format_targets, verdict
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.codes import Codes
@@ -489,8 +490,8 @@ def test_alpha_is_found_for_known_effects():
     assert np.isnan(found.alpha_G).tolist() == [False, False, False, True, True, False]
     for c in (0, 1, 2, 5):
         assert functions[c](found.alpha_G[c]) == pytest.approx(3.0, abs=0.02)
-        assert found.measured_G3[c, 1] == 2 * found.alpha_G[c]
-    assert np.isnan(found.measured_G3[3]).all()
+        assert found.measured_GK[c, 1] == 2 * found.alpha_G[c]
+    assert np.isnan(found.measured_GK[3]).all()
     assert len(calls) <= 12
     assert calls[-1] < len(functions), "solved concepts leave the batch"
 
@@ -635,8 +636,8 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
         lambda module, args, output: lengths.append(args[0].shape[1])
     )
     runs = []
-    for plain in (lm_module._is_plain, lambda cache, length: False):
-        monkeypatch.setattr(lm_module, "_is_plain", plain)
+    for plain in (lm_edits._is_plain, lambda cache, length: False):
+        monkeypatch.setattr(lm_edits, "_is_plain", plain)
         lengths.clear()
         found = evaluate_steering(sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, **options)
         runs.append(found.records)
@@ -657,10 +658,10 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
 
 
 def test_the_steered_concepts_are_evenly_spaced_in_file_order():
-    assert _select([3, 5, 8, 9, 12], 3) == [3, 8, 12]
-    assert _select([3, 5, 8], 3) == _select([3, 5, 8], None) == [3, 5, 8]
-    assert _select(range(57), 20) == sorted(set(_select(range(57), 20)))
-    assert _select(range(57), 20)[-1] == 56
+    assert evenly_spaced([3, 5, 8, 9, 12], 3) == [3, 8, 12]
+    assert evenly_spaced([3, 5, 8], 3) == evenly_spaced([3, 5, 8], None) == [3, 5, 8]
+    assert evenly_spaced(range(57), 20) == sorted(set(evenly_spaced(range(57), 20)))
+    assert evenly_spaced(range(57), 20)[-1] == 56
 
 
 # targets

@@ -48,7 +48,7 @@ def test_every_artifact_is_there_and_nothing_else(finished):
     expected |= {f"activations/{name}" for name in shards}
     phase1 = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
     expected |= {f"phase1/{name}" for name in phase1}
-    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "ablations", "latents")}
+    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "interventions", "ablations", "latents")}
     for name in NAMES:
         place = folder_of(finished, name).relative_to(finished).as_posix()
         assert place.startswith("phase2" if name in ("baseline", "flat_topk") else "phase3")
@@ -123,6 +123,9 @@ def test_results_have_all_arms_and_all_five_targets(finished):
                 assert metric["why"] == "a flat model has no children"
             elif key in ("absorb", "absorb_with_children"):  # too few train rows for probes that hold elsewhere
                 assert metric["value"] is not None or metric["why"] == "the probes find no concept in these rows"
+            elif metric["value"] is None:  # a few steps of training reach few child concepts
+                assert key.startswith("child_"), (name, key, metric)
+                assert metric["why"] == "no units with a value"
             else:
                 assert metric["value"] is not None, (name, key, metric)
         assert metrics["purity"]["n"] >= 3
@@ -162,6 +165,18 @@ def test_results_have_all_arms_and_all_five_targets(finished):
                 assert sum(shares) <= 1.001
         effects = [record["effect"] for record in records if record["effect"] is not None]
         assert effects == pytest.approx([0.3] * len(effects), abs=0.05)
+    assert set(steering["children"]) == set(steering["grid"]) == set(NAMES)
+    for name, cells in steering["grid"].items():
+        assert [(cell["level"], cell["form"]) for cell in cells] == [
+            (level, form) for level in ("parent", "child") for form in ("inject", "override")
+        ]
+        for cell in cells[:1]:
+            assert cell["steering_leakage"]["value"] == results["arms"][name]["steering_leakage"]["value"]
+    interventions = read_json(finished / "phase4/interventions.json")
+    assert interventions["source"] == "tokens"
+    assert interventions["ratio_invariance"]["own"]["median"]["value"] < 0.1
+    cosine = interventions["agreement"]["same_words"]
+    assert cosine["cosine"]["value"] > cosine["other_parents"]["value"] > cosine["random"]["value"]
 
 
 def test_the_flat_model_has_the_baselines_l0_and_atoms(finished):
@@ -415,8 +430,7 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
     after = files(run)
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert after["phase4/results.json"] != before["phase4/results.json"]
-    for name in ("steering", "latents"):  # they have no intervals
-        assert after[f"phase4/{name}.json"][0] == before[f"phase4/{name}.json"][0]
+    assert after["phase4/latents.json"][0] == before["phase4/latents.json"][0]  # it has no intervals
     assert hsae("run", *changed, "--out", run).code == 0  # the folder is now this config's
     assert files(run) == after
 
@@ -432,7 +446,8 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
     assert answer.code == 0, answer.err
     after = files(run)
     for name in before:
-        kept = name.startswith(("activations", "phase1")) or name.endswith("model/config.json")
+        of_teacher = name == "phase4/interventions.json"  # it is about the teacher and the language model alone
+        kept = name.startswith(("activations", "phase1")) or name.endswith("model/config.json") or of_teacher
         assert (after[name][0] == before[name][0]) == kept, name
         assert not name.startswith(("activations", "phase1")) or after[name] == before[name]
 

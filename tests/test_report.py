@@ -4,7 +4,7 @@ import pytest
 from report_run import hand_made, metric, run_files, set_target, steered
 
 from polytope_hsae.report.hierarchy import answers
-from polytope_hsae.report.steering import steering_means
+from polytope_hsae.report.steering import interventions_table, steering_grid, steering_means
 from polytope_hsae.report.summary import summary
 from polytope_hsae.report.tables import arms_table, concepts_table, differences_table, evidence_summary, parents_table
 from polytope_hsae.report.targets import informative_passes, target_rows
@@ -226,3 +226,22 @@ def test_evidence_tables(files):
     assert animal["above"]
     assert not tool["above"]
     assert tool["cells"][4] == (None, "–")
+
+
+def test_steering_and_interventions_are_shown_beside_other_directions(files):
+    run = run_files(files)
+    grid = steering_grid(run)
+    assert grid["heads"] == ["baseline", "teacher", "permuted teacher"]
+    assert [name for name, _ in grid["rows"]] == [
+        "parent, direction added, +0.5 nats", "child, direction added, +0.5 nats"
+    ]  # fmt: skip
+    assert grid["rows"][0][1][:2] == ["0.400 (0.500); 0 of 2 not reached", "0.100 (0.500); 0 of 2 not reached"]
+    assert grid["rows"][1][1][1:] == ["– (0.500); 2 of 2 not reached", "–"]
+    table = dict(interventions_table(run)["rows"])
+    assert table["KL among a parent's words, median (published: below 0.1)"][0] == "0.050 (0.040 to 0.060)"
+    assert table["parents not reached"] == ["1 of 5"] * 3
+    assert table["children: share at 3 times or more"][0] == "100\u00a0%"
+    files["phase4/interventions.json"] = {"why": "no head", "agreement": {"why": "no head"}}
+    files["phase4/steering.json"]["grid"] = {}
+    assert interventions_table(run_files(files))["rows"] == []
+    assert steering_grid(run_files(files)) is None

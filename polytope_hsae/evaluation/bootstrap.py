@@ -175,9 +175,10 @@ def bootstrap_quantile(values: ArrayLike, place: float, chance: float | None = N
     """The `place` quantile (0.5: median) of values [U], with the interval that infinitely many resamples would give.
 
     The m-th smallest of U draws is at most the i-th smallest value as often as Binomial(U, i/U) reaches m: no draws are
-    needed, however many values there are.
+    needed, however many values there are. NaN marks a unit without a value, which is left out.
     """
-    sorted_U = np.sort(np.asarray(values, dtype=np.float64))
+    values_U = np.asarray(values, dtype=np.float64)
+    sorted_U = np.sort(values_U[np.isfinite(values_U)])
     n_units = sorted_U.size
     if n_units == 0:
         return unavailable("no units with a value", chance)

@@ -30,7 +30,7 @@ from ..data.corpus import load_documents
 from ..fileio import read_json, sha256_file, sha256_json, update_text, write_json, write_tensors
 from ..lm import LanguageModel
 from ..phases.phase1_teacher import run_phase1
-from ..phases.run import Run, use_device, keep_freed_memory, remove_leftovers
+from ..phases.run import Run, keep_freed_memory, remove_leftovers, use_device
 from ..provenance import dependencies
 from ..report.words import number
 from ..study.plan import places_removed

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..data.corpus import Documents, context_ids, contexts, padded_contexts
 from ..evaluation.bootstrap import Evaluation
-from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
+from ..evaluation.child_latents import map_children
+from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts, labelled_children
 from ..evaluation.firings import norm_metrics
+from ..evaluation.pushing import evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
-from ..evaluation.steering import evaluate_steering
+from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
 from ..evaluation.structure import LabelledSample, evaluate_structure, labelled_sample
 from ..evaluation.words import TokenTexts
 from ..geometry.causal import CausalGeometry
@@ -32,14 +34,14 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); the
-    record of its steering per concept.
+    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); its
+    steering.
     """
 
     evaluation: Evaluation
     concepts: ConceptEvaluation
     own_slots: ConceptEvaluation | None
-    steering: list[dict[str, Any]]
+    steering: SteeringEvaluation
 
 
 def measure_models(
@@ -159,12 +161,34 @@ def _measure(
         concepts.parents_Q,
         concepts.latent_P,
         held_out.steering_ids,
+        children=_children_to_steer(run, sae, concepts),
         target_nats=options.steering.target_nats,
+        doses=options.steering.doses,
+        layers=[run.lm.resolve_hook(layer) for layer in options.steering.layers],
         max_concepts=options.steering.max_concepts,
         text=TokenTexts(run.lm.tokenizer),
         **common,
     )
-    return Measured(evaluation | steered.result, concepts, own_slots, steered.records)
+    return Measured(evaluation | steered.result, concepts, own_slots, steered)
+
+
+def _children_to_steer(run: Run, sae: SparseAutoencoder, concepts: ConceptEvaluation) -> Steered:
+    """Children of the steered parents with enough train rows, the same for every model, and the model's latents."""
+    options, steering = run.config.concepts, run.config.eval.steering
+    train = labelled_children(
+        run.store,
+        "train",
+        run.concepts,
+        label=run.label,
+        fold="train",
+        vocab_size=run.lm.vocab_size,
+        belief_threshold=options.belief_threshold,
+    )
+    parents = evenly_spaced(concepts.parents_Q, steering.max_concepts)
+    rows_R = np.bincount(train.child_N, minlength=run.concepts.n_children)
+    enough_R = (rows_R >= options.min_test_rows) & np.isin(run.concepts.child_parent_R, parents)
+    children = evenly_spaced(np.flatnonzero(enough_R), steering.max_children)
+    return Steered(children, map_children(sae, run.store, run.concepts, train, children, concepts.latent_P))
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -171,6 +171,9 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         ),
         "sibling_kl": MetricWords("Shift among siblings", "KL among the parent's children, nats", DOWN),
         "steering_unreached": MetricWords("Not reached", "share of concepts that could not be pushed so far", DOWN),
+        "child_steering_leakage": MetricWords("Side effects, children", "KL off the child's own words, nats", DOWN),
+        "child_sibling_kl": MetricWords("Shift among a child's siblings", "KL among the siblings, nats", DOWN),
+        "child_steering_unreached": MetricWords("Not reached, children", "the same share of child concepts", DOWN),
     },
 }
 OWN_SLOTS = "Concepts, each read from the teacher's own slot"
