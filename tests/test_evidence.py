@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polytope_hsae.geometry import evidence, statistics
+from polytope_hsae.geometry import controls, evidence, orthogonality, statistics
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ConceptEstimator
 
@@ -197,7 +197,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="1 without words"):
         statistics.concept_words([[], [[1]]], [0, 0], lambda ids: torch.zeros(len(ids), 2))
     with pytest.raises(ValueError, match="more parents than children"):
-        evidence.pseudo_parents(CHILD_WORDS[:5], [0, 0, 0, 1, 1])
+        controls.pseudo_parents(CHILD_WORDS[:5], [0, 0, 0, 1, 1])
     rows = torch.eye(4)
     with pytest.raises(ValueError, match="names: found 1 parents and 0 children, allowed: 1 and 1"):
         evidence.collect_evidence(rows, CausalGeometry(rows), [[[1]]], [0], [1], parent_names=["a"], child_names=[])
@@ -212,7 +212,7 @@ def test_halves_split_every_child() -> None:
     child = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 0])
     sizes = set()
     for seed in range(20):
-        half = statistics.halve_words(child, seed)
+        half = orthogonality.halve_words(child, seed)
         assert half[child == 1].sum() == 2
         sizes.add(int(half[child == 0].sum()))
     assert sizes == {2, 3}
@@ -220,14 +220,14 @@ def test_halves_split_every_child() -> None:
 
 def test_pseudo_parents_take_other_parents_children() -> None:
     owner = {child[0][0]: parent for child, parent in zip(CHILD_WORDS, CHILD_PARENT, strict=True)}
-    pseudo = evidence.pseudo_parents(CHILD_WORDS, CHILD_PARENT, seed=1)
+    pseudo = controls.pseudo_parents(CHILD_WORDS, CHILD_PARENT, seed=1)
     for parent in range(N_PARENTS):
         rows = [row for row, p in enumerate(CHILD_PARENT) if p == parent]
         owners = {owner[pseudo[row][0][0]] for row in rows}
         assert len(owners) == N_CHILDREN
         assert parent not in owners
     uneven = [[[c]] * (1 if c < 10 else 9) for c in range(20)]
-    drawn = evidence.pseudo_parents(uneven, list(range(20)), seed=0)
+    drawn = controls.pseudo_parents(uneven, list(range(20)), seed=0)
     assert [len(words) for words in drawn] == [len(words) for words in uneven]
 
 
