@@ -1,6 +1,6 @@
 """How often is the decision on a hierarchy right? Worlds in which the answer is known (docs/method.md, section 3).
 
-    python benchmarks/worlds.py --out FOLDER [--draws 200] [--curve-draws 50] [--workers 2]
+    python benchmarks/worlds.py --out FOLDER [--draws 200] [--curve-draws 40] [--workers 2]
 
 Writes worlds.json, worlds.md and worlds.svg: the share of draws in which `hierarchy_decision` calls a hierarchy, world
 by world at one signal, and as a curve over signals. Draws have the seeds 0 to DRAWS - 1; the rule was chosen on seeds
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--curve-draws", type=int, default=50)
+    parser.add_argument("--curve-draws", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     main_jobs = list(product(WORLDS, [SIGNAL], range(options.draws)))

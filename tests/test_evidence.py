@@ -16,6 +16,7 @@ from polytope_hsae.geometry.estimators import ConceptEstimator
 WIDTH, VOCAB = 128, 3000
 N_PARENTS, N_CHILDREN, N_WORDS = 20, 5, 8
 CHILD_PARENT = [p for p in range(N_PARENTS) for _ in range(N_CHILDREN)]
+CONTROLS = ("shuffled_rows", "pseudo_parents", "random_parent", "permuted_words")
 NAMES: dict[str, Any] = {
     "parent_names": [f"p{p}" for p in range(N_PARENTS)],
     "child_names": [f"c{c}" for c in range(N_PARENTS * N_CHILDREN)],
@@ -51,13 +52,13 @@ def world(kind: str) -> Tensor:
 def collected(kind: str, **options: Any) -> dict[str, Any]:
     rows = world(kind)
     geometry = CausalGeometry(rows, metric="identity")
-    options = {"permutations": 200, "bootstrap": 100, "halvings": 10, **options}
+    options = {"permutations": 200, "bootstrap": 100, "halvings": 10, "controls": (), **options}
     return evidence.collect_evidence(rows, geometry, CHILD_WORDS, CHILD_PARENT, POOL, **NAMES, **options)
 
 
 @pytest.fixture(scope="module")
 def hierarchy() -> dict:
-    return collected("hierarchy")
+    return collected("hierarchy", controls=CONTROLS)
 
 
 def test_hierarchy_is_found(hierarchy: dict) -> None:
@@ -104,8 +105,63 @@ def test_controls_lose_the_hierarchy(hierarchy: dict) -> None:
     assert gaussian["fraction_z_above_3"] <= 0.05
 
 
+def test_every_kind_of_evidence_is_there_and_each_control_loses_what_it_must(hierarchy: dict) -> None:
+    main = hierarchy["main"]
+    assert main["signal"]["child_auroc"]["median"] > 0.9
+    assert main["signal"]["parent_auroc"]["median"] > 0.9
+    assert main["signal"]["parent_reliability"] > 0.9
+    assert main["fraction_delta_q_below_05"] > 0.95
+    assert main["median_dealt_z"] > 5
+    assert main["polytopes"]["barycentric_accuracy"]["median"] > 0.5
+    assert main["polytopes"]["hull_auroc"]["median"] > 0.9
+    assert main["decision"]["hierarchy"] is True
+    for control in CONTROLS:
+        assert hierarchy[control]["decision"]["hierarchy"] is False, control
+    shuffled, pseudo = hierarchy["shuffled_rows"], hierarchy["pseudo_parents"]
+    assert abs(shuffled["signal"]["child_auroc"]["median"] - 0.5) < 0.05
+    assert abs(shuffled["polytopes"]["barycentric_accuracy"]["median"] - 1 / N_CHILDREN) < 0.05
+    assert abs(shuffled["polytopes"]["hull_auroc"]["median"] - 0.5) < 0.05
+    assert shuffled["fraction_delta_q_below_05"] == 0
+    # Pseudo-parents have real children: these differ from each other, but share nothing.
+    assert pseudo["signal"]["child_auroc"]["median"] > 0.9
+    assert pseudo["fraction_delta_q_below_05"] > 0.95
+    assert pseudo["polytopes"]["gram_cv"]["median"] > 2 * main["polytopes"]["gram_cv"]["median"]
+    # A random parent knows nothing of another's words, and every child differs from it.
+    random_parent = hierarchy["random_parent"]
+    assert abs(random_parent["signal"]["parent_auroc"]["median"] - 0.5) < 0.1
+    assert random_parent["fraction_delta_q_below_05"] > 0.95
+    assert random_parent["median_beta"] is None
+    assert random_parent["why"].startswith("beta, omega")
+    permuted = hierarchy["permuted_words"]
+    assert permuted["fraction_delta_q_below_05"] == 0
+    assert abs(permuted["median_dealt_z"]) < 1
+
+
+def test_other_metrics_stand_beside_the_main_one() -> None:
+    names = ("identity", "diagonal", "random", "residual_covariance")
+    found = collected("hierarchy", controls=names, permutations=100, halvings=2)
+    assert json.dumps(found["identity"]) == json.dumps(found["main"])  # the main metric of these tests
+    for name in ("diagonal", "random"):
+        assert found[name]["fraction_z_above_3"] == 1.0
+        assert found[name]["median_z"] != found["main"]["median_z"]
+    assert found["residual_covariance"]["why"] == "needs the covariance of activations of the final residual"
+    rows = world("hierarchy")
+    covariance = torch.diag(torch.linspace(1, 2, WIDTH, dtype=torch.float64))
+    made = controls.variant(
+        "residual_covariance",
+        controls.Variant(ConceptEstimator(rows, CausalGeometry(rows, 0.0)), CHILD_WORDS),
+        CHILD_PARENT,
+        activation_covariance=covariance,
+    )
+    assert isinstance(made, controls.Variant)
+    g = made.estimate.rows([3, 4])
+    centred = rows[[3, 4]] - rows.mean(0)
+    torch.testing.assert_close(g @ g.T, centred @ covariance @ centred.T)
+
+
 def test_evidence_is_json_and_deterministic(hierarchy: dict) -> None:
-    assert json.dumps(hierarchy, allow_nan=False) == json.dumps(collected("hierarchy"), allow_nan=False)
+    assert json.dumps(hierarchy["main"], allow_nan=False) == json.dumps(collected("hierarchy")["main"], allow_nan=False)
+    json.dumps(hierarchy, allow_nan=False)
     assert hierarchy["null"] == "words"
 
 

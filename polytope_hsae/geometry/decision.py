@@ -30,7 +30,7 @@ def hierarchy_decision(
     the mean over parents is below ln(1.25)^2 (one-sided, Student's t).
 
     Returns `hierarchy`, `alpha` and `tests`: per test `passes`, what was compared with what, and `why` where
-    nothing could be tested, which does not pass.
+    nothing could be tested, which does not pass; the first such `why` also beside them.
     """
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha: found {alpha}, allowed: above 0 and below 0.5")
@@ -43,7 +43,9 @@ def hierarchy_decision(
         "omega": _below(parents["omega"], alpha),
         "kappa": _below(parents["kappa"], alpha),
     }
-    return {"hierarchy": all(test["passes"] for test in tests.values()), "alpha": alpha, "tests": tests}
+    untested = [f"{name}: {test['why']}" for name, test in tests.items() if "why" in test]
+    decision = {"hierarchy": all(test["passes"] for test in tests.values()), "alpha": alpha, "tests": tests}
+    return {**decision, "why": untested[0]} if untested else decision
 
 
 def partial_conjunction(p_values: Floats, share: float = 0.5) -> float:

@@ -38,21 +38,20 @@ def frequency_order(vocab_size: int, counts: Tensor | None) -> np.ndarray:
     return np.argsort(-counts.cpu().numpy(), kind="stable")
 
 
-def matched_tokens(
-    tokens: Sequence[int], order_V: np.ndarray, generator: np.random.Generator, n: int = MATCHED
-) -> np.ndarray:
-    """For each token, n different tokens at random of the 200 next to it in frequency, none of them in `tokens`.
+def matched_tokens(tokens: Sequence[int], order_V: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """For each token, m different tokens at random of the 200 next to it in frequency, none of them in `tokens`.
 
-    Returns ids [tokens, n]. Raises ValueError where the vocabulary is too small.
+    Returns ids [n, m]; m is 20, or half of what a small vocabulary has beside `tokens`. ValueError where that is 0.
     """
     free_V = order_V[~np.isin(order_V, tokens)]
-    if len(free_V) < 2 * n:
-        raise ValueError(f"vocabulary: found {len(free_V)} tokens outside the concept, allowed: at least {2 * n}")
+    m = min(MATCHED, len(free_V) // 2)
+    if m == 0:
+        raise ValueError(f"vocabulary: found {len(free_V)} tokens outside the concept, allowed: at least 2")
     rank_V = np.empty_like(order_V)
     rank_V[order_V] = np.arange(len(order_V))
     at_n = np.searchsorted(rank_V[free_V], rank_V[np.asarray(tokens)])
     low_n = np.clip(at_n - NEIGHBOURS, 0, max(0, len(free_V) - 2 * NEIGHBOURS))
-    return np.stack([generator.choice(free_V[low : low + 2 * NEIGHBOURS], n, replace=False) for low in low_n])
+    return np.stack([generator.choice(free_V[low : low + 2 * NEIGHBOURS], m, replace=False) for low in low_n])
 
 
 def concept_signal(
@@ -61,7 +60,7 @@ def concept_signal(
     child_words: ChildWords,
     order_V: np.ndarray,
     *,
-    halvings: int = 4,
+    halvings: int = 2,
     seed: int = 0,
     reference: Sequence[int] | None = None,
 ) -> Signal:

@@ -34,8 +34,8 @@ class WorldSize:
     children: int = 6
     words: int = 8
     background: int = 1000
-    permutations: int = 300
-    halvings: int = 10
+    permutations: int = 200
+    halvings: int = 4
 
 
 def draw_world(name: str, signal: float, size: WorldSize, seed: int) -> tuple[ConceptWords, Tensor]:
