@@ -49,6 +49,14 @@ class Angles(TypedDict):
 Columns = dict[str, list[str | int | float | None]]
 
 
+class Decision(TypedDict):
+    """Whether a hierarchy with orthogonal differences was shown, and by which tests."""
+
+    hierarchy: bool
+    alpha: float
+    tests: dict[str, dict[str, Any]]
+
+
 class Hierarchy(TypedDict):
     """What evidence.json says of WordNet's parents."""
 
@@ -58,6 +66,7 @@ class Hierarchy(TypedDict):
     fraction_z_above_3: float | None
     median_beta: float | None
     beta_ci95: Interval | None
+    decision: NotRequired[Decision]  # runs of earlier versions have none
 
 
 class Control(TypedDict, total=False):

@@ -12,6 +12,7 @@ import torch
 from running import ARMS, SMOKE, TEACHER_ARMS, contents, copy, files, hsae, refused, start
 
 from polytope_hsae.fileio import read_json, read_tensors
+from polytope_hsae.geometry import controls
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.training.trainer import HSAETrainer
@@ -94,13 +95,19 @@ def test_phase_1_files_have_their_fields(finished):
     assert {"child_names", "form", "estimator", "metric", "shrinkage", "model", "hook", "folds"} <= set(metadata)
 
     evidence = read_json(finished / "phase1/evidence.json")
-    for part in ("main", "shuffled_rows", "pseudo_parents"):
+    for part in ("main", *controls.CONTROLS, *controls.METRICS):
         assert set(evidence[part]) >= {
             "parents", "children", "fraction_z_above_3", "median_z", "fraction_q_below_05", "median_beta", "beta_ci95",
-            "beta_inside", "omega", "omega_ci95", "angles",
-        }  # fmt: skip
-    of_parents = ["name", "n_children", "s_p", "z", "p", "q", "omega"]
-    of_children = ["name", "parent", "beta", "angle_deg"]
+            "beta_inside", "omega", "omega_ci95", "kappa", "kappa_ci95", "median_dealt_z", "fraction_delta_q_below_05",
+            "median_delta_z", "signal", "polytopes", "angles", "decision",
+        }, part  # fmt: skip
+    of_parents = ["name", "n_children", "s_p", "z", "p", "q", "dealt_z", "dealt_p", "dealt_q", "omega", "kappa",
+                  "auroc", "reliability", "gram_cv", "edge_cv", "barycentric_accuracy", "chance",
+                  "hull_auroc"]  # fmt: skip
+    of_children = ["name", "parent", "beta", "delta_squared", "delta_z", "delta_p", "delta_q", "auroc", "reliability",
+                   "angle_deg"]  # fmt: skip
+    assert evidence["matched_by"] == "corpus counts"
+    assert evidence["residual_covariance"]["signal"]["child_auroc"]["median"] > 0.5
     for table, fields, size in (("parents", of_parents, Q), ("children", of_children, R)):
         columns = evidence["main"][table]
         assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(fields, size)

@@ -204,6 +204,17 @@ def test_the_hierarchy_is_answered_part_by_part(files):
     assert [one.answer for one in answers(run_files(files))] == ["no", "not testable", "not tested"]
 
 
+def test_the_decision_says_what_failed(files):
+    tests = {"shared_parent": {"passes": True}, "omega": {"passes": False}, "kappa": {"passes": False, "why": "few"}}
+    found = {"hierarchy": False, "alpha": 0.01, "tests": tests, "why": "kappa: few"}
+    files["phase1/evidence.json"]["main"]["decision"] = found
+    said = answers(run_files(files))[2]
+    assert (said.question, said.answer) == ("Is a hierarchy with orthogonal differences shown at level 0.01?", "no")
+    assert said.why == "Passed: shared parent. Not passed: ω and κ. Not tested: kappa: few."
+    found.update(hierarchy=True, tests={"omega": {"passes": True}})
+    assert answers(run_files(files))[2].answer == "yes"
+
+
 def test_a_control_with_another_beta_supports_right_angles(files):
     children = {"parent": [0, 1, 2, 3, 4], "beta": [2.0] * 5}
     control = {"children": children, "median_beta": 2.0, "beta_ci95": [1.9, 2.1]}
@@ -218,6 +229,9 @@ def test_evidence_tables(files):
     found = evidence_summary(run_files(files))
     assert [row["share"] for row in found["rows"]] == ["50\u00a0%", "0\u00a0%", "0\u00a0%"]
     assert [row["note"] for row in found["rows"]] == [None, 1, 1]
+    few = {**dict.fromkeys(("fraction_z_above_3", "median_z", "median_beta", "omega")), "why": "too few parents"}
+    files["phase1/evidence.json"]["residual_covariance"] = few
+    assert evidence_summary(run_files(files))["rows"][-1]["title"] == "covariance of activations"
     animal, tool = parents_table(run_files(files))
     assert dict(zip(("children", "s", "z", "q", "beta", "omega", "angle"), animal["cells"], strict=True))["beta"] == (
         1.0,

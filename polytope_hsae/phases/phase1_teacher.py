@@ -55,7 +55,7 @@ def run_phase1(run: Run) -> None:
     geometry = token_geometry(run)
     geometry.save(folder / "geometry.safetensors")
     make_teacher(run, concepts, store, geometry).save(folder / "teacher.safetensors")
-    evidence = make_evidence(run, concepts, geometry)
+    evidence = make_evidence(run, concepts, store, geometry)
     write_json(folder / "evidence.json", evidence)
     run.say(f"phase 1: {summary(evidence)}")
     run.finish(1, inputs, started)
@@ -234,7 +234,7 @@ def class_statistics(
     return stats
 
 
-def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dict[str, object]:
+def make_evidence(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> dict[str, object]:
     """The statistics of the hierarchy with their controls, from all words."""
     words, child_parent = concept_words(concepts)
     options = run.config.concepts
@@ -251,9 +251,21 @@ def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dic
         estimator=run.config.geometry.estimator,
         permutations=run.config.geometry.permutations,
         seed=run.config.run.seed,
+        counts=torch.bincount(store.column("train", "token").long(), minlength=run.lm.vocab_size),
+        activation_covariance=final_covariance(run, store),
     )
     embedding = "unembedding" if run.lm.has_head else "input embeddings (the model has no output head)"
     return {"model": run.lm.name, "rows_of": embedding, **evidence}
+
+
+def final_covariance(run: Run, store: ActivationStore) -> Tensor | None:
+    """Covariance [d, d] of the train rows that the unembedding reads; None at an inner hook, whose rows it does not."""
+    if not run.at_final_residual:
+        return None
+    scatter = ActivationClassStats(1, store.width)
+    for acts, _ in store.batches("train", 8192):
+        scatter.update(acts, torch.full((len(acts),), -1))
+    return scatter.within_covariance()
 
 
 def summary(evidence: dict[str, Any]) -> str:
@@ -264,7 +276,11 @@ def summary(evidence: dict[str, Any]) -> str:
     line = f"shared-parent z > 3 for {strong:.0%} of parents ({chance:.0%} with shuffled rows)"
     beta = f"none ({main['why']})" if main["median_beta"] is None else f"{main['median_beta']:.2f}"
     interval = "" if main["median_beta"] is None else " [{:.2f}, {:.2f}]".format(*main["beta_ci95"])
-    return f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
+    found = main["decision"]
+    failed = [name for name, test in found["tests"].items() if not test["passes"]]
+    decision = f"not shown ({found.get('why', ', '.join(failed))})" if failed else "shown"
+    line = f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
+    return f"{line}; a hierarchy with orthogonal differences: {decision}"
 
 
 def metric_file(run: Run) -> Path:
