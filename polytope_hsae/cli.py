@@ -20,6 +20,7 @@ from .completion import complete_config, complete_field
 from .config import Config, load_config
 from .findings.commands import app as findings_app
 from .study.commands import app as study_app
+from .study.synthetic.commands import app as synthetic_app
 from .units import size
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(study_app, name="study")
 app.add_typer(findings_app, name="findings")
+app.add_typer(synthetic_app, name="synthetic")
 
 
 class Split(StrEnum):
