@@ -47,7 +47,7 @@ def test_every_artifact_is_there_and_nothing_else(finished):
     shards = [shard["file"] for shard in read_json(finished / "activations/manifest.json")["shards"]]
     expected = {"config.yaml", "provenance.json", "metrics.jsonl", "activations/manifest.json"}
     expected |= {f"activations/{name}" for name in shards}
-    phase1 = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    phase1 = ("concepts.json", "checks.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
     expected |= {f"phase1/{name}" for name in phase1}
     expected |= {f"phase4/{name}.json" for name in ("results", "steering", "interventions", "ablations", "latents")}
     for name in NAMES:
