@@ -7,13 +7,12 @@ Shapes: N labelled rows, R child concepts, C children per parent of the model, K
 """
 
 import numpy as np
-import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.evaluation.concepts import IntArray, LabelledChildren, SparseActivations, auroc_matrix
+from polytope_hsae.evaluation.concepts import LabelledChildren, auroc_matrix
+from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
 from polytope_hsae.models.base import SparseAutoencoder
 
 
@@ -34,9 +33,9 @@ def map_children(
     wanted = np.isin(owner_R[train.child_N], owner_R[children])
     row_N, child_N = train.row_N[wanted], train.child_N[wanted]
     latent_R = np.full(concepts.n_children, -1, dtype=np.int64)
-    codes = _codes(sae, store, row_N)
+    parents, codes, _ = row_codes(sae, store, "train", row_N)
     if not sae.n_children:
-        _assign(codes, child_N, np.unique(child_N), np.arange(sae.n_parents), latent_R)
+        _assign(parents, child_N, np.unique(child_N), np.arange(sae.n_parents), latent_R)
         return latent_R[children]
     for parent in np.unique(owner_R[children]):
         latent = latent_P[parent]
@@ -60,25 +59,3 @@ def _assign(
     auroc_QL = auroc_matrix(acts, np.searchsorted(present, child_N), len(present))
     chosen, latents = linear_sum_assignment(auroc_QL, maximize=True)
     latent_R[present[chosen]] = numbers_L[latents]
-
-
-@torch.no_grad()
-def _codes(
-    sae: SparseAutoencoder, store: ActivationStore, row_N: IntArray, batch_size: int = 4096
-) -> SparseActivations:
-    """The child codes of the given train rows, index flat, parent * C + child; of a flat model its latents' codes."""
-    device = sae.write_directions().device
-    index: list[Tensor] = []
-    value: list[Tensor] = []
-    for rows_B in torch.from_numpy(row_N).split(batch_size):
-        codes = sae.encode(store.acts("train", rows_B).to(device))
-        found = (codes.child_index, codes.child_value) if sae.n_children else codes[:2]
-        index.append(found[0].cpu())
-        value.append(found[1].float().cpu())
-    slots = max((part.shape[1] for part in index), default=0)  # batches of some models differ in it
-    pad = torch.nn.functional.pad
-    index_NK, value_NK = (
-        torch.cat([pad(part, (0, slots - part.shape[1])) for part in parts]) if parts else torch.zeros(0, 1)
-        for parts in (index, value)
-    )
-    return SparseActivations(index_NK.long().numpy(), value_NK.numpy(), sae.n_parents * max(sae.n_children, 1))

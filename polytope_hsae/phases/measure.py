@@ -174,19 +174,13 @@ def _measure(
 
 def _children_to_steer(run: Run, sae: SparseAutoencoder, concepts: ConceptEvaluation) -> Steered:
     """Children of the steered parents with enough train rows, the same for every model, and the model's latents."""
-    options, steering = run.config.concepts, run.config.eval.steering
-    train = labelled_children(
-        run.store,
-        "train",
-        run.concepts,
-        label=run.label,
-        fold="train",
-        vocab_size=run.lm.vocab_size,
-        belief_threshold=options.belief_threshold,
-    )
+    steering = run.config.eval.steering
+    label = labels(run)
+    min_rows = label.pop("min_rows")
+    train = labelled_children(run.store, "train", run.concepts, fold="train", **label)
     parents = evenly_spaced(concepts.parents_Q, steering.max_concepts)
     rows_R = np.bincount(train.child_N, minlength=run.concepts.n_children)
-    enough_R = (rows_R >= options.min_test_rows) & np.isin(run.concepts.child_parent_R, parents)
+    enough_R = (rows_R >= min_rows) & np.isin(run.concepts.child_parent_R, parents)
     children = evenly_spaced(np.flatnonzero(enough_R), steering.max_children)
     return Steered(children, map_children(sae, run.store, run.concepts, train, children, concepts.latent_P))
 
