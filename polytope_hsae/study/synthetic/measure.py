@@ -12,7 +12,7 @@ from ...config import FlatConfig, HSAEConfig
 from ...evaluation.synthetic.counts import Counts, count, decoders
 from ...evaluation.synthetic.edges import cofiring, edge_scores, forest, structure, two_level_bound
 from ...evaluation.synthetic.recovery import detection, match, recovery
-from ...evaluation.synthetic.rows import SyntheticStream, draw
+from ...evaluation.synthetic.rows import BATCHES_AT_ONCE, SyntheticStream, draw
 from ...evaluation.synthetic.world import World
 from ...models.base import SparseAutoencoder
 from ...models.hsae import HierarchicalSAE
@@ -60,6 +60,7 @@ def run_once(study: SyntheticStudy, run: SyntheticRun, device: str, workers: int
         "rows": rows,
         "train_seconds": round(seconds, 2),
         "rows_per_second": round(rows / seconds) if rows else None,
+        "drawn_per_second": drawing_speed(world, study.batch_size),
         "peak_bytes": peak.record(),
         "config": made.model_dump(mode="json", exclude_defaults=True),
         "world_l0": round(float(world.rate_N.sum()), 4),
@@ -75,6 +76,16 @@ def run_once(study: SyntheticStudy, run: SyntheticRun, device: str, workers: int
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     return record
+
+
+def drawing_speed(world: World, batch_size: int) -> int:
+    """Rows per second of the stream by itself, after a first draw."""
+    stream, draws = SyntheticStream(world, batch_size), 4
+    stream.next()
+    begun = synchronised(str(world.device))
+    for _ in range(draws * BATCHES_AT_ONCE):
+        stream.next()
+    return round(draws * BATCHES_AT_ONCE * batch_size / (synchronised(str(world.device)) - begun))
 
 
 def sample(study: SyntheticStudy, world: World, part: str) -> list[Tensor]:

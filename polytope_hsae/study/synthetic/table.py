@@ -106,8 +106,8 @@ def _markdown(columns: Columns, records: dict[str, list[Any]]) -> list[str]:
 
 
 def _speed(records: dict[str, list[Any]]) -> list[str]:
-    """Rows per second with the drawing of rows, of as many runs at once as the record says."""
-    header = ["arm", "parameters", "rows", "rows/s", "training, s", "runs at once", "peak GiB"]
+    """Rows per second with the drawing of rows, and of the drawing alone, at as many runs at once as are said."""
+    header = ["arm", "parameters", "rows", "rows/s", "drawing alone", "training, s", "runs at once", "peak GiB"]
     rows = []
     for name, found in records.items():
         peak = found[0]["peak_bytes"]["value"]
@@ -117,6 +117,7 @@ def _speed(records: dict[str, list[Any]]) -> list[str]:
                 f"{found[0]['parameters']:,}",
                 f"{found[0]['rows']:,}",
                 _mean(found, ("rows_per_second",), 0),
+                _mean(found, ("drawn_per_second",), 0),
                 _mean(found, ("train_seconds",), 1),
                 listed(sorted({str(record["workers"]) for record in found})),
                 DASH if peak is None else f"{peak / 2**30:.1f}",
