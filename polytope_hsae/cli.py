@@ -20,6 +20,7 @@ from .completion import complete_config, complete_field
 from .config import Config, load_config
 from .findings.commands import app as findings_app
 from .study.commands import app as study_app
+from .study.synthetic.commands import app as synthetic_app
 from .units import size
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(study_app, name="study")
 app.add_typer(findings_app, name="findings")
+app.add_typer(synthetic_app, name="synthetic")
 
 
 class Split(StrEnum):
@@ -202,22 +204,29 @@ def concepts_command(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The tree of parents and children with their words, for the config's tokenizer or a finished run."""
+    """The tree of parents and children with their words and checks of the splits, for a config or a finished run."""
+    from .data.check_table import format_checks
     from .data.concepts import Concepts, format_tree
     from .fileio import read_json
-    from .lm_loading import load_tokenizer
-    from .phases.phase1_teacher import make_concepts
+    from .lm_loading import load_tokenizer, tokenizer_sha256
+    from .phases.phase1_teacher import make_checks, make_concepts
+    from .phases.run import load_corpus
 
+    loaded = load_config(config, overrides)
+    model = loaded.model
+    tokenizer = load_tokenizer(model.name, revision=model.revision)
     made = out / "phase1" / "concepts.json" if out is not None else None
     if made is not None and made.is_file():
         concepts = Concepts.from_json(read_json(made))
     else:
-        loaded = load_config(config, overrides)
-        concepts = make_concepts(loaded, load_tokenizer(loaded.model.name, revision=loaded.model.revision))
+        concepts = make_concepts(loaded, tokenizer)
+    corpus = load_corpus(loaded, tokenizer, tokenizer_sha256(model.name, revision=model.revision))
+    checks, _ = make_checks(loaded, tokenizer, concepts, *corpus)
     if as_json:
-        _print_json(concepts.to_json())
+        _print_json({**concepts.to_json(), "checks": checks})
     else:
         Console().print(format_tree(concepts))
+        Console().print(format_checks(checks))
 
 
 @app.command("import-jax")

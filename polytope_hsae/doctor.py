@@ -24,6 +24,7 @@ DISTRIBUTION = "polytope-hsae"
 IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # where they differ from the package's name
 EXTRAS = {
     "data": "hub datasets and Parquet files",
+    "wordnet": "concepts.wordnet: nltk",
     "wandb": "tracking.wandb",
     "tensorboard": "tracking.tensorboard",
 }
@@ -169,7 +170,7 @@ def disk(folder: Path) -> Check:
 
 
 def assets(folder: Path) -> Check:
-    """The packaged language model, tokens and nouns against the checksums in assets/SHA256SUMS."""
+    """The packaged language model, tokens, nouns and verbs against the checksums in assets/SHA256SUMS."""
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     damaged = []
     for digest, name in (line.split() for line in lines):

@@ -95,6 +95,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     return _load_tokenizer(source)
 
 
+def tokenizer_sha256(name: str, *, revision: str | None = None) -> str | None:
+    """SHA-256 of the tokenizer.json of a hub id, a folder or a packaged model; None where it has no such file."""
+    return _tokenizer_file_sha256(_Source(name, revision))
+
+
 class _Source:
     """A model's name, the folder that it stands for (None: it is on the hub), and how to ask transformers for it."""
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -12,9 +13,10 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from polytope_hsae.data.concepts import FOLDS, Concepts, build_concepts, format_tree, split_words, word_tokens
+from polytope_hsae.data.concepts import FOLDS, Concepts, build_concepts, format_tree, split_words
 from polytope_hsae.data.ontology import select_parents
 from polytope_hsae.data.wordnet import WordNet, load_wordnet, word_forms
+from polytope_hsae.data.words import word_tokens
 
 ANIMALS = {
     "bird": ["robin", "goose", "crow"],
@@ -133,6 +135,35 @@ def test_word_forms() -> None:
     assert [form for _, form in word_forms("doe")] == ["doe", "Doe"]  # `does` is a function word
 
 
+def test_verb_forms() -> None:
+    def forms(word: str) -> set[str]:
+        return {form for _, form in word_forms(word, "verb") if form[0].islower()}
+
+    assert word_forms("jump", "verb")[:2] == [(0, "jump"), (1, "Jump")]
+    assert forms("jump") == {"jump", "jumps", "jumping", "jumped"}
+    assert forms("run") == {"run", "runs", "running", "ran"}
+    # an irregular form takes the regular one's place: `hoped` and `hoping` belong to hope
+    assert forms("hop") == {"hop", "hops", "hopping", "hopped"}
+    assert forms("hope") == {"hope", "hopes", "hoping", "hoped"}
+    assert forms("try") == {"try", "tries", "trying", "tried"}
+    assert forms("tie") == {"tie", "ties", "tying", "tied"}
+    assert forms("see") == {"see", "sees", "seeing", "saw", "seen"}
+    assert forms("go") == {"go", "goes", "going", "went", "gone"}
+
+
+def test_words_of_a_file_inflect_as_asked(tmp_path: Path) -> None:
+    tokenizer = word_level(["run", "running", "runs", "jump", "jumped", "hop", "sing", "sang", "hum", "call", "go"])
+    path = tmp_path / "verbs.yaml"
+    path.write_text("act: {move: [run, jump, hop], sound: [sing, hum, call]}")
+    verbs = build(tokenizer, path, min_children=2, parts_of_speech=["verb"])
+    ids_of = {word: ids for child in verbs.children for word, ids in child.tokens.items()}
+    texts = {word: tokenizer.convert_ids_to_tokens(ids) for word, ids in ids_of.items()}
+    assert texts["run"] == ["run", "running", "runs"]
+    assert texts["sing"] == ["sing", "sang"]
+    nouns = build(tokenizer, path, min_children=2)
+    assert nouns.children[0].tokens["run"] == tokenizer.convert_tokens_to_ids(["run", "runs"])
+
+
 def byte_level(texts: list[str]) -> Tokenizer:
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = []
@@ -212,6 +243,12 @@ def test_yaml_is_the_same_tree(tokenizer: PreTrainedTokenizerFast, ontology: Pat
         ('{"p": {"c": "dog"}}', "p / c: found 'dog', allowed a list of words"),
         ('{"p": {"c": ["dog", 3]}}', r"p / c: found \['dog', 3\], allowed a list of words"),
         ('{"p": {"c": ["dog"], "d": ["dog"]}}', "'dog' is in p / c and in p / d; one place is allowed"),
+        ('{"p": {"c": ["dog", "dog"]}}', "'dog' is in p / c and in p / c; one place is allowed"),
+        ('{"p": {"c": ["dog"]}, "q": {"d": ["Dog"]}}', "'Dog' is in p / c as 'dog' and in q / d; one place"),
+        ('{"p": {"c": ["dog"], "d": {"e": ["fox"]}}}', "p: found words beside mappings, allowed: lists of words"),
+        ('{"g": {"p": {"c": ["dog"]}}, "p": {"d": ["fox"]}}', "found the parent 'p' twice, allowed: one place"),
+        ('{"g": {"p": {"c": "dog"}}}', "p / c: found 'dog', allowed a list of words"),
+        ('{"a": ' * 9 + "[]" + "}" * 9, "a: found more than 8 levels of names"),
         ('{"p": ', "cannot be parsed: Expecting value"),
         (
             '{"p": {"c": ["dog", "fox", "crow"]}}',
@@ -227,6 +264,16 @@ def test_bad_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: 
         build(tokenizer, path)
     assert str(error.value).startswith("concepts.ontology: ")
     assert "\n" not in str(error.value)
+
+
+def test_names_above_the_parents_only_group(tokenizer: PreTrainedTokenizerFast, ontology: Path, tmp_path: Path) -> None:
+    grouped = {
+        "living": {"animal": TREE["animal"]},
+        "made": {"by hand": {"small": TREE["small"], "tool": TREE["tool"]}},
+    }
+    path = tmp_path / "grouped.json"
+    path.write_text(json.dumps(grouped))
+    assert build(tokenizer, path) == build(tokenizer, ontology)
 
 
 def test_bad_yaml_and_missing_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -301,11 +348,20 @@ def test_wordnet_facts() -> None:
     assert wordnet.first_sense["dog"] == "dog.n.01"
     assert wordnet.first_sense["domestic_dog"] == "dog.n.01"
     assert wordnet.first_sense["canine"] == "canine.n.01" != "canine.n.02"
-    assert wordnet.irregular_plurals["goose"] == ("geese",)
+    assert wordnet.irregular_forms["goose"] == ("geese",)
     # France is an instance of a country, not a kind of one
     assert wordnet.instance_hypernyms["france.n.01"] == ("european_country.n.01",)
     assert wordnet.hypernyms["france.n.01"] == ()
     assert "france.n.01" not in wordnet.children["european_country.n.01"]
+
+
+def test_verb_facts() -> None:
+    verbs = load_wordnet("verb")
+    assert len(verbs.lemmas) == 13767
+    assert verbs.hypernyms["sprint.v.01"] == ("run.v.01",)
+    assert "walk.v.01" in verbs.children["travel.v.01"]
+    assert verbs.first_sense["sprint"] == "sprint.v.01"
+    assert verbs.irregular_forms["go"] == ("gone", "went")
 
 
 def test_packaged_graph_carries_its_licence() -> None:
@@ -328,7 +384,7 @@ def tiny_wordnet(b3: int = 12) -> WordNet:
         instance_hypernyms={},
         lemmas={s: tuple(w for w in words if words[w] == s) for s in above},
         first_sense=words,
-        irregular_plurals={},
+        irregular_forms={},
     )
 
 
@@ -356,6 +412,13 @@ def test_a_parent_is_not_one_child_and_crumbs() -> None:
     wordnet = tiny_wordnet(b3=15)
     chosen = select_parents(wordnet, wordnet.first_sense, min_children=3, min_words_per_child=3)
     assert list(chosen) == ["a", "top"]
+
+
+def test_synsets_above_each_other_end_the_search() -> None:
+    wordnet = tiny_wordnet()
+    circular = replace(wordnet, hypernyms={**wordnet.hypernyms, "a1": ("a", "x1")})
+    chosen = select_parents(circular, wordnet.first_sense, min_children=3, min_words_per_child=3)
+    assert list(chosen) == ["a", "b", "top"]
 
 
 ASSET = resources.files("polytope_hsae").joinpath("assets/textbook-lm-9m/tokenizer.json")
@@ -392,3 +455,21 @@ def test_packaged_tokenizer() -> None:
     dog = tokenizer(" dog", add_special_tokens=False)["input_ids"]
     row = int(concepts.token_to_child(len(tokenizer))[dog].item())
     assert concepts.parents[concepts.child_parent_R[row]].synset == "vertebrate.n.01"
+
+
+@pytest.mark.skipif(not ASSET.is_file(), reason="the packaged model is not there")
+def test_nouns_and_verbs_of_the_packaged_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(str(ASSET)).parent))
+
+    def parents(parts: list[str], most: int = 200) -> dict[str, set[str]]:
+        made = build(tokenizer, "wordnet", max_parents=most, max_children_per_parent=32, parts_of_speech=parts)
+        return {str(p.synset): {word for child in p.children for word in child.tokens} for p in made.parents}
+
+    nouns, verbs, both, turned = (parents(parts) for parts in (["noun"], ["verb"], ["noun", "verb"], ["verb", "noun"]))
+    assert len(verbs) >= 10
+    assert all(synset.split(".")[-2] == "v" for synset in verbs)
+    assert both.items() >= nouns.items()  # verbs get what nouns leave, and the other way round
+    assert turned.items() >= verbs.items()
+    assert {synset.split(".")[-2] for synset in both} == {"n", "v"}
+    words = [word.lower() for listed in both.values() for word in listed]
+    assert len(words) == len(set(words))

@@ -69,7 +69,7 @@ def test_a_package_that_cannot_be_imported(tmp_path):
 def test_extras(monkeypatch):
     monkeypatch.setattr(doctor, "_version", {"datasets": "3.1", "wandb": "0.17"}.get)
     checks = {check.name: check for check in doctor.extras()}
-    assert list(checks) == ["extra data", "extra wandb", "extra tensorboard"]
+    assert list(checks) == ["extra data", "extra wordnet", "extra wandb", "extra tensorboard"]
     assert checks["extra data"].found == "datasets 3.1, pyarrow missing"
     assert checks["extra data"].advice == 'for hub datasets and Parquet files: pip install "polytope-hsae[data]"'
     assert checks["extra wandb"] == Check("extra wandb", "wandb 0.17")
@@ -85,7 +85,8 @@ def test_a_package_that_is_not_installed(monkeypatch):
 def test_damaged_assets(tmp_path, monkeypatch):
     shutil.copytree(PACKAGE / "assets", tmp_path / "assets")
     (tmp_path / "data").mkdir()
-    shutil.copy(PACKAGE / "data/wordnet_nouns.json.gz", tmp_path / "data")
+    for packed in PACKAGE.glob("data/*.gz"):
+        shutil.copy(packed, tmp_path / "data")
     assert doctor.assets(tmp_path / "assets").advice is None
     weights = tmp_path / "assets/textbook-lm-9m/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")

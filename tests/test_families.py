@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from polytope_hsae import lm_loading
-from polytope_hsae.data import concepts as concepts_module
-from polytope_hsae.data.concepts import Concepts, noun_words, word_tokens
+from polytope_hsae.data import words as words_module
+from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.corpus import load_documents
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.data.wordnet import word_forms
+from polytope_hsae.data.wordnet import noun_words, word_forms
+from polytope_hsae.data.words import word_tokens
 from polytope_hsae.evaluation.concepts import evaluate_concepts
 from polytope_hsae.fileio import read_json, read_tensors
 from polytope_hsae.lm import LanguageModel
@@ -52,7 +53,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "set_num_threads", lambda count: None)
-        patch.setattr(concepts_module, "word_forms", functools.cache(word_forms))
+        patch.setattr(words_module, "word_forms", functools.cache(word_forms))
         yield
     torch.set_num_threads(before)
 

@@ -18,12 +18,13 @@ from polytope_hsae.config import (
 )
 from polytope_hsae.data.corpus import context_batches, contexts, load_documents
 from polytope_hsae.data.stream import RowStream
-from polytope_hsae.evaluation.concepts import latent_activations
+from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models import matryoshka
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Dead
 from polytope_hsae.models.flat import TopKSAE
+from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.jumprelu import JumpReLUSAE
 from polytope_hsae.models.matryoshka import MatryoshkaSAE
 from polytope_hsae.models.selection import level_for_l0, pack
@@ -109,6 +110,23 @@ def test_the_level_of_an_l0_is_exact(target):
     level = level_for_l0(lambda: batches, target)
     assert sum(int((batch > level).sum()) for batch in batches) == round(target * 80)
     assert level_for_l0(lambda: batches, 50) == -math.inf
+
+
+@pytest.mark.parametrize("kind", sorted(FLAT_KINDS))
+def test_tied_latents_have_one_tensor(kind, tmp_path):
+    model = make_model(kind, tied=True)
+    assert model.E is model.D
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(model.config, WIDTH)
+    assert parameter_count(make_model(kind).config, WIDTH) - parameter_count(model.config, WIDTH) == 12 * WIDTH
+    x = normal(8, WIDTH, seed=1)
+    free = make_model(kind)
+    free.load_state_dict({**model.state_dict(), "E": model.D.detach()})
+    for each in (model, free):
+        each(x).x_hat.pow(2).sum().backward()
+    torch.testing.assert_close(model.D.grad, free.D.grad + free.E.grad)
+    model.save_pretrained(tmp_path / "model")
+    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
+    assert loaded.E is loaded.D
 
 
 # -- BatchTopK
@@ -400,7 +418,7 @@ def test_batches_of_different_slots_make_one_table():
     model = make_model("batchtopk").float().eval()
     model.calibrate([normal(90, WIDTH).float()], 3.0)
     rows = torch.cat([normal(45, WIDTH).float(), 3 * normal(45, WIDTH, seed=1).float()])
-    table = latent_activations(model, OneSplit(rows), "train", np.arange(90), batch_size=45)
+    table = row_codes(model, OneSplit(rows), "train", np.arange(90), batch_size=45).parents
     widths = {model.encode(part).parent_index.shape[1] for part in rows.split(45)}
     assert len(widths) == 2
     assert table.value_Nk.shape == (90, max(widths))

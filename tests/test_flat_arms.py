@@ -37,7 +37,10 @@ def config_of(*arms, **hsae):
         ({"flat": {"n_latents": 8}}, "arms.f.flat.k: found 32, allowed: at most n_latents = 8"),
         ({"flat": {"k": 2.5}}, "arms.f.flat.k: found 2.5, allowed: input should be a valid integer"),
         ({"flat": {"k": 0}}, "arms.f.flat.k: found 0, allowed: input should be greater than or equal to 1"),
-        ({"flat": {"latents": 8}}, "arms.f.flat.latents: found an unknown key, allowed: n_latents, k, recon_reduction"),
+        (
+            {"flat": {"latents": 8}},
+            "arms.f.flat.latents: found an unknown key, allowed: n_latents, k, tied, recon_reduction",
+        ),
         ({"flat": {"fractions": [1.0]}}, "arms.f.flat.fractions: found an unknown key, allowed: n_latents, "),
         (
             {"kind": "matryoshka", "flat": {"fractions": [0.5]}},
@@ -102,7 +105,8 @@ def test_a_flat_arm_follows_its_hsae_unless_it_says_otherwise():
     )
     flat = {arm.name: config.arm_flat(arm) for arm in config.arms[1:]}
     assert flat["plain"].model_dump() == {
-        "n_latents": 80, "k": 9, "recon_reduction": "mean", "project_gradient": True, "aux_weight": 0.3, "aux_k": 7,
+        "n_latents": 80, "k": 9, "tied": False,
+        "recon_reduction": "mean", "project_gradient": True, "aux_weight": 0.3, "aux_k": 7,
     }  # fmt: skip
     assert (flat["own"].n_latents, flat["own"].k, flat["own"].aux_weight) == (30, 2.5, 0)
     assert (flat["small"].n_latents, flat["small"].k) == (40, 9)

@@ -4,16 +4,19 @@ import json
 import math
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import polytope_hsae.ops
 from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
+from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.routing import routing_noise, straight_through_gate
 from polytope_hsae.models.start import ChildInit
@@ -936,3 +939,35 @@ def test_codes_of_a_flat_model_have_no_children():
     )
     assert codes.l0().tolist() == [1]
     assert codes.dense_parents(4).tolist() == [[0, 2, 0, 0]]
+
+
+def test_a_tensor_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
+    there = SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lambda: 1)
+    monkeypatch.setattr(polytope_hsae.ops, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"found a tensor on cuda:1, allowed: cuda:0, or torch.cuda.set_device"):
+        polytope_hsae.ops.uses_kernels(there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert polytope_hsae.ops.uses_kernels(there)
+
+
+@pytest.mark.parametrize("form", [("factored", "factored"), ("direct", "factored"), ("direct", "direct")])
+@pytest.mark.parametrize("tie", [False, "init", True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_parameters_from_the_shape_are_the_models(form, tie, bias):
+    encoder, decoder = form
+    config = HSAEConfig(
+        n_parents=7,
+        topk_parent=2,
+        n_children_per_parent=3,
+        subspace_dim=4,
+        child_encoder=encoder,
+        child_decoder=decoder,
+        use_tied_decoders_parent=tie,
+        use_tied_decoders_child=tie if encoder == decoder else False,
+        tie_projectors=tie if encoder == "factored" else False,
+        use_encoder_bias=bias,
+        use_decoder_bias=bias,
+    )
+    model = HierarchicalSAE(config, 9)
+    assert parameter_count(config, 9) == sum(parameter.numel() for parameter in model.parameters())

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from running import Answer, files, hsae, refused
 from tiny import save_family
 
 from polytope_hsae.config import ConfigError
-from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.data.corpus import Documents
 from polytope_hsae.models.flops import parameter_count
-from polytope_hsae.models.hsae import HierarchicalSAE
-from polytope_hsae.study.plan import RunKey, hsae_parameters, load_study, model_config
+from polytope_hsae.study.data import of_each_document, shortened
+from polytope_hsae.study.plan import RunKey, load_study, model_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
 
@@ -264,6 +265,11 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(tmp_path, changes, words)
     assert not (tmp_path / "out").exists()
 
 
+def test_templates_have_no_place_in_a_study(fixtures, tmp_path):
+    path = written(tmp_path, set={**TINY["set"], "concepts.prompts": "packaged"})
+    refused(run(path, tmp_path / "out", fixtures), "concepts.prompts: found 'packaged', allowed in a study: null")
+
+
 def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path):
     path = written(tmp_path)
     refused(hsae("study", "run", tmp_path / "none.yaml"), "none.yaml", "allowed: a YAML file")
@@ -283,7 +289,7 @@ def test_records_of_other_data_do_not_share_a_table(done, tmp_path):
     refused(hsae("study", "table", out), path.name)
 
 
-@pytest.mark.parametrize("name,runs", [("win", 2 * 4 * 7 * (3 + 2)), ("explore", 8 * 2)])
+@pytest.mark.parametrize("name,runs", [("win", 2 * 4 * 7 * (2 + 2)), ("explore", 15 * 2), ("explore-l0", 2 * 4 * 8)])
 def test_the_studies_of_the_repository_are_some(name, runs):
     """Every run has a config, and every H-SAE as many parameters as the flat SAEs beside it, within 1 %."""
     study, base = load_study(Path(__file__).parents[1] / "studies" / name / "study.yaml")
@@ -291,8 +297,8 @@ def test_the_studies_of_the_repository_are_some(name, runs):
     one = RunKey("batchtopk", HOOK, 32, 0, study.lr[0])
     wanted = parameter_count(model_config(study, base, one, 256), 256)
     for arm in study.arms:
-        if arm.kind == "hsae" and arm.name != "published":
-            found = hsae_parameters(model_config(study, base, one._replace(arm=arm.name), 256), 256)
+        if arm.kind == "hsae" and arm.name not in ("published", "recommended-atoms"):
+            found = parameter_count(model_config(study, base, one._replace(arm=arm.name), 256), 256)
             assert abs(found - wanted) < 0.01 * wanted
 
 
@@ -314,22 +320,23 @@ def test_rates_come_first_and_failed_ones_lose(tmp_path):
     assert not [run for run in due(study, found) if run.arm == "topk"]
 
 
-@pytest.mark.parametrize("tie", [False, "init", True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_parameters_from_the_shape_are_the_models(tie, bias, tmp_path):
-    fields = {"use_tied_decoders_parent": tie, "tie_projectors": tie, "use_tied_decoders_child": tie}
-    fields |= {"use_encoder_bias": bias, "use_decoder_bias": bias}
-    arms = with_arm(0, hsae={**TINY["arms"][0]["hsae"], **fields})
-    study, base = load_study(written(tmp_path, arms=arms))
-    run = RunKey("nested", HOOK, 4, 0, 1e-3)
-    made = model_config(study, base, run, 16)
-    model: SparseAutoencoder = HierarchicalSAE(made, 16)  # type: ignore[arg-type]
-    assert hsae_parameters(made, 16) == sum(parameter.numel() for parameter in model.parameters())  # type: ignore[arg-type]
-
-
 def test_a_file_that_is_no_study_is_refused(tmp_path):
     for text in ("- a", "a: b: c", ""):
         path = tmp_path / "broken.yaml"
         path.write_text(text)
         with pytest.raises(ConfigError):
             load_study(path)
+
+
+def test_contexts_come_from_each_document_in_turn():
+    rows = torch.tensor([[0, 0, 9], [0, 9, 9], [0, 18, 9], [3, 0, 9], [5, 0, 9], [5, 9, 4]])
+    assert of_each_document(rows, 10)[:, :2].tolist() == [[0, 0], [3, 0], [5, 0], [0, 9], [5, 9], [0, 18]]
+    assert of_each_document(rows, 4)[:, 0].tolist() == [0, 3, 5, 0]
+
+
+def test_held_out_documents_are_shortened():
+    documents = Documents(torch.arange(10, dtype=torch.int32), torch.tensor([0, 2, 8]), None)
+    short = shortened(documents, 3)
+    assert short.tokens.tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert short.starts.tolist() == [0, 2, 5]
+    assert short.lengths.tolist() == [2, 3, 2]

@@ -21,6 +21,7 @@ NEEDED = {
     "configs/v2-focused.yaml",
     "data/WORDNET_LICENSE.txt",
     "data/wordnet_nouns.json.gz",
+    "data/wordnet_verbs.json.gz",
     "report/templates/report.html",
     "report/templates/style.css",
     "report/templates/page.js",

@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from polytope_hsae.data.concepts import Child, Concepts, Parent, noun_words
+from polytope_hsae.data.concepts import Child, Concepts, Parent
 from polytope_hsae.data.corpus import PACKAGED_TOKENIZER, PACKAGED_TOKENS
+from polytope_hsae.data.wordnet import noun_words
 from polytope_hsae.fileio import read_tensors
 from polytope_hsae.lm import LanguageModel
 

@@ -12,6 +12,7 @@ gradients of weights and Adam's moments take 4 bytes a number.
 from typing import Any, NamedTuple
 
 from ..config import FlatConfig, HSAEConfig
+from ..models.flops import parameter_count
 
 OPERAND = {"bf16": 2, "tf32": 4, "float32": 4}
 ADAM = 28  # bytes per weight: weight and two moments read and written, gradient read
@@ -72,7 +73,7 @@ def flat_parts(config: FlatConfig, width: int, batch: int, precision: str) -> li
         *_router(B, P, d, e, N),
         Part("decoding and errors", N * d * e + 2 * B * d * 4, 2 * N * d),
         Part("codes and decoder, backward", N * d * e + P * d * (e + 4), 4 * N * d),
-        Part("Adam", ADAM * (P * (2 * d + 1) + d), 0),
+        Part("Adam", ADAM * parameter_count(config, d), 0),
     ]
 
 
@@ -102,15 +103,6 @@ def _orthogonality(config: HSAEConfig, d: int, e: int) -> list[Part]:
 def _products(rows: int, columns: int) -> int:
     """Of E D^T one product and two for its gradients; through both Gram matrices two and two."""
     return 3 if rows <= columns else 4
-
-
-def parameter_count(config: HSAEConfig, width: int) -> int:
-    """Weights of an H-SAE; a tied pair counts once."""
-    P, C, s = config.n_parents, config.n_children_per_parent, config.subspace_dim
-    ties = config.use_tied_decoders_parent, config.tie_projectors, config.use_tied_decoders_child
-    sizes = P * width, P * s * width, P * C * s
-    count = sum(size * (1 if tie is True else 2) for tie, size in zip(ties, sizes, strict=True))
-    return count + config.use_encoder_bias * P * (1 + C) + config.use_decoder_bias * width
 
 
 def seconds(part: Part, ceilings: Ceilings, precision: str) -> float:

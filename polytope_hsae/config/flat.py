@@ -5,11 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from .block import (
-    Block,
-    Whole,
-    require,
-)
+from .block import Block, Whole, require
 
 
 class FlatConfig(Block):
@@ -17,6 +13,7 @@ class FlatConfig(Block):
 
     n_latents: Whole = Field(ge=1, description="P: latents.")
     k: float = Field(gt=0, description="Active latents per row, on average.")
+    tied: bool = Field(False, description="One tensor encodes and decodes; false = equal at the start only.")
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
     project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
     aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .block import FOLDER_NAME, Block, Fraction, Whole, check_split
+from .block import FOLDER_NAME, Block, Fraction, Whole, check_split, require
 
 
 class RunConfig(Block):
@@ -46,6 +46,20 @@ class CorpusConfig(Block):
 
 class ConceptsConfig(Block):
     ontology: str = Field("wordnet", description="wordnet, or a YAML/JSON tree {parent: {child: [words]}}.")
+    parts_of_speech: list[Literal["noun", "verb"]] = Field(
+        ["noun"],
+        min_length=1,
+        description="Words of WordNet that are taken; one that is both goes to the first. How a file's words inflect.",
+    )
+    wordnet: Literal["embedded", "nltk", "auto"] = Field(
+        "embedded", description="WordNet 3.0 in the package, nltk's (extra wordnet), or nltk's where it is there."
+    )
+    nltk_data: str | None = Field(None, description="nltk's data folder; null = where nltk looks itself.")
+    prompts: str | None = Field(
+        None,
+        description="Sentences for parents with fewer than min_test_rows natural contexts: packaged, or a YAML/JSON "
+        "file {noun: [sentences with {word}]}; null = none.",
+    )
     max_parents: Whole = Field(80, ge=2, description="Parents kept at most.")
     max_children_per_parent: Whole = Field(32, ge=2, description="Children kept per parent at most.")
     min_children: Whole = Field(3, ge=2, description="Parents with fewer children are dropped.")
@@ -62,6 +76,12 @@ class ConceptsConfig(Block):
     @model_validator(mode="after")
     def _sums_to_one(self) -> "ConceptsConfig":
         return check_split(self)
+
+    @model_validator(mode="after")
+    def _parts_differ(self) -> "ConceptsConfig":
+        parts = self.parts_of_speech
+        require("parts_of_speech", list(parts), len(set(parts)) == len(parts), "noun and verb, each once at most")
+        return self
 
 
 class DataConfig(Block):

@@ -1,6 +1,6 @@
-"""Concepts: nouns at two levels, each noun a set of tokens, in three folds (docs/method.md §3).
+"""Concepts: nouns or verbs at two levels, each word a set of tokens, in three folds (docs/method.md §3).
 
-A *word* is a noun; its *forms* are the word, Capitalised, its plural and the Capitalised plural, with a
+A *word* has *forms*: the word, Capitalised, its plurals or inflections and these Capitalised, with a
 leading space, each kept where the tokenizer makes it one token. Every token belongs to at most one word,
 every word to at most one child and one parent, and all the forms of a word to one fold. Children are
 numbered in file order: this *row* is what `child_tokens`, `token_to_child` and every tensor of children
@@ -10,7 +10,7 @@ vocabulary.
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
-from polytope_hsae.data.ontology import Families, read_ontology, select_parents
-from polytope_hsae.data.wordnet import load_wordnet, noun_words, word_forms
+from polytope_hsae.data.ontology import Families, listed_words, read_ontology, select_parents
+from polytope_hsae.data.wordnet import PartOfSpeech
+from polytope_hsae.data.words import graph_tokens, load_graphs, word_tokens
 from polytope_hsae.parsing import checked
 
 FOLDS = ("train", "val", "test")
@@ -176,26 +177,31 @@ def build_concepts(
     min_words_per_child: int = 3,
     split: tuple[float, float, float] = (0.70, 0.15, 0.15),
     seed: int = 0,
+    parts_of_speech: Sequence[PartOfSpeech] = ("noun",),
+    wordnet: str = "embedded",
+    nltk_data: str | None = None,
 ) -> Concepts:
     """Parents and children for a tokenizer from "wordnet" or a JSON or YAML file {parent: {child: [words]}}.
 
     Parents with the most words come first, and so do children within a parent; the limits cut the rest.
-    `seed` decides the folds only. Equal arguments give equal results. ValueError when a field is out of
-    bounds, the file is not such a tree, or no parent is left.
+    `parts_of_speech` says what is taken from WordNet, and how a file's words are inflected (its first entry);
+    `wordnet` and `nltk_data` where WordNet comes from (`words.load_graphs`). `seed` decides the folds only.
+    Equal arguments give equal results. ValueError when a field is out of bounds, the file is not such a
+    tree, nltk is asked for and missing, or no parent is left.
     """
     _check_bounds(max_parents, max_children_per_parent, min_children, min_words_per_child, split)
     from_wordnet = str(ontology) == "wordnet"
+    tree: Families = {}
+    tokens: dict[str, list[int]] = {}
     if from_wordnet:
-        words: Iterable[str] = noun_words()
-        tree: Families = {}
+        graphs = load_graphs(parts_of_speech, wordnet, nltk_data)
+        for part, found_words in graph_tokens(tokenizer, graphs).items():
+            sizes = {"min_children": min_children, "min_words_per_child": min_words_per_child}
+            tree |= select_parents(graphs[part], found_words, **sizes)
+            tokens |= found_words
     else:
         tree = read_ontology(Path(ontology))
-        words = [word for children in tree.values() for listed in children.values() for word in listed]
-    tokens = word_tokens(tokenizer, words)
-    if from_wordnet:
-        tree = select_parents(
-            load_wordnet(), tokens, min_children=min_children, min_words_per_child=min_words_per_child
-        )
+        tokens = word_tokens(tokenizer, listed_words(tree), parts_of_speech[0])
     families = []
     for parent, children in tree.items():
         found = [(child, [word for word in listed if word in tokens]) for child, listed in children.items()]
@@ -237,37 +243,6 @@ def _check_bounds(
             raise ValueError(f"concepts.{field}: found {found}, allowed {bound} or more")
     if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
         raise ValueError(f"concepts.split: found {list(split)}, allowed three positive shares that sum to 1")
-
-
-def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dict[str, list[int]]:
-    """Word -> ids of its forms that are one token after a space, by form; words without any are left out.
-
-    A token that two words share (`glasses`: a word, and the plural of another) goes to the word whose form
-    ranks first, then to the first in alphabetical order.
-    """
-    # No token has the text of most forms: looking there first saves most of the encoding.
-    texts = {text.lstrip("\u2581\u0120").removesuffix("</w>").lower() for text in tokenizer.get_vocab()}
-    forms = [
-        (rank, word, form)
-        for word in words
-        for rank, form in word_forms(word)
-        if not form.isascii() or form.lower() in texts
-    ]
-    if not forms:
-        return {}
-    # SentencePiece puts the space before a text itself; a second one would be a token of its own.
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
-    space = "" if first and first[0].startswith("\u2581") else " "
-    encoded = tokenizer([space + form for _, _, form in forms], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    owner: dict[int, tuple[int, str, str]] = {}
-    for form, ids in zip(forms, encoded, strict=True):
-        if len(ids) == 1 and ids[0] not in special and form < owner.get(ids[0], (9, "", "")):
-            owner[ids[0]] = form
-    tokens: dict[str, list[int]] = {}
-    for token, (_, word, _) in sorted(owner.items(), key=lambda item: (item[1], item[0])):
-        tokens.setdefault(word, []).append(token)
-    return tokens
 
 
 def split_words(

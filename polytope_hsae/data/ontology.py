@@ -1,6 +1,6 @@
-"""Nouns at two levels: chosen from WordNet, or read from a file. `concepts.py` gives them their tokens."""
+"""Words at two levels: chosen from WordNet, or read from a file. `concepts.py` gives them their tokens."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from polytope_hsae.parsing import parse_json, parse_yaml, shown
 Families = dict[str, dict[str, list[str]]]  # parent -> child -> words
 MAX_PARENT_SHARE = 0.03  # of all the words that the ontology is given
 MAX_CHILD_SHARE = 0.7  # of its parent's words
+MAX_LEVELS = 8  # of names in a file
 
 
 def select_parents(wordnet: WordNet, words: Iterable[str], *, min_children: int, min_words_per_child: int) -> Families:
     """Parent synset -> child synset -> words; parents do not overlap. From the graph and the words alone.
 
-    `words` are first-sense nouns. A child is a direct hyponym with at least `min_words_per_child` of them
-    in its subtree. A synset can be a parent if it has `min_children` such children, holds at most
-    `MAX_PARENT_SHARE` of all words (which excludes abstract synsets such as `entity.n.01` for a vocabulary
-    of any size), and no child has more than `MAX_CHILD_SHARE` of its words. Smallest first, each of these
+    `words` are words of the graph, in their first sense. A child is a direct hyponym with at least
+    `min_words_per_child` of them in its subtree. A synset can be a parent if it has `min_children` such children,
+    holds at most `MAX_PARENT_SHARE` of all words (which excludes abstract synsets such as `entity.n.01` for a
+    vocabulary of any size), and no child has more than `MAX_CHILD_SHARE` of its words. Smallest first, each of these
     is taken that lies neither above nor below one already taken: many specific parents. Then each gives way
     to the largest one that lies above it and above no other: more words for the same number of parents. A
     word below two parents goes to the nearer.
@@ -75,8 +76,12 @@ def _words_below(wordnet: WordNet, words: Iterable[str]) -> dict[str, dict[str, 
 def _ancestors(wordnet: WordNet) -> Callable[[str], frozenset[str]]:
     @cache
     def ancestors(synset: str) -> frozenset[str]:
-        above = wordnet.hypernyms[synset]
-        return frozenset(above).union(*(ancestors(h) for h in above))
+        found: set[str] = set()
+        level = [*wordnet.hypernyms[synset]]
+        while level:  # not by recursion: some versions of WordNet have verbs above each other
+            found.update(level)
+            level = [h for above in level for h in wordnet.hypernyms[above] if h not in found]
+        return frozenset(found - {synset})
 
     return ancestors
 
@@ -106,7 +111,11 @@ def _largest_share(children: Mapping[str, list[str]]) -> float:
 
 
 def read_ontology(path: Path) -> Families:
-    """The tree of a JSON or YAML file, {parent: {child: [words]}}; ValueError for anything else."""
+    """The tree of a JSON or YAML file: {parent: {child: [words]}}, at most below names that group the parents.
+
+    Words stand two names below the top or deeper: the last two names are parent and child, those above are read
+    over. Raises ValueError for another layout, a parent that is named twice, and a word in two places.
+    """
     if not path.is_file():
         raise ValueError(f"concepts.ontology: {path} is not a file; allowed: wordnet, or a JSON or YAML file")
     parse = parse_json if path.suffix == ".json" else parse_yaml
@@ -114,18 +123,50 @@ def read_ontology(path: Path) -> Families:
         tree = parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"concepts.ontology: {path} cannot be parsed: {error}") from error
-    place: dict[str, str] = {}
-    for parent, children in _items(tree, f"{path}", "a mapping of parents"):
-        for child, listed in _items(children, f"{path}: {parent}", "a mapping of children"):
+    families: Families = {}
+    place: dict[str, tuple[str, str]] = {}
+    for parent, children in _parents(tree, f"{path}", level=1):
+        if parent in families:
+            raise ValueError(f"concepts.ontology: {path}: found the parent {parent!r} twice, allowed: one place")
+        families[parent] = children
+        for child, listed in children.items():
             here = f"{parent} / {child}"
             if not isinstance(listed, list) or not all(isinstance(word, str) and word for word in listed):
                 raise ValueError(f"concepts.ontology: {path}: {here}: found {shown(listed)}, allowed a list of words")
             for word in listed:
-                if word in place:
-                    both = f"{place[word]} and in {here}"
-                    raise ValueError(f"concepts.ontology: {path}: {word!r} is in {both}; one place is allowed")
-                place[word] = here
-    return tree
+                if word.lower() in place:
+                    there, as_ = place[word.lower()]
+                    first = there if as_ == word else f"{there} as {as_!r}"
+                    raise ValueError(
+                        f"concepts.ontology: {path}: {word!r} is in {first} and in {here}; one place is allowed"
+                    )
+                # words that differ only in their capitals share forms, and could come into two folds
+                place[word.lower()] = (here, word)
+    return families
+
+
+def listed_words(families: Families) -> list[str]:
+    """All words of a tree, in its order."""
+    return [word for children in families.values() for listed in children.values() for word in listed]
+
+
+def _parents(node: Any, where: str, level: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(parent, {child: what stands below it}) of a tree, through the groups above the parents."""
+    if level == MAX_LEVELS:
+        raise ValueError(f"concepts.ontology: {where}: found more than {MAX_LEVELS} levels of names")
+    for name, below in _items(node, where, "a mapping of parents"):
+        here = f"{where}: {name}"
+        children = dict(_items(below, here, "a mapping of children"))
+        groups = [isinstance(value, dict) for value in children.values()]
+        if not any(groups):
+            yield name, children
+        elif all(groups):
+            yield from _parents(below, here, level + 1)
+        else:
+            raise ValueError(
+                f"concepts.ontology: {here}: found words beside mappings, allowed: lists of words (of a parent's "
+                "children) or mappings (parents of a group)"
+            )
 
 
 def _items(obj: Any, where: str, allowed: str) -> list[tuple[str, Any]]:

@@ -6,7 +6,7 @@ and the store alone.
 Shapes: B batch, d residual width.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,22 @@ from torch import Tensor
 from polytope_hsae.data.store import ActivationStore
 
 WINDOW_ROWS = 524_288
+
+
+class Stream(Protocol):
+    """What a trainer needs of its rows: the next batch, and a place that can be saved and gone back to."""
+
+    def next(self) -> Tensor:
+        """The next batch, float32 [B, d]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next batch."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        ...
 
 
 class RowStream:

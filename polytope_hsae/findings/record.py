@@ -122,9 +122,9 @@ def pack_units(units: Units) -> dict[str, list[Any]]:
     """
     numerator_U, denominator_U, keys_U = units.numerator_U, units.denominator_U, units.keys_U
     if len(keys_U) > MAX_UNITS:
-        sums = np.zeros((2, MAX_UNITS))
-        np.add.at(sums, (slice(None), np.arange(len(keys_U)) * MAX_UNITS // len(keys_U)), _present(units))
-        numerator_U, denominator_U = sums
+        sums = np.zeros((MAX_UNITS, 2))
+        np.add.at(sums, np.arange(len(keys_U)) * MAX_UNITS // len(keys_U), _present(units).T)
+        numerator_U, denominator_U = sums.T
         keys_U = np.arange(MAX_UNITS)
     packed = {"keys": keys_U.tolist(), "numerator": [_rounded(value) for value in numerator_U.tolist()]}
     if (denominator_U != 1).any():

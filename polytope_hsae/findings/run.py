@@ -30,7 +30,7 @@ from ..data.corpus import load_documents
 from ..fileio import read_json, sha256_file, sha256_json, update_text, write_json, write_tensors
 from ..lm import LanguageModel
 from ..phases.phase1_teacher import run_phase1
-from ..phases.run import Run, device_of, keep_freed_memory, remove_leftovers
+from ..phases.run import Run, keep_freed_memory, remove_leftovers, use_device
 from ..provenance import dependencies
 from ..report.words import number
 from ..study.plan import places_removed
@@ -191,7 +191,7 @@ def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Co
     """The config with the device and threads of its workers, and its text as a file of tokens in the cache."""
     tree = config.model_dump(mode="json")
     threads = max(1, (os.cpu_count() or 1) // options.workers)
-    tree["run"] |= {"device": device_of(options.device), "threads": threads}
+    tree["run"] |= {"device": use_device(options.device), "threads": threads}
     corpus = tree["corpus"]
     if corpus["source"] == "text":
         for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
@@ -275,7 +275,7 @@ def _made(work: Work, configs: Mapping[str, Config], due: list[Key], options: Op
     """Phase 1 of every hook that is due (yields its name), then every model, as it is done (yields its record)."""
     splits = ["val", "test"] if options.test else ["val"]
     hashes = {key: settings_hash(configs[key.hook], key) for key in due}
-    device = device_of(options.device)
+    device = use_device(options.device)
     if options.workers == 1:
         pool: Executor = _Here()
         _start(work, device)

@@ -17,6 +17,7 @@ from polytope_hsae.geometry.causal import CausalGeometry, Space, row_mean
 
 Estimator = Literal["mean", "lda"]
 TokenSets = Sequence[Sequence[int]]
+_BLOCK_TOKENS = 16_384
 
 
 class ConceptEstimator:
@@ -53,6 +54,13 @@ class ConceptEstimator:
             raise ValueError(f"tokens: found ids {found}, allowed: 0 to {self.vocab_size - 1}")
         rows_nd = self.unembedding_Vd[index_n.to(self.unembedding_Vd.device)].double() - self.mean_d
         return self.geometry.whiten(rows_nd, Space.COVECTOR)
+
+    def scores(self, tokens: Sequence[int] | Tensor, vectors_Sd: Tensor) -> Tensor:
+        """g_y . l [n, S] of n token ids with S unified vectors, without the g of the tokens."""
+        index_n = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1).to(self.unembedding_Vd.device)
+        readers_Sd = self.geometry.unwhiten(vectors_Sd, Space.VECTOR)
+        blocks = [self.unembedding_Vd[block].double() @ readers_Sd.T for block in index_n.split(_BLOCK_TOKENS)]
+        return torch.cat(blocks) - readers_Sd @ self.mean_d
 
     def concept_vectors(self, token_sets: TokenSets) -> Tensor:
         """l [S, d] of S token sets, not normalised. Raises ValueError for an empty set (lda: for fewer than

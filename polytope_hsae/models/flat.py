@@ -21,7 +21,8 @@ from .start import unit_rows
 class FlatSAE(SparseAutoencoder):
     """x_hat = b_dec + the chosen latents' codes times D, chosen by logits r = E (x - b_dec) + b_E.
 
-    E starts equal to D; rows of D have unit norm. A kind says which latents are chosen, in `select`.
+    E starts equal to D, or is D where it is tied; rows of D have unit norm. A kind says which latents are chosen, in
+    `select`.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ("E", "b_E", "D", "b_dec")
@@ -31,7 +32,7 @@ class FlatSAE(SparseAutoencoder):
         super().__init__(config, width, normalize)
         self.n_parents = config.n_latents
         self.D = nn.Parameter(unit_rows((config.n_latents, width), torch.Generator().manual_seed(seed)))
-        self.E = nn.Parameter(self.D.detach().clone())
+        self.E = self.D if config.tied else nn.Parameter(self.D.detach().clone())
         self.b_E = nn.Parameter(torch.zeros(config.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(width))
 

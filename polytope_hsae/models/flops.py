@@ -9,6 +9,7 @@ Shapes: d width, P parents or latents, k active ones, C children per parent, K a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from ..config import FlatConfig, HSAEConfig, JumpReLUConfig
 
@@ -21,12 +22,23 @@ def training_flops(config: HSAEConfig | FlatConfig, width: int) -> int:
     return round(_parents(config, width) + _children(config, width))
 
 
-def parameter_count(config: FlatConfig, width: int) -> int:
-    """Parameters of a flat model: E, D, b_E, b_dec, and JumpReLU's thresholds."""
-    return config.n_latents * (2 * width + 1 + isinstance(config, JumpReLUConfig)) + width
+def parameter_count(config: HSAEConfig | FlatConfig, width: int) -> int:
+    """Parameters of a model; tied tensors count once."""
+    if isinstance(config, FlatConfig):
+        return config.n_latents * ((2 - config.tied) * width + 1 + isinstance(config, JumpReLUConfig)) + width
+    P, C = config.n_parents, config.n_children_per_parent
+    direct_F, direct_G = config.child_encoder == "direct", config.child_decoder == "direct"
+    router = P * width * (1 if config.use_tied_decoders_parent is True else 2)
+    projectors = (
+        P * config.subspace_dim * width * ((not direct_G) + (not direct_F and config.tie_projectors is not True))
+    )
+    readers = 0 if config.use_tied_decoders_child is True else P * C * (width if direct_F else config.subspace_dim)
+    atoms = P * C * (width if direct_G else config.subspace_dim)
+    biases = config.use_encoder_bias * P * (1 + C) + config.use_decoder_bias * width
+    return router + projectors + readers + atoms + biases
 
 
-def latents_for(size: Callable[[FlatConfig, int], int], config: FlatConfig, width: int, wanted: int) -> int:
+def latents_for(size: Callable[[Any, int], int], config: FlatConfig, width: int, wanted: int) -> int:
     """The number of latents whose `size`, linear in it, is nearest to `wanted`; below 1 where there is none."""
     one, two = (size(config.model_copy(update={"n_latents": n}), width) for n in (1, 2))
     return 1 + round((wanted - one) / (two - one))

@@ -21,8 +21,18 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def uses_kernels(*tensors: Tensor) -> bool:
-    """Whether operations on these tensors run as kernels."""
-    return HAS_TRITON and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors)
+    """Whether operations on these tensors run as kernels.
+
+    Raises ValueError for tensors on a GPU that is not the current one, where Triton would not launch them.
+    """
+    if not (HAS_TRITON and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors)):
+        return False
+    here = torch.cuda.current_device()
+    for tensor in tensors:
+        there = tensor.get_device()
+        if there != here:
+            raise ValueError(f"device: found a tensor on cuda:{there}, allowed: cuda:{here}, or torch.cuda.set_device")
+    return True
 
 
 class Routing(NamedTuple):

@@ -15,7 +15,7 @@ from ..data.store import ActivationStore
 from ..data.stream import RowStream
 from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
-from ..models.flops import training_flops
+from ..models.flops import parameter_count, training_flops
 from ..models.hsae import HierarchicalSAE
 from ..models.start import ChildInit
 from ..provenance import NOT_IN_RESULTS
@@ -58,12 +58,8 @@ def require_trainable(config: Config, arm: ArmConfig, width: int, memory: int) -
 
 def training_bytes(config: Config, arm: ArmConfig, width: int) -> int:
     """Bytes of an arm's weights in training."""
-    hsae = config.arm_hsae(arm)
-    P, C, s = hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim
-    weights = 2 * config.arm_flat(arm).n_latents * width if arm.kind != "hsae" else 0
-    for kind in (hsae.child_encoder, hsae.child_decoder) if arm.kind == "hsae" else ():
-        weights += P * (width + (C * width if kind == "direct" else s * width + C * s))
-    return BYTES_PER_WEIGHT * weights
+    made = config.arm_hsae(arm) if arm.kind == "hsae" else config.arm_flat(arm)
+    return BYTES_PER_WEIGHT * parameter_count(made, width)
 
 
 def memory_of(device: str) -> int:

@@ -12,26 +12,36 @@ from torch import Tensor
 
 from ..data.corpus import Documents, context_ids, contexts, padded_contexts
 from ..evaluation.bootstrap import Evaluation
-from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
+from ..evaluation.child_latents import map_children
+from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts, labelled_children
+from ..evaluation.firings import norm_metrics
+from ..evaluation.pushing import evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
-from ..evaluation.steering import evaluate_steering
+from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
+from ..evaluation.structure import LabelledSample, evaluate_structure, labelled_sample
 from ..evaluation.words import TokenTexts
+from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
 from .run import Run
 
-SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
+SHOWN = (
+    "ev", "ev_causal", "ev_logit", "ce_recovered", "kl", "l0",
+    "purity", "leakage", "recall", "split", "absorb", "absorb_with_children",
+    "steering_leakage", "edge_precision", "edge_recall", "child_given_parent", "probe_min",
+    "dead_parents", "dead_children", "entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); the
-    record of its steering per concept.
+    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); its
+    steering.
     """
 
     evaluation: Evaluation
     concepts: ConceptEvaluation
     own_slots: ConceptEvaluation | None
-    steering: list[dict[str, Any]]
+    steering: SteeringEvaluation
 
 
 def measure_models(
@@ -50,6 +60,10 @@ def measure_models(
     """
     held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
+    sample = labelled_sample(
+        run.store, run.concepts, fold=split, shrinkage=run.config.geometry.shrinkage, seed=common["seed"], **labels(run)
+    )
+    sigma_dd = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
     of_language_model = evaluate_language_model(
         models,
         run.lm,
@@ -65,7 +79,11 @@ def measure_models(
         for done, (name, sae) in enumerate(models.items()):
             ticker(done, len(models))
             own = (teacher_parents or {}).get(name, ())
-            found[name] = _measure(run, sae, held_out, of_language_model[name], own, common)
+            evaluation = of_language_model[name] | Evaluation(norm_metrics(sae))
+            evaluation |= evaluate_reconstruction(
+                sae, run.store, split, run.train_moments[0], sigma_dd=sigma_dd, **common
+            )
+            found[name] = _measure(run, sae, held_out, sample, evaluation, own, common)
         ticker(len(models), len(models))
     return found
 
@@ -96,26 +114,32 @@ def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: i
     return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
 
 
+def labels(run: Run) -> dict[str, Any]:
+    """Which rows carry a concept, and how many of them a concept needs."""
+    options = run.config.concepts
+    return {
+        "label": run.label,
+        "vocab_size": run.lm.vocab_size,
+        "belief_threshold": options.belief_threshold,
+        "min_rows": options.min_test_rows,
+    }
+
+
 def _measure(
     run: Run,
     sae: SparseAutoencoder,
     held_out: HeldOut,
+    sample: LabelledSample,
     evaluation: Evaluation,
     teacher_parents: Sequence[int],
     common: Mapping[str, Any],
 ) -> Measured:
-    """Add to the language model's metrics all that one model has beside them."""
-    config, options = run.config, run.config.eval
-    evaluation |= evaluate_reconstruction(sae, run.store, held_out.split, run.train_moments[0], **common)
-    label: dict[str, Any] = {
-        "label": run.label,
-        "vocab_size": run.lm.vocab_size,
-        "fold": held_out.split,
-        "belief_threshold": config.concepts.belief_threshold,
-        "min_rows": config.concepts.min_test_rows,
-    }
+    """Add to the metrics of reconstruction all that concern concepts."""
+    options = run.config.eval
+    label = {**labels(run), "fold": held_out.split}
     concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
     evaluation |= concepts.result
+    evaluation |= evaluate_structure(sae, run.store, run.concepts, sample, concepts, **common)
     own_slots = None
     if teacher_parents:
         slots = np.full(run.concepts.n_parents, -1)
@@ -124,6 +148,11 @@ def _measure(
         metrics = {f"{key}_own_slots": metric for key, metric in own_slots.result.metrics.items()}
         units = {f"{key}_own_slots": units for key, units in own_slots.result.units.items()}
         evaluation |= Evaluation(metrics, units)
+    if run.from_templates is not None:
+        # concepts that text has too few contexts of: a map and numbers of their own, never pooled with natural rows
+        templated = evaluate_concepts(sae, run.from_templates, run.concepts, **label, **common).result
+        metrics = {f"{key}_templated": metric for key, metric in templated.metrics.items()}
+        evaluation |= Evaluation(metrics, {f"{key}_templated": units for key, units in templated.units.items()})
     steered = evaluate_steering(
         sae,
         run.lm,
@@ -132,12 +161,34 @@ def _measure(
         concepts.parents_Q,
         concepts.latent_P,
         held_out.steering_ids,
+        children=_children_to_steer(run, sae, concepts),
         target_nats=options.steering.target_nats,
+        doses=options.steering.doses,
+        layers=[run.lm.resolve_hook(layer) for layer in options.steering.layers],
         max_concepts=options.steering.max_concepts,
         text=TokenTexts(run.lm.tokenizer),
         **common,
     )
-    return Measured(evaluation | steered.result, concepts, own_slots, steered.records)
+    return Measured(evaluation | steered.result, concepts, own_slots, steered)
+
+
+def _children_to_steer(run: Run, sae: SparseAutoencoder, concepts: ConceptEvaluation) -> Steered:
+    """Children of the steered parents with enough train rows, the same for every model, and the model's latents."""
+    options, steering = run.config.concepts, run.config.eval.steering
+    train = labelled_children(
+        run.store,
+        "train",
+        run.concepts,
+        label=run.label,
+        fold="train",
+        vocab_size=run.lm.vocab_size,
+        belief_threshold=options.belief_threshold,
+    )
+    parents = evenly_spaced(concepts.parents_Q, steering.max_concepts)
+    rows_R = np.bincount(train.child_N, minlength=run.concepts.n_children)
+    enough_R = (rows_R >= options.min_test_rows) & np.isin(run.concepts.child_parent_R, parents)
+    children = evenly_spaced(np.flatnonzero(enough_R), steering.max_children)
+    return Steered(children, map_children(sae, run.store, run.concepts, train, children, concepts.latent_P))
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Table:

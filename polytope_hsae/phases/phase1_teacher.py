@@ -4,10 +4,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config import Config, ConfigError, HSAEConfig
-from ..data.concepts import Concepts, build_concepts, noun_words, word_tokens
+from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
+from ..data.concepts import Concepts, build_concepts
+from ..data.corpus import Documents
 from ..data.harvest import harvest
+from ..data.ontology import read_ontology
+from ..data.prompts import TemplateDocuments, read_templates, template_documents
 from ..data.store import ActivationStore
+from ..data.wordnet_nltk import nltk_sha256
+from ..data.words import graph_tokens, load_graphs, uses_nltk
 from ..fileio import sha256_file, write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
@@ -19,7 +28,7 @@ from .run import Run
 def run_phase1(run: Run) -> None:
     """Make phase1/ and activations/, unless they are there already."""
     folder = run.phase(1)
-    names = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    names = ("concepts.json", "checks.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
     outputs = [run.activations / "manifest.json", *(folder / name for name in names)]
     inputs = source_files(run.config)
     if run.provenance.is_done(1, run.config, inputs, outputs, run.force):
@@ -32,28 +41,40 @@ def run_phase1(run: Run) -> None:
         if arm.init != "random":
             require_room(run.config.arm_hsae(arm), concepts.n_parents)
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
-    store = make_activations(run, concepts)  # before anything is written: it reads the corpus, which may be refused
+    documents, members = run.documents
+    checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
+    if checks["warnings"]:
+        run.say(f"phase 1: {len(checks['warnings'])} warnings on the concepts in checks.json; hsae concepts shows them")
+    store = make_activations(run, concepts, documents)  # before anything is written: the model may refuse the corpus
+    if templates is not None:
+        harvest_templates(run, concepts, templates)
     write_json(folder / "concepts.json", concepts.to_json())
+    write_json(folder / "checks.json", checks)
     rows = ", ".join(f"{store.n_rows(split):,} {split}" for split in ("train", "val", "test"))
     run.say(f"phase 1: activations of {run.hook}: {rows} rows of width {store.width}")
     geometry = token_geometry(run)
     geometry.save(folder / "geometry.safetensors")
     make_teacher(run, concepts, store, geometry).save(folder / "teacher.safetensors")
-    evidence = make_evidence(run, concepts, geometry)
+    evidence = make_evidence(run, concepts, store, geometry)
     write_json(folder / "evidence.json", evidence)
     run.say(f"phase 1: {summary(evidence)}")
     run.finish(1, inputs, started)
 
 
 def source_files(config: Config) -> dict[str, str]:
-    """sha256 of the files outside the run folder that the config names: the corpus and the ontology."""
-    corpus = config.corpus
+    """sha256 of what the config names outside the run folder: corpus, ontology, templates, nltk's WordNet."""
+    options = config.concepts
     named = {
-        "corpus.path": corpus.path,
-        "corpus.heldout_path": corpus.heldout_path,
-        "concepts.ontology": config.concepts.ontology,
+        "corpus.path": config.corpus.path,
+        "corpus.heldout_path": config.corpus.heldout_path,
+        "concepts.ontology": options.ontology,
+        "concepts.prompts": options.prompts,
     }
-    return {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
+    found = {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
+    if uses_nltk(options.wordnet, options.nltk_data):
+        for part in options.parts_of_speech:
+            found[f"concepts.wordnet.{part}"] = nltk_sha256(part, options.nltk_data)
+    return found
 
 
 def check_model(run: Run) -> None:
@@ -66,9 +87,9 @@ def check_model(run: Run) -> None:
 
 
 def make_concepts(config: Config, tokenizer: Any) -> Concepts:
-    """Parents and children for a tokenizer."""
+    """Parents and children for a tokenizer. Raises ValueError when two folds share a word."""
     options = config.concepts
-    return build_concepts(
+    concepts = build_concepts(
         tokenizer,
         options.ontology,
         max_parents=options.max_parents,
@@ -77,7 +98,12 @@ def make_concepts(config: Config, tokenizer: Any) -> Concepts:
         min_words_per_child=options.min_words_per_child,
         split=options.split,
         seed=config.run.seed,
+        parts_of_speech=options.parts_of_speech,
+        wordnet=options.wordnet,
+        nltk_data=options.nltk_data,
     )
+    require_apart(concepts)
+    return concepts
 
 
 def require_room(hsae: HSAEConfig, n_parents: int) -> None:
@@ -87,19 +113,62 @@ def require_room(hsae: HSAEConfig, n_parents: int) -> None:
         raise ConfigError(f"hsae.n_parents: found {hsae.n_parents}, allowed: {allowed}")
 
 
-def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
+def make_checks(
+    config: Config, tokenizer: Any, concepts: Concepts, documents: Documents, members: dict[str, Tensor]
+) -> tuple[dict[str, Any], TemplateDocuments | None]:
+    """checks.json, and documents from templates for the parents that are short of natural ones, if they are asked for.
+
+    Raises ValueError where train, val and test are not apart.
+    """
+    options, seed = config.concepts, config.run.seed
+    short = short_parents(count_contexts(concepts, documents, members), options.min_test_rows)
+    templates = None
+    if options.prompts is not None and short:
+        sentences = read_templates(options.prompts)
+        part = options.parts_of_speech[0]
+        templates = template_documents(concepts, short, sentences, tokenizer, default_part=part, seed=seed)
+    checks = check_concepts(
+        concepts,
+        documents,
+        members,
+        tokenizer=tokenizer,
+        parts=options.parts_of_speech,
+        min_rows=options.min_test_rows,
+        templated=None if templates is None else templates.counts(concepts.n_parents),
+        listed=None if options.ontology == "wordnet" else read_ontology(Path(options.ontology)),
+    )
+    return checks, templates
+
+
+def make_activations(run: Run, concepts: Concepts, documents: Documents) -> ActivationStore:
     """Run the language model over the corpus; continues a harvest that was interrupted."""
+    members = run.documents[1] if run.config.corpus.heldout_path is not None else None
+    return _harvest(run, concepts, documents, run.activations, members)
+
+
+def harvest_templates(run: Run, concepts: Concepts, templates: TemplateDocuments) -> None:
+    """The same for documents from templates, into a store of their own."""
+    _harvest(run, concepts, templates.documents, run.templates, templates.members)
+    parents = len(set(templates.parent_D))
+    run.say(
+        f"phase 1: {templates.documents.n_documents:,} sentences from templates for {parents} parents, kept apart in "
+        f"{run.templates.name}/ ({templates.left_out:,} left out: their word is not one token)"
+    )
+
+
+def _harvest(
+    run: Run, concepts: Concepts, documents: Documents, folder: Path, members: dict[str, Tensor] | None
+) -> ActivationStore:
     config = run.config
-    if run.force and (run.activations / "manifest.json").exists():
-        for path in run.activations.iterdir():
+    if run.force and (folder / "manifest.json").exists():
+        for path in folder.iterdir():
             path.unlink()
-    documents, members = run.documents
     with run.progress("harvest", "rows") as ticker:
         return harvest(
             run.lm,
             documents,
             concepts,
-            run.activations,
+            folder,
             hook=run.hook,
             context_length=config.corpus.context_length,
             batch_tokens=config.data.batch_tokens,
@@ -109,7 +178,7 @@ def make_activations(run: Run, concepts: Concepts) -> ActivationStore:
             belief_threshold=config.concepts.belief_threshold,
             seed=config.run.seed,
             split=config.corpus.split,
-            members=members if config.corpus.heldout_path is not None else None,
+            members=members,
             progress=ticker,
         )
 
@@ -125,6 +194,7 @@ def make_teacher(
 ) -> Teacher:
     """The teacher from train words: from tokens at the final residual, from activations at an inner hook.
 
+    At an inner hook the parents that are short of natural contexts also get the rows of their template documents.
     geometry: of the unembedding's rows; metric: of the activations, None = causal.
     """
     lm, options = run.lm, run.config.geometry
@@ -132,6 +202,10 @@ def make_teacher(
     if run.at_final_residual:
         return extract_teacher(lm.unembedding, geometry, concepts, estimator=options.estimator, metadata=metadata)
     stats = class_statistics(concepts, store, lm.vocab_size)
+    if run.from_templates is not None:
+        natural = int(stats.counts.sum())
+        class_statistics(concepts, run.from_templates, lm.vocab_size, stats)
+        metadata["rows_from_templates"] = str(int(stats.counts.sum()) - natural)
     return extract_activation_teacher(
         stats,
         concepts,
@@ -142,34 +216,56 @@ def make_teacher(
     )
 
 
-def class_statistics(concepts: Concepts, store: ActivationStore, vocab_size: int) -> ActivationClassStats:
-    """Class means and covariance of train rows, labelled by the current token where it belongs to a train word."""
+def class_statistics(
+    concepts: Concepts, store: ActivationStore, vocab_size: int, stats: ActivationClassStats | None = None
+) -> ActivationClassStats:
+    """Class means and covariance of train rows, labelled by the current token where it belongs to a train word.
+
+    Of a store that is added to `stats`, only rows with a label count: its other words were not chosen by anyone.
+    """
     child_of_token = concepts.token_to_child(vocab_size=vocab_size, folds=("train",))
-    stats = ActivationClassStats(concepts.n_children, store.width)
+    only_labelled = stats is not None
+    stats = stats or ActivationClassStats(concepts.n_children, store.width)
     token = store.column("train", "token").long()
     for acts, start in store.batches("train", 8192):
-        stats.update(acts, child_of_token[token[start : start + len(acts)]])
+        label = child_of_token[token[start : start + len(acts)]]
+        kept = label >= 0 if only_labelled else torch.ones_like(label, dtype=torch.bool)
+        stats.update(acts[kept], label[kept])
     return stats
 
 
-def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dict[str, object]:
+def make_evidence(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> dict[str, object]:
     """The statistics of the hierarchy with their controls, from all words."""
     words, child_parent = concept_words(concepts)
-    nouns = word_tokens(run.lm.tokenizer, noun_words())
+    options = run.config.concepts
+    graphs = load_graphs(options.parts_of_speech, options.wordnet, options.nltk_data)
+    parts = graph_tokens(run.lm.tokenizer, graphs).values()
     evidence = collect_evidence(
         run.lm.unembedding,
         geometry,
         words,
         child_parent,
-        [nouns[word] for word in sorted(nouns)],
+        [tokens[word] for tokens in parts for word in sorted(tokens)],
         parent_names=[parent.name for parent in concepts.parents],
         child_names=[child.name for parent in concepts.parents for child in parent.children],
         estimator=run.config.geometry.estimator,
         permutations=run.config.geometry.permutations,
         seed=run.config.run.seed,
+        counts=torch.bincount(store.column("train", "token").long(), minlength=run.lm.vocab_size),
+        activation_covariance=final_covariance(run, store),
     )
     embedding = "unembedding" if run.lm.has_head else "input embeddings (the model has no output head)"
     return {"model": run.lm.name, "rows_of": embedding, **evidence}
+
+
+def final_covariance(run: Run, store: ActivationStore) -> Tensor | None:
+    """Covariance [d, d] of the train rows that the unembedding reads; None at an inner hook, whose rows it does not."""
+    if not run.at_final_residual:
+        return None
+    scatter = ActivationClassStats(1, store.width)
+    for acts, _ in store.batches("train", 8192):
+        scatter.update(acts, torch.full((len(acts),), -1))
+    return scatter.within_covariance()
 
 
 def summary(evidence: dict[str, Any]) -> str:
@@ -180,7 +276,11 @@ def summary(evidence: dict[str, Any]) -> str:
     line = f"shared-parent z > 3 for {strong:.0%} of parents ({chance:.0%} with shuffled rows)"
     beta = f"none ({main['why']})" if main["median_beta"] is None else f"{main['median_beta']:.2f}"
     interval = "" if main["median_beta"] is None else " [{:.2f}, {:.2f}]".format(*main["beta_ci95"])
-    return f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
+    found = main["decision"]
+    failed = [name for name, test in found["tests"].items() if not test["passes"]]
+    decision = f"not shown ({found.get('why', ', '.join(failed))})" if failed else "shown"
+    line = f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
+    return f"{line}; a hierarchy with orthogonal differences: {decision}"
 
 
 def metric_file(run: Run) -> Path:

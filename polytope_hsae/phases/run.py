@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,7 @@ from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
+from ..records import Checks
 from ..units import duration
 from .progress import Ticker
 
@@ -57,7 +59,7 @@ class Run:
         self.force = force
         piped = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
         self.console = Console(quiet=quiet, stderr=stderr, width=PIPED_WIDTH if piped else None)
-        self.device = device_of(config.run.device)
+        self.device = use_device(config.run.device)
         torch.set_num_threads(config.run.threads)
         keep_freed_memory()
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
@@ -66,7 +68,7 @@ class Run:
         random.seed(config.run.seed)
         if not read_only:
             self._claim_folder()
-            for part in (self.folder, self.activations, *map(self.phase, PHASES)):
+            for part in (self.folder, self.activations, self.templates, *map(self.phase, PHASES)):
                 remove_leftovers(part, deep=part != self.folder)
         self.provenance = Provenance(self.folder)
 
@@ -125,6 +127,11 @@ class Run:
     def activations(self) -> Path:
         return self.folder / "activations"
 
+    @property
+    def templates(self) -> Path:
+        """Folder of the store of rows from templates; there only where `concepts.prompts` made some."""
+        return self.folder / "templates"
+
     def phase(self, number: int) -> Path:
         return self.folder / f"phase{number}"
 
@@ -155,26 +162,20 @@ class Run:
     @cached_property
     def documents(self) -> tuple[Documents, dict[str, Tensor]]:
         """All documents, and the numbers of those of train, val and test."""
-        options, seed = self.config.corpus, self.config.run.seed
-
-        def load(path: str | None, max_tokens: int) -> Documents:
-            return load_documents(
-                options.source,
-                path,
-                self.lm.tokenizer,
-                max_tokens=max_tokens,
-                context_length=options.context_length,
-                tokenizer_sha256=self.lm.tokenizer_sha256,
-            )
-
-        documents = load(options.path, options.max_tokens)
-        if options.heldout_path is None:
-            return documents, split_documents(documents.n_documents, options.split, seed)
-        return with_held_out(documents, load(options.heldout_path, options.heldout_tokens), seed)
+        return load_corpus(self.config, self.lm.tokenizer, self.lm.tokenizer_sha256)
 
     @cached_property
     def store(self) -> ActivationStore:
         return ActivationStore.open(self.activations, verify=True)
+
+    @cached_property
+    def from_templates(self) -> ActivationStore | None:
+        """The rows from templates; None where none were asked for or needed."""
+        if self.config.concepts.prompts is None:
+            return None
+        checks = read_json(self.phase(1) / "checks.json", Checks)
+        made = any(parent["templated"] is not None for parent in checks["parents"])
+        return ActivationStore.open(self.templates, verify=True) if made else None
 
     @cached_property
     def train_moments(self) -> tuple[Tensor, float]:
@@ -209,6 +210,26 @@ class Run:
             yield ticker
 
 
+def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) -> tuple[Documents, dict[str, Tensor]]:
+    """All documents of a config's corpus, and the numbers of those of train, val and test."""
+    options, seed = config.corpus, config.run.seed
+
+    def load(path: str | None, max_tokens: int) -> Documents:
+        return load_documents(
+            options.source,
+            path,
+            tokenizer,
+            max_tokens=max_tokens,
+            context_length=options.context_length,
+            tokenizer_sha256=tokenizer_sha256,
+        )
+
+    documents = load(options.path, options.max_tokens)
+    if options.heldout_path is None:
+        return documents, split_documents(documents.n_documents, options.split, seed)
+    return with_held_out(documents, load(options.heldout_path, options.heldout_tokens), seed)
+
+
 def run_folder_of(path: Path) -> Path:
     """The run folder that a file or folder lies in. Raises ConfigError when there is none above it."""
     for folder in path.resolve().parents:
@@ -234,8 +255,8 @@ def remove_leftovers(folder: Path, *, deep: bool) -> None:
             path.unlink(missing_ok=True)  # it may have lain in a folder that is gone by now
 
 
-def device_of(name: str) -> str:
-    """A device that is there, for run.device. Raises ConfigError."""
+def use_device(name: str) -> str:
+    """A device that is there, for run.device; a GPU becomes the process's current one. Raises ConfigError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -245,4 +266,6 @@ def device_of(name: str) -> str:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise ConfigError(f"run.device: found {name!r}, allowed: one of {count} CUDA devices, or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     return name

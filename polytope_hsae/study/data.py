@@ -53,23 +53,43 @@ def text_hashes(study: Study, config: Config) -> dict[str, str]:
 def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, Any]:
     """All that the stores depend on, but for the hook; nothing in it names a place."""
     options = config.concepts
+    if options.prompts is not None:
+        raise ConfigError(f"concepts.prompts: found {options.prompts!r}, allowed in a study: null")
+    # what studies did not have from the start counts where it is used, so that older records stay valid
+    left_out = {"label", "belief_threshold", "ontology", "prompts", "nltk_data"}
+    left_out |= {name for name in ("parts_of_speech", "wordnet") if name not in options.model_fields_set}
     return {
         "text_sha256": text_hashes(study, config),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "max_tokens": config.corpus.max_tokens,
         "heldout_tokens": study.heldout_tokens if study.text is not None else None,
+        "heldout_document_tokens": study.heldout_document_tokens,
         "split": None if study.text is not None else list(config.corpus.split),
         "context_length": config.corpus.context_length,
         "dtype": [config.model.dtype, config.data.dtype],
         "seed": config.run.seed,
         "shard_rows": config.data.shard_rows,
-        "concepts": options.model_dump(mode="json", exclude={"label", "belief_threshold", "ontology"}),
+        "concepts": options.model_dump(mode="json", exclude=left_out),
         "ontology": "wordnet" if options.ontology == "wordnet" else sha256_file(options.ontology),
         "shrinkage": config.geometry.shrinkage,
-        "contexts": study.measure.contexts,
+        "contexts": {"number": study.measure.contexts, "order": "of each document in turn"},
         "probe_rows": study.measure.probe_rows,
     }
+
+
+def of_each_document(rows_n3: Tensor, most: int) -> Tensor:
+    """The first `most` contexts when each document in turn gives its next one; contexts of a document lie together."""
+    document_n = rows_n3[:, 0].contiguous()
+    place_n = torch.arange(len(rows_n3)) - torch.searchsorted(document_n, document_n)
+    return rows_n3[torch.argsort(place_n, stable=True)[:most]]
+
+
+def shortened(documents: Documents, most: int) -> Documents:
+    """Every document's first `most` tokens."""
+    length_D = documents.lengths.clamp_max(most)
+    parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
+    return Documents(torch.cat(parts), length_D.cumsum(0) - length_D, documents.start_id)
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,7 @@ class StudyData:
         tensors = {}
         for split in ("val", "test"):
             rows = contexts(documents, members[split], self.config.corpus.context_length)
-            rows = rows[rows[:, 2] >= 3][: self.study.measure.contexts]
+            rows = of_each_document(rows[rows[:, 2] >= 3], self.study.measure.contexts)
             tensors[f"{split}.ids"], tensors[f"{split}.mask"] = padded_contexts(documents, rows)
             tensors[f"{split}.documents"] = rows[:, 0]
         write_tensors(self.folder / "contexts.safetensors", tensors)
@@ -140,6 +160,8 @@ class StudyData:
         folder = Path(self.study.text)
         train = load("text", folder / TEXTS["train"], options.max_tokens)
         held_out = load("text", folder / TEXTS["heldout"], self.study.heldout_tokens)
+        if self.study.heldout_document_tokens is not None:
+            held_out = shortened(held_out, self.study.heldout_document_tokens)
         if held_out.n_documents < 2:
             raise ConfigError(
                 f"text: found {held_out.n_documents} held-out document, allowed: 2 or more, for val and test"

@@ -15,7 +15,8 @@ from .. import __version__
 from ..config import Config, FlatConfig, HSAEConfig
 from ..data.stream import RowStream
 from ..evaluation.bootstrap import Metric
-from ..evaluation.hierarchy import Firings, count_firings, hierarchy_metrics
+from ..evaluation.firings import Firings, count_firings
+from ..evaluation.hierarchy import hierarchy_metrics
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..fileio import sha256_file, sha256_json
 from ..models.base import SparseAutoencoder
@@ -31,7 +32,7 @@ MEASURED = ("ev", "l0")
 LM_MEASURED = ("ce_recovered", "delta_ce", "kl")
 
 
-class _Silent:
+class Silent:
     """A tracker that keeps nothing: a run's record is its JSON file."""
 
     def log(self, values: dict[str, float], step: int, tokens: int) -> None:
@@ -46,8 +47,8 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
     config = run_config(study, base, run)
     hook = data.hook(run.hook)
     made = model_config(study, base, run, hook.store.width)
-    started, clock = _now(), time.monotonic()
-    peak = _PeakMemory(data.device)
+    started, clock = now(), time.monotonic()
+    peak = PeakMemory(data.device)
     model = initial_model(config, made, hook, data.device)
     trainer = HSAETrainer(
         model,
@@ -59,17 +60,17 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
     failed = None
     try:
         with faster_products(data.device, config.training.precision):
-            trainer.fit(_Silent())
+            trainer.fit(Silent())
     except Diverged as error:
         failed = str(error)
-    train_seconds = _synchronised(data.device) - clock
+    train_seconds = synchronised(data.device) - clock
     record: dict[str, Any] = {
         **run._asdict(),
         "kind": config.arms[0].kind,
         "settings_sha256": settings_hash(study, base, run),
         "data_sha256": data.sha256,
         "text_sha256": data.identity["text_sha256"],
-        "code": {"version": __version__, "sources_sha256": sources_sha256(), **_versions(data.device)},
+        "code": {"version": __version__, "sources_sha256": sources_sha256(), **versions(data.device)},
         "started": started,
         "workers": workers,
         "failed": failed,
@@ -94,7 +95,7 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
         record["usage"] = {**dead, "rows": in_train.rows}
         metrics = hierarchy_metrics(model, hook.store, firings["val"], hook.probes, run.seed)
         record["hierarchy"] = {name: _short(metric) for name, metric in metrics.items()}
-    record["seconds"] = round(_synchronised(data.device) - clock, 2)
+    record["seconds"] = round(synchronised(data.device) - clock, 2)
     del model
     gc.collect()
     if data.device.startswith("cuda"):
@@ -159,7 +160,7 @@ def faster_products(device: str, precision: str | None) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class _PeakMemory:
+class PeakMemory:
     """Bytes that a run takes on a GPU beside what lies there already."""
 
     def __init__(self, device: str) -> None:
@@ -175,7 +176,7 @@ class _PeakMemory:
         return {"value": int(torch.cuda.max_memory_allocated(self.device) - self.before)}
 
 
-def _synchronised(device: str) -> float:
+def synchronised(device: str) -> float:
     """The time when all that was asked of the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -192,12 +193,12 @@ def sources_sha256() -> str:
 
 
 @cache
-def _versions(device: str) -> dict[str, Any]:
+def versions(device: str) -> dict[str, Any]:
     made = environment(device)
     names = ("torch", "transformers", "numpy")
     versions = {name: made["packages"][name] for name in names}
     return {"commit": made["commit"], "python": made["python"], **versions, "device": made["device"]}
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

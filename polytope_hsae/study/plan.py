@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
@@ -27,7 +26,6 @@ from ..config import (
 )
 from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
-from ..models.hsae import HierarchicalSAE
 from ..parsing import parse_yaml, shown
 from ..provenance import NOT_IN_RESULTS
 
@@ -80,6 +78,9 @@ class Study(Block):
         None, description="Folder with train.txt.xz and heldout.txt.xz; null = the config's corpus, split by document."
     )
     heldout_tokens: Whole = Field(1_000_000, ge=256, description="Tokens of heldout.txt.xz at most, for val and test.")
+    heldout_document_tokens: Whole | None = Field(
+        None, ge=3, description="Tokens read of each held-out document at most, so that no book outweighs the rest."
+    )
     hooks: list[str] = Field(min_length=1, description="Where the language model is read.")
     steps: Whole = Field(ge=1, description="Optimiser steps of every run.")
     batch_size: Whole = Field(ge=1, description="Rows per step.")
@@ -242,15 +243,8 @@ def model_config(study: Study, base: Config, run: RunKey, width: int) -> HSAECon
         return flat
     hsae = model_config(study, base, run._replace(arm=other), width)
     assert isinstance(hsae, HSAEConfig)
-    n_latents = latents_for(parameter_count, flat, width, hsae_parameters(hsae, width))
+    n_latents = latents_for(parameter_count, flat, width, parameter_count(hsae, width))
     return type(flat).model_validate({**flat.model_dump(), "n_latents": n_latents})
-
-
-def hsae_parameters(config: HSAEConfig, d: int) -> int:
-    """Parameters of an H-SAE, tied tensors once."""
-    with torch.device("meta"):
-        model = HierarchicalSAE(config, d)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def settings_hash(study: Study, base: Config, run: RunKey) -> str:

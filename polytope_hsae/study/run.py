@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from ..config import Config, ConfigError
 from ..fileio import read_json, update_text, write_json
-from ..phases.run import device_of, keep_freed_memory, remove_leftovers
+from ..phases.run import keep_freed_memory, remove_leftovers, use_device
 from ..training.trainer import Interrupted
 from .data import StudyData
 from .measure import run_once
@@ -66,7 +66,7 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
     if not any(wanted(cell, options.only) for cell in study.cells):
         names = ", ".join(arm.name for arm in study.arms)
         raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of ARM-HOOK-L0")
-    device = device_of(options.device)
+    device = use_device(options.device)
     disable_progress_bar()  # of loading, on standard error, where errors are one line
     torch.set_num_threads(base.run.threads)
     with_device = base.model_copy(update={"run": base.run.model_copy(update={"device": device})})
@@ -230,6 +230,7 @@ def _start(study: Study, config: Config, options: Options, device: str) -> None:
     """Begin a worker process: it loads what its runs share once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
+    use_device(device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
     keep_freed_memory()
     disable_progress_bar()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import StageConfig, TeacherConfig, TrainingConfig
-from ..data.feed import Prefetch
-from ..data.stream import RowStream
+from ..data.stream import Stream
 from ..models.base import SparseAutoencoder, without_sharing
 from ..models.codes import ModelOutput
 from ..models.hsae import HierarchicalSAE
@@ -62,7 +61,7 @@ class HSAETrainer:
     def __init__(
         self,
         model: SparseAutoencoder,
-        stream: RowStream | Prefetch,
+        stream: Stream,
         stages: list[StageConfig],
         config: TrainingConfig,
         *,

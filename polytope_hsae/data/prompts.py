@@ -1,0 +1,159 @@
+"""Sentences with a gap, for concepts whose words the corpus hardly has.
+
+What is made here never joins the corpus: template documents are harvested into a store of their own, so that a
+number from them can always be told from one of natural text. Splits stay apart as they do there: a word of a fold
+stands only in its own split's documents, and every sentence belongs to one split.
+Shapes: P parents, D documents.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from polytope_hsae.data.concepts import FOLDS, Concepts, Parent
+from polytope_hsae.data.corpus import Documents, document_start
+from polytope_hsae.data.wordnet import LETTERS, PartOfSpeech
+from polytope_hsae.parsing import checked, parse_json, parse_yaml, shown
+
+PACKAGED = Path(__file__).with_name("prompts.yaml")
+GAP = "{word}"
+PLACED = re.compile(r" \{word\}(?!\w)")
+
+Templates = dict[PartOfSpeech, list[str]]
+
+
+class _Templates(TypedDict, total=False):
+    """A file of templates."""
+
+    noun: Annotated[list[str], Field(min_length=len(FOLDS))]
+    verb: Annotated[list[str], Field(min_length=len(FOLDS))]
+
+
+@dataclass(frozen=True)
+class TemplateDocuments:
+    """`documents` made from templates; `members`: their numbers (int64) by split; `parent_D`: whose word each holds.
+
+    `left_out` counts sentences in which the tokenizer does not make the word one token.
+    """
+
+    documents: Documents
+    members: dict[str, Tensor]
+    parent_D: list[int]
+    left_out: int
+
+    def counts(self, n_parents: int) -> dict[str, list[int]]:
+        """Documents of every parent, by split."""
+        parents = np.asarray(self.parent_D, dtype=np.int64)
+        return {
+            split: np.bincount(parents[numbers.numpy()], minlength=n_parents).tolist()
+            for split, numbers in self.members.items()
+        }
+
+
+def read_templates(source: str) -> Templates:
+    """Sentences by part of speech: `packaged`, or a YAML or JSON file {noun: [...], verb: [...]}.
+
+    Raises ValueError for another layout, fewer than three sentences, one that is there twice, and one without
+    exactly one gap `{word}`, a word of its own after a space.
+    """
+    path = PACKAGED if source == "packaged" else Path(source)
+    if not path.is_file():
+        raise ValueError(f"concepts.prompts: found {source!r}, allowed: packaged, or a YAML or JSON file")
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"concepts.prompts: {path} cannot be parsed: {error}") from error
+    templates: Templates = checked(tree, _Templates, f"concepts.prompts: {path}")
+    unknown = sorted(set(templates) - set(LETTERS))
+    if unknown:
+        raise ValueError(f"concepts.prompts: {path}: found {unknown[0]!r}, allowed: {', '.join(LETTERS)}")
+    seen: set[str] = set()
+    for part, sentences in templates.items():
+        for sentence in sentences:
+            if sentence.count(GAP) != 1 or not PLACED.search(sentence):
+                raise ValueError(
+                    f"concepts.prompts: {path}: {part}: found {shown(sentence)}, allowed: one {GAP}, a word of its "
+                    "own after a space"
+                )
+            if sentence in seen:
+                raise ValueError(f"concepts.prompts: {path}: found {shown(sentence)} twice, allowed: once")
+            seen.add(sentence)
+    return templates
+
+
+def split_templates(sentences: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """Sentences dealt out among the splits in turn, in a seeded random order."""
+    order = np.random.default_rng(seed).permutation(len(sentences))
+    return {split: [sentences[i] for i in order[place :: len(FOLDS)]] for place, split in enumerate(FOLDS)}
+
+
+def template_documents(
+    concepts: Concepts,
+    parents: Sequence[int],
+    templates: Templates,
+    tokenizer: Any,
+    *,
+    default_part: PartOfSpeech = "noun",
+    seed: int = 0,
+) -> TemplateDocuments:
+    """Every word of these parents (rows of `concepts.json`) in every sentence of its split.
+
+    A word stands in its first form that is one token. `default_part` is the part of speech of parents that are not
+    from WordNet. Raises ValueError when the templates lack a part of speech, or a split gets no document.
+    """
+    start_id = document_start(tokenizer)
+    dealt = {part: split_templates(sentences, seed) for part, sentences in templates.items()}
+    texts: dict[str, list[list[int]]] = {split: [] for split in FOLDS}
+    owners: dict[str, list[int]] = {split: [] for split in FOLDS}
+    left_out = 0
+    for row in parents:
+        parent = concepts.parents[row]
+        part = part_of_speech(parent, default_part)
+        if part not in dealt:
+            raise ValueError(f"concepts.prompts: found no sentences of {part} for {parent.name}, allowed: at least 3")
+        for split in FOLDS:
+            found, missed = _filled(parent, split, dealt[part][split], tokenizer)
+            texts[split] += found if start_id is None else [[start_id, *ids] for ids in found]
+            owners[split] += [row] * len(found)
+            left_out += missed
+    empty = [split for split in FOLDS if not texts[split]]
+    if empty:
+        raise ValueError(f"concepts.prompts: found no sentence for {empty[0]} in which the word is one token")
+    documents = [ids for split in FOLDS for ids in texts[split]]
+    ends_D = torch.tensor([len(ids) for ids in documents]).cumsum(0)
+    starts_D = torch.cat([torch.zeros(1, dtype=torch.int64), ends_D[:-1]])
+    tokens_N = torch.tensor([token for ids in documents for token in ids], dtype=torch.int32)
+    numbers = torch.arange(len(documents)).split([len(texts[split]) for split in FOLDS])
+    members: Mapping[str, Tensor] = dict(zip(FOLDS, numbers, strict=True))
+    parent_D = [row for split in FOLDS for row in owners[split]]
+    return TemplateDocuments(Documents(tokens_N, starts_D, start_id), dict(members), parent_D, left_out)
+
+
+def part_of_speech(parent: Parent, default: PartOfSpeech) -> PartOfSpeech:
+    """That of a parent's synset, else `default`."""
+    letter = parent.synset.rsplit(".", 2)[1] if parent.synset is not None else None
+    return next((part for part, name in LETTERS.items() if name == letter), default)
+
+
+def _filled(parent: Parent, split: str, sentences: list[str], tokenizer: Any) -> tuple[list[list[int]], int]:
+    """Token ids of every sentence with every word of the parent's fold; how many lack the word's token."""
+    words = [(word, child.tokens[word][0]) for child in parent.children for word in child.words[split]]
+    if not words or not sentences:
+        return [], 0
+    made, tokens = [], []
+    for _, token in words:
+        form = tokenizer.decode([token]).strip()
+        made += [sentence.replace(GAP, form) for sentence in sentences]
+        tokens += [token] * len(sentences)
+    encoded = tokenizer(made, add_special_tokens=False)["input_ids"]
+    kept = [ids for ids, token in zip(encoded, tokens, strict=True) if token in ids]
+    return kept, len(made) - len(kept)

@@ -1,0 +1,100 @@
+"""Which features a model's latents stand for, and how well they tell when those are on (docs/method.md section 7).
+
+Shapes: L latents, N features, d width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .counts import Counts
+from .world import World
+
+RECOVERED = 0.7  # cosine from which a latent stands for the feature that it is matched with
+
+
+class Match(NamedTuple):
+    """The one-to-one assignment of latents to features with the largest summed |cosine| (Hungarian).
+
+    latent_M, feature_M: the matched pairs, M = min(L, N), by latent; cosine_M: their cosines, with sign.
+    feature_L: for each latent the feature that it stands for: matched with a cosine of RECOVERED or more; else -1.
+    latent_N: the inverse. nearest_L: for each latent the feature of the largest |cosine|, which others may share.
+    """
+
+    latent_M: Tensor
+    feature_M: Tensor
+    cosine_M: Tensor
+    feature_L: Tensor
+    latent_N: Tensor
+    nearest_L: Tensor
+
+
+def match(decoder_Ld: Tensor, world: World) -> Match:
+    """Match unit decoder rows with the world's directions; the result lies on the CPU."""
+    cosine_LN = (decoder_Ld @ world.direction_Nd.T).cpu()
+    size_LN = cosine_LN.abs()
+    latent_M, feature_M = map(torch.from_numpy, linear_sum_assignment(size_LN.numpy(), maximize=True))
+    cosine_M = cosine_LN[latent_M, feature_M]
+    good_M = cosine_M >= RECOVERED
+    feature_L = torch.full((len(cosine_LN),), -1)
+    feature_L[latent_M[good_M]] = feature_M[good_M]
+    latent_N = torch.full((cosine_LN.shape[1],), -1)
+    latent_N[feature_M[good_M]] = latent_M[good_M]
+    return Match(latent_M, feature_M, cosine_M, feature_L, latent_N, size_LN.argmax(1))
+
+
+def f1_table(counts: Counts) -> Tensor:
+    """F1 F1 of every latent as a detector of every feature, 2 both / (on + on): [L, N] float32 on the CPU."""
+    either_LN = counts.latent_L[:, None].float() + counts.feature_N.float()
+    return (2 * counts.both_LN.float() / either_LN.clamp_min(1)).cpu()
+
+
+def detection(counts: Counts, found: Match) -> dict[str, float]:
+    """Precision, recall and F1 of latents as detectors, means over all latents (a dead one has 0).
+
+    `precision`, `recall`, `f1`: of the feature with the largest |cosine|, as SynthSAEBench has it. `f1_assigned`: under
+    the one-to-one assignment with the largest summed F1, over as many pairs as there are of the fewer.
+    """
+    L = len(found.nearest_L)
+    both_L = counts.both_LN.cpu()[torch.arange(L), found.nearest_L].double()
+    latent_L, feature_L = counts.latent_L.cpu().double(), counts.feature_N.cpu()[found.nearest_L].double()
+    table_LN = f1_table(counts)
+    assigned = linear_sum_assignment(table_LN.numpy(), maximize=True)
+    return {
+        "precision": float((both_L / latent_L.clamp_min(1)).mean()),
+        "recall": float((both_L / feature_L.clamp_min(1)).mean()),
+        "f1": float((2 * both_L / (latent_L + feature_L).clamp_min(1)).mean()),
+        "f1_assigned": float(table_LN[assigned].mean()),
+    }
+
+
+def recovery(counts: Counts, found: Match, world: World) -> dict[str, float | None]:
+    """How much of the world there is in the model.
+
+    `mcc`: mean |cosine| of the matched pairs. `unique`: different nearest features, over latents. `recovered`: share of
+    the L most frequent features that a latent stands for; `recovered_level_l` and `recovered_free` the same by level of
+    the trees and outside them (None where the L have none of that level). `leaf_given_parent`: of the features on the
+    last level whose parent is recovered, the share that is recovered. `dead`: share of latents that are never on.
+    """
+    L = len(found.feature_L)
+    rate_N, level_N, parent_N = world.rate_N.cpu(), world.level_N.cpu(), world.parent_N.cpu()
+    have_N = found.latent_N >= 0
+    frequent_N = torch.zeros_like(have_N)
+    frequent_N[rate_N.topk(min(L, len(rate_N))).indices] = True
+    levels = {f"recovered_level_{level}": level_N == level for level in range(int(level_N.max()) + 1)}
+    leaf_N = (level_N == world.config.depth) & (parent_N >= 0)
+    return {
+        "mcc": float(found.cosine_M.abs().mean()),
+        "unique": len(found.nearest_L.unique()) / L,
+        "recovered": _share(have_N, frequent_N),
+        **{name: _share(have_N, frequent_N & of_N) for name, of_N in levels.items()},
+        "recovered_free": _share(have_N, frequent_N & (level_N < 0)),
+        "leaf_given_parent": _share(have_N, leaf_N & have_N[parent_N]),
+        "dead": float((counts.latent_L == 0).double().mean()),
+    }
+
+
+def _share(have_N: Tensor, of_N: Tensor) -> float | None:
+    return float(have_N[of_N].double().mean()) if of_N.any() else None
