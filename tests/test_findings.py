@@ -287,3 +287,16 @@ def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path
     refused(hsae("findings", "write", tmp_path), "study.yaml")
     with pytest.raises(ConfigError, match="allowed: a YAML file"):
         load_findings(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("name", "records"), [("evidence", 29 * 9), ("evidence-small", 60)])
+def test_the_studies_of_the_repository_are_some(name, records):
+    study, configs = load_findings(Path(__file__).parents[1] / "studies" / name / "study.yaml")
+    assert (study.name, len(study.keys)) == (name, records)
+    assert len(study.seeds) >= 3
+    for plan in study.hooks:
+        assert study.arm(plan.teacher).init == "teacher"
+        assert study.arm(plan.control).init == "permuted_teacher"
+        final = plan.hook == HOOKS[0]
+        assert configs[plan.hook].concepts.label == ("next_token" if final else "current_token")
+        assert configs[plan.hook].concepts.max_parents >= 50

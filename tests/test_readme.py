@@ -1,6 +1,7 @@
 """Every command and the library example of README.md run, on the finished smoke run in place of the quickstart's.
 
-`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, and `study` in test_study.py, on a tiny study.
+`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, `study` in test_study.py and `findings` in
+test_findings.py, on tiny studies.
 """
 
 import re
@@ -23,7 +24,7 @@ COMMANDS = [
     for line in text.splitlines()
     if line.strip()
 ]
-ELSEWHERE = ("hsae import-jax", "hsae study")
+ELSEWHERE = ("hsae import-jax", "hsae study", "hsae findings")
 HSAE = [command for command in COMMANDS if command.startswith("hsae ") and not command.startswith(ELSEWHERE)]
 RUN = "runs/quickstart"
 

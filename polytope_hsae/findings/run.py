@@ -285,7 +285,8 @@ def _made(work: Work, configs: Mapping[str, Config], due: list[Key], options: Op
     with pool:
         try:
             hooks = dict.fromkeys(key.hook for key in due)
-            for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook])) for hook in hooks]:
+            threads = max(1, (os.cpu_count() or 1) // min(options.workers, len(hooks)))
+            for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook], threads)) for hook in hooks]:
                 future.result()
                 yield hook
             at_once = 1 if options.workers == 1 else 2 * options.workers
@@ -339,8 +340,11 @@ def _start(work: Work, device: str) -> None:
     _state.update(work=work, bench=Bench(work.folders, device))
 
 
-def _phase1(hook: str, config: Config) -> None:
-    run_phase1(Run(config, _state["work"].folders[hook], force=True, quiet=True))
+def _phase1(hook: str, config: Config, threads: int) -> None:
+    run = Run(config, _state["work"].folders[hook], force=True, quiet=True)
+    torch.set_num_threads(threads)  # there are fewer hooks than processes
+    run_phase1(run)
+    torch.set_num_threads(config.run.threads)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
