@@ -1,11 +1,9 @@
 """Language models: unembedding, capture at a hook, splice an edit in.
 
 The residual *after the final norm* is read where it is used: at the input of the output embedding module.
-Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary; M fixed contexts and G edits
-of each.
+Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary.
 """
 
-import copy
 import difflib
 import re
 import warnings
@@ -14,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from polytope_hsae.fileio import sha256_json
 from polytope_hsae.lm_config import block_list, hidden_size, logit_scale, max_context, n_blocks, softcap
@@ -235,10 +232,6 @@ class LanguageModel:
         logits = self._forward(ids_BT, mask, [(hook, edit)], "last" if last_only else None).logits.float()
         return logits[:, 0] if last_only else logits
 
-    def last_position(self, ids_MT: Tensor, hook: str) -> "LastPosition":
-        """For many edits of `hook` at the last position of the same contexts [M,T] without padding."""
-        return LastPosition(self, ids_MT, hook)
-
     def _forward(
         self,
         ids_BT: Tensor,
@@ -321,67 +314,6 @@ class LanguageModel:
     def _require_head(self, what: str) -> None:
         if not self.has_head:
             raise ValueError(f"model.name: {self.name} has no output head, {what}: not available")
-
-
-class LastPosition:
-    """Next-token logits of fixed contexts [M,T] under edits of a hook's activations at the last position.
-
-    Such an edit leaves everything before it as it was: the prefix runs once, and an edit costs a pass over the
-    last token with the prefix's keys and values. That is right where the cache keeps a key and a value of every
-    position and nothing else, so it is done only when all its layers are plain `DynamicLayer`s as long as the
-    prefix. Any other model (sliding windows as in Gemma-2, recurrent states, keys shared between layers) and
-    contexts of a single token run in full for every edit, with the same results.
-    """
-
-    @torch.no_grad()
-    def __init__(self, lm: LanguageModel, ids_MT: Tensor, hook: str) -> None:
-        lm._require_head("a run with an edit")
-        self.lm, self.ids_MT, self.hook = lm, ids_MT, hook
-        self._cache: DynamicCache | None = None
-        if ids_MT.shape[-1] > 1:
-            output = lm._forward(ids_MT[:, :-1], None, [], "one", use_cache=True)
-            found = getattr(output, "past_key_values", None)
-            self._cache = found if _is_plain(found, ids_MT.shape[1] - 1) else None
-
-    @property
-    def cached(self) -> bool:
-        """Whether an edit runs the last token only."""
-        return self._cache is not None
-
-    @torch.no_grad()
-    def logits(self, added_GMd: Tensor) -> Tensor:
-        """Logits (float32 [G,M,V]) after the last position, with each of `added` [G,M,d] added there.
-
-        Equal to `run_with_edit(..., last_only=True)` up to rounding. Raises ValueError as that does.
-        """
-        n_edits, n_contexts, width = added_GMd.shape
-        # Rows are context by context, as `batch_repeat_interleave` lays the cache out.
-        ids_BT = self.ids_MT.repeat_interleave(n_edits, dim=0)
-        added_Bd = added_GMd.transpose(0, 1).reshape(-1, width)
-
-        def edit(acts_BTd: Tensor) -> Tensor:
-            edited_BTd = acts_BTd.clone()
-            edited_BTd[:, -1] += added_Bd.to(acts_BTd)
-            return edited_BTd
-
-        if self._cache is None:
-            logits_BV = self.lm.run_with_edit(ids_BT, self.hook, edit, last_only=True)
-        else:
-            cache = copy.deepcopy(self._cache)  # a pass appends to its cache
-            cache.batch_repeat_interleave(n_edits)
-            hooks = [(self.hook, edit)]
-            output = self.lm._forward(ids_BT[:, -1:], None, hooks, None, past_key_values=cache, use_cache=True)
-            logits_BV = output.logits[:, 0].float()
-        return logits_BV.view(n_contexts, n_edits, -1).transpose(0, 1)
-
-
-def _is_plain(cache: Any, length: int) -> bool:
-    """Whether a cache is nothing but the keys and values of `length` positions in every layer."""
-    return (
-        type(cache) is DynamicCache
-        and len(cache.layers) > 0
-        and all(type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers)
-    )
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:

@@ -49,6 +49,14 @@ class Angles(TypedDict):
 Columns = dict[str, list[str | int | float | None]]
 
 
+class Decision(TypedDict):
+    """Whether a hierarchy with orthogonal differences was shown, and by which tests."""
+
+    hierarchy: bool
+    alpha: float
+    tests: dict[str, dict[str, Any]]
+
+
 class Hierarchy(TypedDict):
     """What evidence.json says of WordNet's parents."""
 
@@ -58,6 +66,7 @@ class Hierarchy(TypedDict):
     fraction_z_above_3: float | None
     median_beta: float | None
     beta_ci95: Interval | None
+    decision: NotRequired[Decision]  # runs of earlier versions have none
 
 
 class Control(TypedDict, total=False):
@@ -92,14 +101,25 @@ class Metrics(TypedDict):
     """The metrics of one arm that are printed; there are more."""
 
     ev: Metric
+    ev_causal: Metric
+    ev_logit: Metric
     ce_recovered: Metric
+    kl: Metric
     l0: Metric
     purity: Metric
     leakage: Metric
     recall: Metric
+    split: Metric
+    absorb: Metric
+    absorb_with_children: Metric
     steering_leakage: Metric
+    edge_precision: Metric
+    edge_recall: Metric
+    child_given_parent: Metric
+    probe_min: Metric
     dead_parents: Metric
     dead_children: Metric
+    entropy: Metric
 
 
 class Target(TypedDict):
@@ -138,3 +158,14 @@ class Steering(TypedDict):
 
     target_nats: float
     arms: dict[str, list[dict[str, Any]]]
+    grid: dict[str, list[dict[str, Any]]]
+
+
+class Interventions(TypedDict):
+    """interventions.json; `why` stands for what a model without an output head does not give."""
+
+    agreement: dict[str, Any]
+    target_nats: NotRequired[float]
+    ratio_invariance: NotRequired[dict[str, Any]]
+    targeting: NotRequired[dict[str, Any]]
+    why: NotRequired[str]

@@ -22,7 +22,13 @@ from typing_extensions import TypedDict
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.fileio import check_tensors, read_tensors, write_tensors
-from polytope_hsae.geometry.bases import Projectors, concept_projectors, rotated_rows, seeded_generator
+from polytope_hsae.geometry.bases import (
+    Projectors,
+    concept_projectors,
+    rotated_rows,
+    rotated_together,
+    seeded_generator,
+)
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
 from polytope_hsae.parsing import checked, shown
@@ -161,6 +167,14 @@ class Teacher:
             form=self.form,
             metadata=self.metadata,
         )
+
+    def turned(self, degrees: float, seed: int = 0) -> "Teacher":
+        """All l_p and differences turned by one rotation, each by that angle: the teacher's shape, elsewhere."""
+        rows_Nd = rotated_together(
+            torch.cat([self.parent_unified, self.child_delta_unified]), degrees, seeded_generator("turned", seed)
+        )
+        parents_Qd, deltas_Rd = rows_Nd.split([self.n_parents, self.n_children])
+        return self._rebuilt(parents_Qd, deltas_Rd, rotate_deg=repr(float(degrees)))
 
     def rotated(self, degrees: float, seed: int = 0) -> "Teacher":
         """Every l_p and difference turned by that angle toward a random orthogonal direction of its own."""
@@ -319,20 +333,22 @@ def extract_activation_teacher(
     concepts: Concepts,
     *,
     shrinkage: float = 0.05,
+    metric: str = "causal",
+    seed: int = 0,
     min_rows: int = 1,
     form: str = "dual",
     metadata: Mapping[str, str] | None = None,
 ) -> Teacher:
     """The teacher at an inner hook: l = S^(-1/2) m in the residual_covariance geometry of the within-class
-    covariance S.
+    covariance S, or in another `metric` made of it (see `ActivationClassStats.geometry`).
 
-    So D_p = m_p/|m_p| and E_p is proportional to S^-1 m_p. Parents without rows, or with all rows there are, have
-    no m_p: the teacher leaves them and their children out. Children with fewer than `min_rows` rows keep a
+    So in the first D_p = m_p/|m_p| and E_p is proportional to S^-1 m_p. Parents without rows, or with all rows there
+    are, have no m_p: the teacher leaves them and their children out. Children with fewer than `min_rows` rows keep a
     difference of 0 (they seed nothing). Both get a warning and are in the metadata (`unseen_parents`,
     `unseen_children`; the latter of parents that are there). Raises ValueError when no parent is left.
     """
     child_parent = list(concepts.child_parent_R)
-    geometry = stats.geometry(shrinkage)
+    geometry = stats.geometry(shrinkage, metric, seed)
     parents_Qd = stats.parent_differences(child_parent, concepts.n_parents) @ geometry.sigma_sqrt
     deltas_Rd = stats.class_differences() @ geometry.sigma_sqrt - parents_Qd[child_parent]
     seen_Q = parents_Qd.any(dim=1)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from typing_extensions import TypedDict
 
-from .config import Config, ConfigError
+from .config import ArmConfig, Config, ConfigError
 from .fileio import naming, write_text
 from .parsing import checked, parse_json
 
@@ -126,11 +126,12 @@ class Trackers:
             tracker.close()
 
 
-def open_trackers(config: Config, run: Path, phase: int, arm: str, resume_step: int) -> Trackers:
+def open_trackers(config: Config, run: Path, arm: ArmConfig, resume_step: int) -> Trackers:
     """The trackers that the config asks for, opened for one arm at the step it (re)starts from."""
-    trackers: list[Tracker] = [JsonlTracker(run / "metrics.jsonl", phase, arm, config.run.seed, resume_step)]
+    phase, name, seed = arm.phase, arm.name, config.arm_seed(arm)
+    trackers: list[Tracker] = [JsonlTracker(run / "metrics.jsonl", phase, name, seed, resume_step)]
     if config.tracking.wandb != "off":
-        trackers.append(WandbTracker(config, run / "wandb", phase, arm))
+        trackers.append(WandbTracker(config, run / "wandb", phase, name))
     if config.tracking.tensorboard:
-        trackers.append(TensorBoardTracker(run / "tensorboard" / f"phase{phase}-{arm}"))
+        trackers.append(TensorBoardTracker(run / "tensorboard" / f"phase{phase}-{name}"))
     return Trackers(trackers)

@@ -11,6 +11,8 @@ from polytope_hsae.report.read import RunFiles
 ARMS = ("baseline", "flat_topk", "teacher", "permuted_teacher")
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 OWN = {"ev": (0.6, 0.7, 0.58, 0.57), "purity": (0.2, 0.3, 0.5, 0.2), "leakage": (0.8, 0.7, 0.4, 0.8)}
+OTHERS = ("ev_causal", "ev_logit", "kl", "split", "absorb", "absorb_with_children", "probe_min", "entropy")
+OF_CHILDREN = ("dead_children", "edge_precision", "edge_recall", "child_given_parent")
 CHANCE = {"ev": 0.0, "purity": 0.25, "leakage": 0.75, "l0": None}
 
 
@@ -100,6 +102,31 @@ def steered(concept: int, number: int, leakage: float | None) -> dict[str, Any]:
     }
 
 
+def grid_cell(level: str, leakage: float | None, unreached: int = 0) -> dict[str, Any]:
+    """One level of steering.json's grid, injected at the run's hook and dose."""
+    place = {"level": level, "form": "inject", "hook": "model.layers.2", "target_nats": 0.5}
+    return {**place, "concepts": 2, "unreached": unreached, "steering_leakage": metric(leakage, chance=0.5)}
+
+
+def interventions() -> dict[str, Any]:
+    """interventions.json: the own directions keep ratios and hit their targets, the others do not."""
+    along = {"own": (0.05, 4.0), "other": (0.4, 0.5), "random": (0.3, 1.0)}
+    ratio = {
+        name: {"median": metric(kl, 0.01), "p90": metric(2 * kl, 0.01), "unreached": 1}
+        for name, (kl, _) in along.items()
+    }
+    targeted = {
+        name: {"median_ratio": metric(times), "share_above_threshold": metric(float(times > 3)), "unreached": 0}
+        for name, (_, times) in along.items()
+    }
+    return {
+        "target_nats": 0.5,
+        "ratio_invariance": {"thresholds": {"median": 0.1, "p90": 0.2}, **ratio},
+        "targeting": {"threshold": 3.0, "parents": targeted, "children": targeted},
+        "agreement": {"same_words": {name: metric(0.6) for name in ("cosine", "other_parents", "random")}},
+    }
+
+
 def train(arm: str) -> dict[str, Any]:
     """train.json of an arm."""
     budget = {"steps": 24, "tokens": 6144, "parameters": 1000, "flops_per_row": 100}
@@ -124,12 +151,16 @@ def hand_made() -> dict[str, Any]:
         found["l0"] = metric(8.0, 0.0)
         found["ce_recovered"] = metric(0.8, chance=0.0)
         found["dead_parents"] = metric(0.0, 0.0)
-        found["dead_children"] = metric(0.0, 0.0)
+        for name in OF_CHILDREN:
+            found[name] = metric(0.0, 0.0)
         found["recall"] = metric(0.5, chance=0.1 * place)
         found["steering_leakage"] = metric(0.4, chance=0.5)
+        for name in OTHERS:
+            found[name] = metric(0.1, chance=0.05)
         found["steering_unreached"] = metric(0.0, 0.0)
         arms[arm] = found
-    arms["flat_topk"]["dead_children"] = {**metric(None), "n": 0, "why": "a flat model has no children"}
+    for name in OF_CHILDREN:
+        arms["flat_topk"][name] = {**metric(None), "n": 0, "why": "a flat model has no children"}
     differences = {
         arm: {name: metric(round(values[place] - values[0], 9), 0.02) for name, values in OWN.items()}
         for place, arm in enumerate(ARMS)
@@ -225,7 +256,14 @@ def hand_made() -> dict[str, Any]:
                 "teacher": [steered(0, 9, 0.1), steered(1, 3, None)],
                 "permuted_teacher": [steered(0, 9, None), steered(1, 3, None)],
             },
+            "grid": {
+                "baseline": [grid_cell("parent", 0.4), grid_cell("child", 0.3, unreached=1)],
+                "flat_topk": [],
+                "teacher": [grid_cell("parent", 0.1), grid_cell("child", None, unreached=2)],
+                "permuted_teacher": [grid_cell("parent", None, unreached=2)],
+            },
         },
+        "phase4/interventions.json": interventions(),
         "phase4/ablations.json": {
             "reference": "baseline",
             "differences": differences,
@@ -270,6 +308,7 @@ def run_files(files: dict[str, Any]) -> RunFiles:
         evidence=files["phase1/evidence.json"],
         results=files["phase4/results.json"],
         steering=files["phase4/steering.json"],
+        interventions=files["phase4/interventions.json"],
         ablations=files["phase4/ablations.json"],
         latents=files["phase4/latents.json"],
         store=files.get("activations/manifest.json"),

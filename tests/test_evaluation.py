@@ -12,7 +12,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polytope_hsae import lm as lm_module
+from polytope_hsae import lm_edits
 from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.bootstrap import (
     Metric,
@@ -24,19 +24,19 @@ from polytope_hsae.evaluation.bootstrap import (
     paired,
 )
 from polytope_hsae.evaluation.concepts import (
-    SparseActivations,
     auroc_matrix,
     concept_metrics,
     evaluate_concepts,
     labelled_rows,
-    latent_activations,
     map_concepts,
 )
+from polytope_hsae.evaluation.pushing import Search, evenly_spaced, solve_alpha
 from polytope_hsae.evaluation.reconstruction import (
     LM_METRICS,
     evaluate_reconstruction,
 )
-from polytope_hsae.evaluation.steering import STEERING_METRICS, Search, _select, evaluate_steering, solve_alpha
+from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
+from polytope_hsae.evaluation.steering import STEERING_METRICS, evaluate_steering
 from polytope_hsae.evaluation.targets import Thresholds, assess_targets, format_targets, verdict
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.codes import Codes
@@ -81,6 +81,8 @@ class FakeConcepts:
 
 class FakeSAE:
     """Latent l is relu(h_l); decodes to scale * h, or to `offset`; child 0 of parent 0 copies its parent."""
+
+    data_scale = torch.ones(())
 
     def __init__(self, width, n_parents=None, n_children=0, scale=1.0, offset=None, directions=None):
         self.width, self.n_parents, self.n_children = width, n_parents or width, n_children
@@ -265,12 +267,24 @@ def test_lm_metrics_of_a_perfect_and_of_a_constant_reconstruction(lm, ids, hook)
     assert perfect.units["kl"].keys_U.tolist() == [0, 1, 2, 5]
     constant = evaluate_language_model(FakeSAE(16, offset=mean), lm, hook, ids, mean, batch_size=4)
     assert constant.metrics["ce_recovered"].value == pytest.approx(0, abs=1e-5)
+    assert perfect.metrics["ev_logit"].value == pytest.approx(1, abs=1e-5)
+    assert constant.metrics["ev_logit"].value == pytest.approx(0, abs=1e-5)
     for name in ("kl", "delta_ce"):
         assert constant.metrics[name].value == pytest.approx(constant.metrics[name].chance, rel=1e-5)
         assert constant.metrics[name].value > 0.01
     log_p = lm.model(input_ids=ids).logits.log_softmax(-1)
     ce = -log_p[:, 1:-1].gather(-1, ids[:, 2:, None]).mean()
     assert constant.metrics["ce_clean"].value == pytest.approx(float(ce), rel=1e-5)
+
+
+def test_ev_of_the_logits_is_that_of_the_centred_unembedding_at_the_final_residual(lm, ids):
+    acts = lm.capture(ids, FINAL_HOOK).acts[:, 1:-1].reshape(-1, 16)
+    mean = acts.mean(0)
+    found = evaluate_language_model(FakeSAE(16, scale=0.7), lm, FINAL_HOOK, ids, mean, batch_size=4)
+    centred = (lm.unembedding - lm.unembedding.mean(0)).T
+    near, far = ((part @ centred).square().sum() for part in (0.3 * acts, acts - mean))
+    assert found.metrics["ev_logit"].value == pytest.approx(float(1 - near / far), abs=1e-5)
+    assert found.metrics["ev_logit"].chance == 0
 
 
 def test_ce_recovered_is_null_where_ablation_costs_nothing(lm):
@@ -450,10 +464,8 @@ def test_the_map_is_one_to_one_and_needs_rows():
     dense[:, 1] = np.where(labels == 1, 0.1, 0)
     assert map_concepts(sparse(dense), labels, 4, min_rows=20).tolist() == [0, 1, -1, -1]
     assert map_concepts(sparse(dense[:, :1]), labels, 4, min_rows=20).tolist() == [0, -1, -1, -1]
-    assert latent_activations(FakeSAE(3), FakeStore(), "train", np.zeros(0, np.int64)).columns(np.arange(3)).shape == (
-        0,
-        3,
-    )
+    nothing = row_codes(FakeSAE(3), FakeStore(), "train", np.zeros(0, np.int64))
+    assert nothing.parents.columns(np.arange(3)).shape == (0, 3)
 
 
 # steering
@@ -478,8 +490,8 @@ def test_alpha_is_found_for_known_effects():
     assert np.isnan(found.alpha_G).tolist() == [False, False, False, True, True, False]
     for c in (0, 1, 2, 5):
         assert functions[c](found.alpha_G[c]) == pytest.approx(3.0, abs=0.02)
-        assert found.measured_G3[c, 1] == 2 * found.alpha_G[c]
-    assert np.isnan(found.measured_G3[3]).all()
+        assert found.measured_GK[c, 1] == 2 * found.alpha_G[c]
+    assert np.isnan(found.measured_GK[3]).all()
     assert len(calls) <= 12
     assert calls[-1] < len(functions), "solved concepts leave the batch"
 
@@ -624,8 +636,8 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
         lambda module, args, output: lengths.append(args[0].shape[1])
     )
     runs = []
-    for plain in (lm_module._is_plain, lambda cache, length: False):
-        monkeypatch.setattr(lm_module, "_is_plain", plain)
+    for plain in (lm_edits._is_plain, lambda cache, length: False):
+        monkeypatch.setattr(lm_edits, "_is_plain", plain)
         lengths.clear()
         found = evaluate_steering(sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, **options)
         runs.append(found.records)
@@ -646,10 +658,10 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
 
 
 def test_the_steered_concepts_are_evenly_spaced_in_file_order():
-    assert _select([3, 5, 8, 9, 12], 3) == [3, 8, 12]
-    assert _select([3, 5, 8], 3) == _select([3, 5, 8], None) == [3, 5, 8]
-    assert _select(range(57), 20) == sorted(set(_select(range(57), 20)))
-    assert _select(range(57), 20)[-1] == 56
+    assert evenly_spaced([3, 5, 8, 9, 12], 3) == [3, 8, 12]
+    assert evenly_spaced([3, 5, 8], 3) == evenly_spaced([3, 5, 8], None) == [3, 5, 8]
+    assert evenly_spaced(range(57), 20) == sorted(set(evenly_spaced(range(57), 20)))
+    assert evenly_spaced(range(57), 20)[-1] == 56
 
 
 # targets

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from polytope_hsae.geometry import evidence, statistics
+from polytope_hsae.geometry import controls, evidence, orthogonality, statistics
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ConceptEstimator
 
 WIDTH, VOCAB = 128, 3000
 N_PARENTS, N_CHILDREN, N_WORDS = 20, 5, 8
 CHILD_PARENT = [p for p in range(N_PARENTS) for _ in range(N_CHILDREN)]
+CONTROLS = ("shuffled_rows", "pseudo_parents", "random_parent", "permuted_words")
 NAMES: dict[str, Any] = {
     "parent_names": [f"p{p}" for p in range(N_PARENTS)],
     "child_names": [f"c{c}" for c in range(N_PARENTS * N_CHILDREN)],
@@ -51,13 +52,13 @@ def world(kind: str) -> Tensor:
 def collected(kind: str, **options: Any) -> dict[str, Any]:
     rows = world(kind)
     geometry = CausalGeometry(rows, metric="identity")
-    options = {"permutations": 200, "bootstrap": 100, "halvings": 10, **options}
+    options = {"permutations": 200, "bootstrap": 100, "halvings": 10, "controls": (), **options}
     return evidence.collect_evidence(rows, geometry, CHILD_WORDS, CHILD_PARENT, POOL, **NAMES, **options)
 
 
 @pytest.fixture(scope="module")
 def hierarchy() -> dict:
-    return collected("hierarchy")
+    return collected("hierarchy", controls=CONTROLS)
 
 
 def test_hierarchy_is_found(hierarchy: dict) -> None:
@@ -104,8 +105,63 @@ def test_controls_lose_the_hierarchy(hierarchy: dict) -> None:
     assert gaussian["fraction_z_above_3"] <= 0.05
 
 
+def test_every_kind_of_evidence_is_there_and_each_control_loses_what_it_must(hierarchy: dict) -> None:
+    main = hierarchy["main"]
+    assert main["signal"]["child_auroc"]["median"] > 0.9
+    assert main["signal"]["parent_auroc"]["median"] > 0.9
+    assert main["signal"]["parent_reliability"] > 0.9
+    assert main["fraction_delta_q_below_05"] > 0.95
+    assert main["median_dealt_z"] > 5
+    assert main["polytopes"]["barycentric_accuracy"]["median"] > 0.5
+    assert main["polytopes"]["hull_auroc"]["median"] > 0.9
+    assert main["decision"]["hierarchy"] is True
+    for control in CONTROLS:
+        assert hierarchy[control]["decision"]["hierarchy"] is False, control
+    shuffled, pseudo = hierarchy["shuffled_rows"], hierarchy["pseudo_parents"]
+    assert abs(shuffled["signal"]["child_auroc"]["median"] - 0.5) < 0.05
+    assert abs(shuffled["polytopes"]["barycentric_accuracy"]["median"] - 1 / N_CHILDREN) < 0.05
+    assert abs(shuffled["polytopes"]["hull_auroc"]["median"] - 0.5) < 0.05
+    assert shuffled["fraction_delta_q_below_05"] == 0
+    # Pseudo-parents have real children: these differ from each other, but share nothing.
+    assert pseudo["signal"]["child_auroc"]["median"] > 0.9
+    assert pseudo["fraction_delta_q_below_05"] > 0.95
+    assert pseudo["polytopes"]["gram_cv"]["median"] > 2 * main["polytopes"]["gram_cv"]["median"]
+    # A random parent knows nothing of another's words, and every child differs from it.
+    random_parent = hierarchy["random_parent"]
+    assert abs(random_parent["signal"]["parent_auroc"]["median"] - 0.5) < 0.1
+    assert random_parent["fraction_delta_q_below_05"] > 0.95
+    assert random_parent["median_beta"] is None
+    assert random_parent["why"].startswith("beta, omega")
+    permuted = hierarchy["permuted_words"]
+    assert permuted["fraction_delta_q_below_05"] == 0
+    assert abs(permuted["median_dealt_z"]) < 1
+
+
+def test_other_metrics_stand_beside_the_main_one() -> None:
+    names = ("identity", "diagonal", "random", "residual_covariance")
+    found = collected("hierarchy", controls=names, permutations=100, halvings=2)
+    assert json.dumps(found["identity"]) == json.dumps(found["main"])  # the main metric of these tests
+    for name in ("diagonal", "random"):
+        assert found[name]["fraction_z_above_3"] == 1.0
+        assert found[name]["median_z"] != found["main"]["median_z"]
+    assert found["residual_covariance"]["why"] == "needs the covariance of activations of the final residual"
+    rows = world("hierarchy")
+    covariance = torch.diag(torch.linspace(1, 2, WIDTH, dtype=torch.float64))
+    made = controls.variant(
+        "residual_covariance",
+        controls.Variant(ConceptEstimator(rows, CausalGeometry(rows, 0.0)), CHILD_WORDS),
+        CHILD_PARENT,
+        activation_covariance=covariance,
+    )
+    assert isinstance(made, controls.Variant)
+    g = made.estimate.rows([3, 4])
+    centred = rows[[3, 4]] - rows.mean(0)
+    torch.testing.assert_close(g @ g.T, centred @ covariance @ centred.T)
+
+
 def test_evidence_is_json_and_deterministic(hierarchy: dict) -> None:
-    assert json.dumps(hierarchy, allow_nan=False) == json.dumps(collected("hierarchy"), allow_nan=False)
+    assert json.dumps(hierarchy["main"], allow_nan=False) == json.dumps(collected("hierarchy")["main"], allow_nan=False)
+    json.dumps(hierarchy, allow_nan=False)
     assert hierarchy["null"] == "words"
 
 
@@ -197,7 +253,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="1 without words"):
         statistics.concept_words([[], [[1]]], [0, 0], lambda ids: torch.zeros(len(ids), 2))
     with pytest.raises(ValueError, match="more parents than children"):
-        evidence.pseudo_parents(CHILD_WORDS[:5], [0, 0, 0, 1, 1])
+        controls.pseudo_parents(CHILD_WORDS[:5], [0, 0, 0, 1, 1])
     rows = torch.eye(4)
     with pytest.raises(ValueError, match="names: found 1 parents and 0 children, allowed: 1 and 1"):
         evidence.collect_evidence(rows, CausalGeometry(rows), [[[1]]], [0], [1], parent_names=["a"], child_names=[])
@@ -212,7 +268,7 @@ def test_halves_split_every_child() -> None:
     child = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 0])
     sizes = set()
     for seed in range(20):
-        half = statistics.halve_words(child, seed)
+        half = orthogonality.halve_words(child, seed)
         assert half[child == 1].sum() == 2
         sizes.add(int(half[child == 0].sum()))
     assert sizes == {2, 3}
@@ -220,14 +276,14 @@ def test_halves_split_every_child() -> None:
 
 def test_pseudo_parents_take_other_parents_children() -> None:
     owner = {child[0][0]: parent for child, parent in zip(CHILD_WORDS, CHILD_PARENT, strict=True)}
-    pseudo = evidence.pseudo_parents(CHILD_WORDS, CHILD_PARENT, seed=1)
+    pseudo = controls.pseudo_parents(CHILD_WORDS, CHILD_PARENT, seed=1)
     for parent in range(N_PARENTS):
         rows = [row for row, p in enumerate(CHILD_PARENT) if p == parent]
         owners = {owner[pseudo[row][0][0]] for row in rows}
         assert len(owners) == N_CHILDREN
         assert parent not in owners
     uneven = [[[c]] * (1 if c < 10 else 9) for c in range(20)]
-    drawn = evidence.pseudo_parents(uneven, list(range(20)), seed=0)
+    drawn = controls.pseudo_parents(uneven, list(range(20)), seed=0)
     assert [len(words) for words in drawn] == [len(words) for words in uneven]
 
 

@@ -18,7 +18,7 @@ from polytope_hsae.config import (
 )
 from polytope_hsae.data.corpus import context_batches, contexts, load_documents
 from polytope_hsae.data.stream import RowStream
-from polytope_hsae.evaluation.concepts import latent_activations
+from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models import matryoshka
 from polytope_hsae.models.base import SparseAutoencoder
@@ -418,7 +418,7 @@ def test_batches_of_different_slots_make_one_table():
     model = make_model("batchtopk").float().eval()
     model.calibrate([normal(90, WIDTH).float()], 3.0)
     rows = torch.cat([normal(45, WIDTH).float(), 3 * normal(45, WIDTH, seed=1).float()])
-    table = latent_activations(model, OneSplit(rows), "train", np.arange(90), batch_size=45)
+    table = row_codes(model, OneSplit(rows), "train", np.arange(90), batch_size=45).parents
     widths = {model.encode(part).parent_index.shape[1] for part in rows.split(45)}
     assert len(widths) == 2
     assert table.value_Nk.shape == (90, max(widths))

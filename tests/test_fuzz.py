@@ -43,7 +43,7 @@ from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.flat_arms import MODELS
-from polytope_hsae.phases.measure import metrics_table
+from polytope_hsae.phases.measure import SHOWN, metrics_table
 from polytope_hsae.provenance import Provenance
 from polytope_hsae.records import Evidence, Results, Train
 from polytope_hsae.teacher import Teacher
@@ -135,8 +135,7 @@ RECORDS: dict[str, tuple[Any, dict[str, Any]]] = {
         Results,
         {
             "model": "m", "hook": "h", "label": "belief", "split": "test",
-            "arms": {"a": dict.fromkeys(("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage",
-                                         "dead_parents", "dead_children"), METRIC)},
+            "arms": {"a": dict.fromkeys(SHOWN, METRIC)},
             "targets": [{"name": "t", "required": [None, 1], "measured": 0.5, "ci95": None, "n": 3, "verdict": "PASS"}],
         },
     ),

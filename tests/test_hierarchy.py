@@ -9,16 +9,8 @@ from tiny import concepts
 
 from polytope_hsae.config import HSAEConfig, TopKConfig
 from polytope_hsae.data.store import ActivationStore, ResidentStore
-from polytope_hsae.evaluation.hierarchy import (
-    MIN_PARENT_ROWS,
-    Firings,
-    Probes,
-    count_firings,
-    firing_metrics,
-    make_probes,
-    probe_metrics,
-    sampled_rows,
-)
+from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics, sampled_rows
+from polytope_hsae.evaluation.hierarchy import Probes, make_probes, probe_metrics
 from polytope_hsae.fileio import sha256_file, write_json, write_tensors
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKSAE

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationMixin, PreTrainedModel
 
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
-from polytope_hsae.lm_edits import EditedRuns
+from polytope_hsae.lm_edits import EditedRuns, LastPosition
 
 KINDS = ("llama", "neox", "gemma2")
 INNER = {"llama": "model.layers.0", "neox": "gpt_neox.layers.0", "gemma2": "model.layers.0"}
@@ -126,7 +126,7 @@ def test_the_last_position_alone_gives_the_logits_of_whole_passes(kind: str, len
     # Half of gemma2's layers have a sliding window (16, shorter than the longer contexts): it runs in full.
     cached = kind != "gemma2"
     for hook in (INNER[kind], INNER[kind].replace(".0", ".1"), FINAL_HOOK):
-        last = lm.last_position(tokens, hook)
+        last = LastPosition(lm, tokens, hook)
         assert last.cached == cached
         for n_edits in (4, 1):
             added = torch.randn(n_edits, 3, tiny.WIDTH, generator=torch.Generator().manual_seed(n_edits))
@@ -147,10 +147,10 @@ def test_an_edit_of_the_last_position_runs_one_token_where_the_cache_is_plain() 
     lm._modules["model.layers.1"].register_forward_hook(
         lambda module, args, output: shapes.append(tuple(args[0].shape[:2]))
     )
-    lm.last_position(ids(), "model.layers.0").logits(torch.zeros(4, 3, tiny.WIDTH))
+    LastPosition(lm, ids(), "model.layers.0").logits(torch.zeros(4, 3, tiny.WIDTH))
     assert shapes == [(3, 8), (12, 1)]
     shapes.clear()
-    single = lm.last_position(ids(length=1), "model.layers.0")
+    single = LastPosition(lm, ids(length=1), "model.layers.0")
     assert not single.cached
     added = torch.ones(1, 3, tiny.WIDTH)
     expected = by_full_passes(lm, ids(length=1), "model.layers.0", added)
@@ -164,7 +164,7 @@ def test_recurrent_states_are_no_plain_cache() -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
     lm = LanguageModel(MambaForCausalLM(config), tiny.tokenizer(), name="mamba", has_head=True)
-    last = lm.last_position(ids(), "backbone.layers.0")
+    last = LastPosition(lm, ids(), "backbone.layers.0")
     assert not last.cached
     added = torch.ones(2, 3, 16)
     expected = by_full_passes(lm, ids(), "backbone.layers.0", added)
@@ -251,9 +251,9 @@ def test_hooks_that_cannot_be_captured_are_refused() -> None:
     with pytest.raises(ValueError, match="ran 2 times"):
         twice.capture(ids(), "model.layers.0", final=True)
     with pytest.raises(ValueError, match="ran 2 times"):
-        twice.last_position(ids(), "model.layers.0").logits(torch.zeros(1, 3, tiny.WIDTH))
+        LastPosition(twice, ids(), "model.layers.0").logits(torch.zeros(1, 3, tiny.WIDTH))
     with pytest.raises(ValueError, match="ran 0 times"):
-        lm.last_position(ids(), "model.layers").logits(torch.zeros(1, 3, tiny.WIDTH))
+        LastPosition(lm, ids(), "model.layers").logits(torch.zeros(1, 3, tiny.WIDTH))
     with pytest.raises(ValueError, match=r"'model.rotary_emb' gives tuple|'model.rotary_emb' gives"):
         lm.capture(ids(), "model.rotary_emb")
     # A refused hook leaves nothing behind.
@@ -392,7 +392,7 @@ def test_a_model_without_a_head_says_so(tmp_path) -> None:
     for call in (
         lambda: lm.capture(ids(), FINAL_HOOK, logits=True),
         lambda: lm.run_with_edit(ids(), FINAL_HOOK, lambda acts: acts),
-        lambda: lm.last_position(ids(), "layers.0"),
+        lambda: LastPosition(lm, ids(), "layers.0"),
         lambda: lm.logits_from_final(with_head),
         lambda: lm.check_unembedding(ids()),
     ):

@@ -12,6 +12,7 @@ import torch
 from running import ARMS, SMOKE, TEACHER_ARMS, contents, copy, files, hsae, refused, start
 
 from polytope_hsae.fileio import read_json, read_tensors
+from polytope_hsae.geometry import controls
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.training.trainer import HSAETrainer
@@ -20,6 +21,13 @@ NAMES = [arm["name"] for arm in ARMS]
 METRICS = {
     "ev", "fvu", "l0", "dead_parents", "dead_children", "ce_recovered", "delta_ce", "kl", "ce_clean", "ce_ablated",
     "ce_spliced", "purity", "leakage", "recall", "steering_leakage", "sibling_kl", "steering_unreached",
+    "ev_causal", "ev_logit", "ev_dimension", "ev_dimension_q05", "split", "f1_best", "f1_best_few", "absorb",
+    "absorb_with_children", "probe_recall", "largest_load", "entropy", "decoder_norm",
+}  # fmt: skip
+OF_CHILDREN = {
+    "dead_children", "dead_children_routed", "atoms_in_use", "atom_norm", "edge_precision", "edge_recall",
+    "parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75",
+    "probe_child", "probe_parent", "probe_min",
 }  # fmt: skip
 TARGETS = [
     "median_angle_deg", "purity_gain_pp", "leakage_reduction", "steering_leakage_reduction", "reconstruction_parity",
@@ -39,9 +47,9 @@ def test_every_artifact_is_there_and_nothing_else(finished):
     shards = [shard["file"] for shard in read_json(finished / "activations/manifest.json")["shards"]]
     expected = {"config.yaml", "provenance.json", "metrics.jsonl", "activations/manifest.json"}
     expected |= {f"activations/{name}" for name in shards}
-    phase1 = ("concepts.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    phase1 = ("concepts.json", "checks.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
     expected |= {f"phase1/{name}" for name in phase1}
-    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "ablations", "latents")}
+    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "interventions", "ablations", "latents")}
     for name in NAMES:
         place = folder_of(finished, name).relative_to(finished).as_posix()
         assert place.startswith("phase2" if name in ("baseline", "flat_topk") else "phase3")
@@ -87,13 +95,19 @@ def test_phase_1_files_have_their_fields(finished):
     assert {"child_names", "form", "estimator", "metric", "shrinkage", "model", "hook", "folds"} <= set(metadata)
 
     evidence = read_json(finished / "phase1/evidence.json")
-    for part in ("main", "shuffled_rows", "pseudo_parents"):
+    for part in ("main", *controls.CONTROLS, *controls.METRICS):
         assert set(evidence[part]) >= {
             "parents", "children", "fraction_z_above_3", "median_z", "fraction_q_below_05", "median_beta", "beta_ci95",
-            "beta_inside", "omega", "omega_ci95", "angles",
-        }  # fmt: skip
-    of_parents = ["name", "n_children", "s_p", "z", "p", "q", "omega"]
-    of_children = ["name", "parent", "beta", "angle_deg"]
+            "beta_inside", "omega", "omega_ci95", "kappa", "kappa_ci95", "median_dealt_z", "fraction_delta_q_below_05",
+            "median_delta_z", "signal", "polytopes", "angles", "decision",
+        }, part  # fmt: skip
+    of_parents = ["name", "n_children", "s_p", "z", "p", "q", "dealt_z", "dealt_p", "dealt_q", "omega", "kappa",
+                  "auroc", "reliability", "gram_cv", "edge_cv", "barycentric_accuracy", "chance",
+                  "hull_auroc"]  # fmt: skip
+    of_children = ["name", "parent", "beta", "delta_squared", "delta_z", "delta_p", "delta_q", "auroc", "reliability",
+                   "angle_deg"]  # fmt: skip
+    assert evidence["matched_by"] == "corpus counts"
+    assert evidence["residual_covariance"]["signal"]["child_auroc"]["median"] > 0.5
     for table, fields, size in (("parents", of_parents, Q), ("children", of_children, R)):
         columns = evidence["main"][table]
         assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(fields, size)
@@ -108,12 +122,17 @@ def test_results_have_all_arms_and_all_five_targets(finished):
     assert list(results["arms"]) == NAMES
     assert results["seeds"] == [0]
     for name, metrics in results["arms"].items():
-        assert set(metrics) >= METRICS
+        assert set(metrics) >= METRICS | OF_CHILDREN
         assert ("purity_own_slots" in metrics) == (name in [arm["name"] for arm in TEACHER_ARMS])
         for key, metric in metrics.items():
             assert set(metric) - {"why"} == {"value", "ci95", "chance", "n"}, key
-            if (name, key) == ("flat_topk", "dead_children"):
+            if name == "flat_topk" and key in OF_CHILDREN:
                 assert metric["why"] == "a flat model has no children"
+            elif key in ("absorb", "absorb_with_children"):  # too few train rows for probes that hold elsewhere
+                assert metric["value"] is not None or metric["why"] == "the probes find no concept in these rows"
+            elif metric["value"] is None:  # a few steps of training reach few child concepts
+                assert key.startswith("child_"), (name, key, metric)
+                assert metric["why"] == "no units with a value"
             else:
                 assert metric["value"] is not None, (name, key, metric)
         assert metrics["purity"]["n"] >= 3
@@ -153,6 +172,18 @@ def test_results_have_all_arms_and_all_five_targets(finished):
                 assert sum(shares) <= 1.001
         effects = [record["effect"] for record in records if record["effect"] is not None]
         assert effects == pytest.approx([0.3] * len(effects), abs=0.05)
+    assert set(steering["children"]) == set(steering["grid"]) == set(NAMES)
+    for name, cells in steering["grid"].items():
+        assert [(cell["level"], cell["form"]) for cell in cells] == [
+            (level, form) for level in ("parent", "child") for form in ("inject", "override")
+        ]
+        for cell in cells[:1]:
+            assert cell["steering_leakage"]["value"] == results["arms"][name]["steering_leakage"]["value"]
+    interventions = read_json(finished / "phase4/interventions.json")
+    assert interventions["source"] == "tokens"
+    assert interventions["ratio_invariance"]["own"]["median"]["value"] < 0.1
+    cosine = interventions["agreement"]["same_words"]
+    assert cosine["cosine"]["value"] > cosine["other_parents"]["value"] > cosine["random"]["value"]
 
 
 def test_the_flat_model_has_the_baselines_l0_and_atoms(finished):
@@ -406,8 +437,7 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
     after = files(run)
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert after["phase4/results.json"] != before["phase4/results.json"]
-    for name in ("steering", "latents"):  # they have no intervals
-        assert after[f"phase4/{name}.json"][0] == before[f"phase4/{name}.json"][0]
+    assert after["phase4/latents.json"][0] == before["phase4/latents.json"][0]  # it has no intervals
     assert hsae("run", *changed, "--out", run).code == 0  # the folder is now this config's
     assert files(run) == after
 
@@ -423,7 +453,8 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
     assert answer.code == 0, answer.err
     after = files(run)
     for name in before:
-        kept = name.startswith(("activations", "phase1")) or name.endswith("model/config.json")
+        of_teacher = name == "phase4/interventions.json"  # it is about the teacher and the language model alone
+        kept = name.startswith(("activations", "phase1")) or name.endswith("model/config.json") or of_teacher
         assert (after[name][0] == before[name][0]) == kept, name
         assert not name.startswith(("activations", "phase1")) or after[name] == before[name]
 

@@ -1,7 +1,7 @@
 """Every command and the library example of README.md run, on the finished smoke run in place of the quickstart's.
 
-`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, `study` and `synthetic` in their own tests, on
-tiny studies.
+`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, `study`, `findings` and `synthetic` in their own
+tests, on tiny studies.
 """
 
 import re
@@ -24,7 +24,7 @@ COMMANDS = [
     for line in text.splitlines()
     if line.strip()
 ]
-ELSEWHERE = ("hsae import-jax", "hsae study", "hsae synthetic")
+ELSEWHERE = ("hsae import-jax", "hsae study", "hsae findings", "hsae synthetic")
 HSAE = [command for command in COMMANDS if command.startswith("hsae ") and not command.startswith(ELSEWHERE)]
 RUN = "runs/quickstart"
 

@@ -4,7 +4,7 @@ import pytest
 from report_run import hand_made, metric, run_files, set_target, steered
 
 from polytope_hsae.report.hierarchy import answers
-from polytope_hsae.report.steering import steering_means
+from polytope_hsae.report.steering import interventions_table, steering_grid, steering_means
 from polytope_hsae.report.summary import summary
 from polytope_hsae.report.tables import arms_table, concepts_table, differences_table, evidence_summary, parents_table
 from polytope_hsae.report.targets import informative_passes, target_rows
@@ -204,6 +204,17 @@ def test_the_hierarchy_is_answered_part_by_part(files):
     assert [one.answer for one in answers(run_files(files))] == ["no", "not testable", "not tested"]
 
 
+def test_the_decision_says_what_failed(files):
+    tests = {"shared_parent": {"passes": True}, "omega": {"passes": False}, "kappa": {"passes": False, "why": "few"}}
+    found = {"hierarchy": False, "alpha": 0.01, "tests": tests, "why": "kappa: few"}
+    files["phase1/evidence.json"]["main"]["decision"] = found
+    said = answers(run_files(files))[2]
+    assert (said.question, said.answer) == ("Is a hierarchy with orthogonal differences shown at level 0.01?", "no")
+    assert said.why == "Passed: shared parent. Not passed: ω and κ. Not tested: kappa: few."
+    found.update(hierarchy=True, tests={"omega": {"passes": True}})
+    assert answers(run_files(files))[2].answer == "yes"
+
+
 def test_a_control_with_another_beta_supports_right_angles(files):
     children = {"parent": [0, 1, 2, 3, 4], "beta": [2.0] * 5}
     control = {"children": children, "median_beta": 2.0, "beta_ci95": [1.9, 2.1]}
@@ -218,6 +229,9 @@ def test_evidence_tables(files):
     found = evidence_summary(run_files(files))
     assert [row["share"] for row in found["rows"]] == ["50\u00a0%", "0\u00a0%", "0\u00a0%"]
     assert [row["note"] for row in found["rows"]] == [None, 1, 1]
+    few = {**dict.fromkeys(("fraction_z_above_3", "median_z", "median_beta", "omega")), "why": "too few parents"}
+    files["phase1/evidence.json"]["residual_covariance"] = few
+    assert evidence_summary(run_files(files))["rows"][-1]["title"] == "covariance of activations"
     animal, tool = parents_table(run_files(files))
     assert dict(zip(("children", "s", "z", "q", "beta", "omega", "angle"), animal["cells"], strict=True))["beta"] == (
         1.0,
@@ -226,3 +240,22 @@ def test_evidence_tables(files):
     assert animal["above"]
     assert not tool["above"]
     assert tool["cells"][4] == (None, "–")
+
+
+def test_steering_and_interventions_are_shown_beside_other_directions(files):
+    run = run_files(files)
+    grid = steering_grid(run)
+    assert grid["heads"] == ["baseline", "teacher", "permuted teacher"]
+    assert [name for name, _ in grid["rows"]] == [
+        "parent, direction added, +0.5 nats", "child, direction added, +0.5 nats"
+    ]  # fmt: skip
+    assert grid["rows"][0][1][:2] == ["0.400 (0.500); 0 of 2 not reached", "0.100 (0.500); 0 of 2 not reached"]
+    assert grid["rows"][1][1][1:] == ["– (0.500); 2 of 2 not reached", "–"]
+    table = dict(interventions_table(run)["rows"])
+    assert table["KL among a parent's words, median (published: below 0.1)"][0] == "0.050 (0.040 to 0.060)"
+    assert table["parents not reached"] == ["1 of 5"] * 3
+    assert table["children: share at 3 times or more"][0] == "100\u00a0%"
+    files["phase4/interventions.json"] = {"why": "no head", "agreement": {"why": "no head"}}
+    files["phase4/steering.json"]["grid"] = {}
+    assert interventions_table(run_files(files))["rows"] == []
+    assert steering_grid(run_files(files)) is None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytope_hsae.data.concepts import Child, Concepts, Parent
 from polytope_hsae.fileio import read_tensors, sha256_file, write_tensors
+from polytope_hsae.geometry.bases import rotated_together
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
 from polytope_hsae.teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
@@ -203,6 +204,25 @@ def test_rotated_teacher_keeps_lengths_and_duality(teacher: Teacher) -> None:
     assert turned.metadata["noise_deg"] == "25.0"
 
 
+@pytest.mark.parametrize("degrees", [15.0, 30.0, 60.0])
+def test_a_turned_teacher_keeps_its_shape_and_every_vector_turns_by_the_angle(teacher: Teacher, degrees: float) -> None:
+    turned = teacher.turned(degrees, seed=1)
+    before = torch.cat([teacher.parent_unified, teacher.child_delta_unified])
+    after = torch.cat([turned.parent_unified, turned.child_delta_unified])
+    torch.testing.assert_close(after @ after.T, before @ before.T)
+    cosine = torch.cosine_similarity(before, after)
+    torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(math.radians(degrees))))
+    torch.testing.assert_close(diagonal(turned.parent_read, turned.parent_write), torch.ones(3, dtype=torch.float64))
+    assert turned.metadata["rotate_deg"] == str(degrees)
+    assert not torch.allclose(turned.parent_unified, teacher.turned(degrees, seed=2).parent_unified)
+
+
+def test_no_rotation_turns_every_vector_of_an_odd_width() -> None:
+    rows = torch.randn(2, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"teacher.rotate_deg: found rows of width 5, allowed: an even width"):
+        rotated_together(rows, 30.0, torch.Generator())
+
+
 def test_random_teacher_has_the_lengths_only(teacher: Teacher) -> None:
     random = teacher.random_like(seed=2)
     torch.testing.assert_close(random.parent_unified.norm(dim=1), teacher.parent_unified.norm(dim=1))
@@ -241,6 +261,19 @@ def test_activation_teacher_writes_means_and_reads_by_the_inverse_covariance() -
     delta = acts[labels == 4].mean(0) - mean - m_p
     torch.testing.assert_close(teacher.child_delta_write[4], delta / delta.norm())
     assert (teacher.metadata["metric"], teacher.metadata["hook"]) == ("residual_covariance", "layers.3")
+
+
+def test_a_euclidean_activation_teacher_reads_what_it_writes() -> None:
+    stats, _, _ = activations()
+    causal = extract_activation_teacher(stats, make_concepts())
+    euclidean = extract_activation_teacher(stats, make_concepts(), metric="identity")
+    torch.testing.assert_close(euclidean.parent_write, causal.parent_write)  # both write the class mean
+    torch.testing.assert_close(euclidean.parent_read, euclidean.parent_write)
+    assert torch.cosine_similarity(causal.parent_read, causal.parent_write).max() < 0.9
+    assert euclidean.metadata["metric"] == "identity"
+    diagonal_metric = extract_activation_teacher(stats, make_concepts(), metric="diagonal")
+    scale = causal.sigma_sqrt.square().sum(1)  # the diagonal of Sigma
+    torch.testing.assert_close(diagonal_metric.sigma_sqrt, scale.sqrt().diag())
 
 
 def test_unseen_children_seed_nothing() -> None:

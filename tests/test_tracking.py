@@ -30,7 +30,7 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_the_same_numbers_and_offline_needs_no_account(tmp_path, wandb):
     config = load_config("smoke", ["tracking.wandb=offline"])
-    trackers = open_trackers(config, tmp_path, 2, "baseline", 0)
+    trackers = open_trackers(config, tmp_path, config.arm("baseline"), 0)
     trackers.log({"loss": 0.5}, step=3, tokens=24)
     trackers.close()
     assert wandb["options"]["mode"] == "offline"
@@ -47,8 +47,9 @@ def test_wandb_gets_the_same_numbers_and_offline_needs_no_account(tmp_path, wand
 def test_a_missing_tracker_is_one_clear_line(tmp_path, monkeypatch, field, package):
     for name in ("wandb", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
+    config = load_config("smoke", [field])
     with pytest.raises(ConfigError, match=rf"pip install polytope-hsae\[{package}\]"):
-        open_trackers(load_config("smoke", [field]), tmp_path, 2, "baseline", 0)
+        open_trackers(config, tmp_path, config.arm("baseline"), 0)
 
 
 def test_source_files_follow_the_bytes_of_corpus_and_ontology(tmp_path):

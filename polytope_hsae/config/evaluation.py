@@ -1,6 +1,6 @@
 """Evaluation, its targets, and trackers (docs/method.md section 5)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,7 +11,10 @@ class SteeringConfig(Block):
     target_nats: float = Field(3.0, gt=0, description="Rise of the target's log-odds, nats.")
     contexts: Whole = Field(16, ge=1, description="Contexts that every concept is steered in.")
     context_length: Whole = Field(24, ge=4, description="Tokens per context.")
-    max_concepts: Whole = Field(20, ge=1, description="Concepts steered at most, evenly spaced in file order.")
+    max_concepts: Whole = Field(20, ge=1, description="Parents steered at most, evenly spaced in file order.")
+    max_children: Whole = Field(8, ge=1, description="Children of these steered at most, likewise.")
+    doses: list[Annotated[float, Field(gt=0)]] = Field([], description="Further rises, nats, for the dose-response.")
+    layers: list[str] = Field([], description="Further hooks of the same width that directions are added at.")
 
 
 class LatentsConfig(Block):

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .block import FOLDER_NAME, Block, BlockT, first_line, require
+from .block import FOLDER_NAME, Block, BlockT, Whole, first_line, require
 from .evaluation import EvalConfig, TrackingConfig
 from .flat import FLAT_KINDS, FlatConfig
 from .hsae import HSAEConfig
@@ -23,6 +23,9 @@ class ArmConfig(Block):
         "random", description="Where the parameters start; anything but random belongs to phase 3."
     )
     stages: Literal["baseline", "teacher"] | None = Field(None, description="Which stages; null = by init.")
+    seed: Whole | None = Field(
+        None, ge=0, description="Seed of the start, the order of rows and the control teacher; null = run.seed."
+    )
     hsae: dict[str, Any] = Field({}, description="Fields of hsae that this arm replaces.")
     teacher: dict[str, Any] = Field({}, description="Fields of teacher that this arm replaces.")
     flat: dict[str, Any] = Field(
@@ -67,6 +70,10 @@ class Config(Block):
     def arm(self, name: str) -> ArmConfig:
         """The arm of that name; KeyError if there is none."""
         return {arm.name: arm for arm in self.arms}[name]
+
+    def arm_seed(self, arm: ArmConfig) -> int:
+        """The seed of an arm's training; splits, folds and evidence have run.seed."""
+        return self.run.seed if arm.seed is None else arm.seed
 
     def arm_hsae(self, arm: ArmConfig) -> HSAEConfig:
         """The H-SAE config with this arm's replacements."""

@@ -30,9 +30,13 @@ class CorpusConfig(Block):
     source: Literal["tokens", "text", "jsonl", "parquet", "hub"] = Field("tokens", description="Kind of corpus.")
     path: str | None = Field(None, description="File or hub dataset; null = the packaged sampled tokens.")
     split: tuple[Fraction, Fraction, Fraction] = Field(
-        (0.80, 0.05, 0.15), description="Shares of documents for train, val and test."
+        (0.80, 0.05, 0.15), description="Shares of documents for train, val and test; unused with heldout_path."
+    )
+    heldout_path: str | None = Field(
+        None, description="File of the same kind: half of its documents are val, half test; null = path is split."
     )
     max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
+    heldout_tokens: Whole = Field(600_000, ge=256, description="Tokens of heldout_path read at most.")
     context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
 
     @model_validator(mode="after")

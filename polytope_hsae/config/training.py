@@ -16,7 +16,17 @@ class TeacherConfig(Block):
     )
     anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
-    noise_deg: float = Field(0.0, ge=0, le=180, description="Rotation of every teacher vector, degrees.")
+    metric: Literal["causal", "identity", "diagonal", "random"] | None = Field(
+        None,
+        description="Metric that this teacher is estimated in (identity: Euclidean); at an inner hook causal is the "
+        "inverse of the within-class covariance, and diagonal and random are made of that; null = phase 1's teacher.",
+    )
+    rotate_deg: float = Field(
+        0.0, ge=0, le=180, description="Rotation of the whole teacher, degrees: angles within it stay; width even."
+    )
+    noise_deg: float = Field(
+        0.0, ge=0, le=180, description="Rotation of every teacher vector in a random direction of its own, degrees."
+    )
     seed_parent: bool = Field(True, description="Initialise router rows from the teacher.")
     seed_child: bool = Field(True, description="Initialise children from the teacher's differences.")
     seed_projectors: bool = Field(True, description="Initialise projectors from the teacher's subspaces.")

@@ -132,6 +132,19 @@ def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> 
     return dict(zip(SPLITS, parts, strict=True))
 
 
+def with_held_out(train: Documents, held_out: Documents, seed: int) -> tuple[Documents, dict[str, Tensor]]:
+    """Both corpora as one, and the document numbers of train, val and test: the held-out documents, in a seeded random
+    order, are half val, half test. Raises ValueError for fewer than two of them.
+    """
+    if held_out.n_documents < 2:
+        raise ValueError(f"corpus.heldout_path: found {held_out.n_documents} document, allowed: 2 or more")
+    order_D = torch.randperm(held_out.n_documents, generator=torch.Generator().manual_seed(seed))
+    val, test = (order_D + train.n_documents).tensor_split(2)
+    starts = torch.cat([train.starts, held_out.starts + train.n_tokens])
+    documents = Documents(torch.cat([train.tokens, held_out.tokens]), starts, train.start_id)
+    return documents, dict(zip(SPLITS, (torch.arange(train.n_documents), val, test), strict=True))
+
+
 def contexts(documents: Documents, doc_ids: Tensor, context_length: int) -> Tensor:
     """Contexts of the given documents, int64 [n,3]: document, offset of its first token, number of tokens.
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binom
 
 FloatArray = NDArray[np.float64]
 Comparison = Literal["difference", "ratio", "relative_change", "relative_reduction"]
@@ -112,14 +113,14 @@ def _resampled_sums(columns_UK: FloatArray, n: int, seed: int) -> FloatArray:
     return out_nK
 
 
-def _statistic(
+def bootstrap_sums(
     columns_UK: FloatArray,
     of_sums: Callable[[FloatArray], FloatArray],
     n: int,
     seed: int,
     chance: float | None,
 ) -> Metric:
-    """Value and interval of a function of column sums [..., K] -> [...]."""
+    """Value and interval of a function of column sums [..., K] -> [...], `n` times over resamples of the U units."""
     n_units = columns_UK.shape[0]
     if n < 1:
         raise ValueError(f"bootstrap: found {n} resamples, allowed: at least 1")
@@ -142,7 +143,7 @@ def _statistic(
 def bootstrap_units(units: Units, n: int = 1000, seed: int = 0, chance: float | None = None) -> Metric:
     """Ratio of the sums of the present units, with its interval from `n` resamples."""
     columns_UK = np.stack([units.numerator_U, units.denominator_U], axis=1)[units.present_U]
-    return _statistic(columns_UK, lambda sums: sums[..., 0] / sums[..., 1], n, seed, chance)
+    return bootstrap_sums(columns_UK, lambda sums: sums[..., 0] / sums[..., 1], n, seed, chance)
 
 
 def bootstrap_ratio(
@@ -170,6 +171,26 @@ def bootstrap_fraction(count: int, total: int, n: int = 1000, seed: int = 0, cha
     return Metric(count / total, (float(low), float(high)), chance, total)
 
 
+def bootstrap_quantile(values: ArrayLike, place: float, chance: float | None = None) -> Metric:
+    """The `place` quantile (0.5: median) of values [U], with the interval that infinitely many resamples would give.
+
+    The m-th smallest of U draws is at most the i-th smallest value as often as Binomial(U, i/U) reaches m: no draws are
+    needed, however many values there are. NaN marks a unit without a value, which is left out.
+    """
+    values_U = np.asarray(values, dtype=np.float64)
+    sorted_U = np.sort(values_U[np.isfinite(values_U)])
+    n_units = sorted_U.size
+    if n_units == 0:
+        return unavailable("no units with a value", chance)
+    value = float(np.quantile(sorted_U, place))
+    if n_units == 1:
+        return Metric(value, None, chance, 1, "no interval: one unit cannot be resampled")
+    wanted = 1 + math.floor(place * (n_units - 1))
+    at_most_U = binom.sf(wanted - 1, n_units, np.arange(1, n_units + 1) / n_units)
+    low, high = (float(sorted_U[np.searchsorted(at_most_U, level)]) for level in _LEVELS)
+    return Metric(value, (low, high), chance, n_units)
+
+
 def _compare(first: FloatArray, second: FloatArray, how: Comparison) -> FloatArray:
     if how == "difference":
         return second - first
@@ -193,7 +214,7 @@ def paired(first: Units, second: Units, how: Comparison = "difference", n: int =
     columns = [first.numerator_U, first.denominator_U, second.numerator_U, second.denominator_U]
     columns_UK = np.stack(columns, axis=1)[first.present_U & second.present_U]
     chance = 1.0 if how == "ratio" else 0.0
-    return _statistic(
+    return bootstrap_sums(
         columns_UK,
         lambda sums: _compare(sums[..., 0] / sums[..., 1], sums[..., 2] / sums[..., 3], how),
         n,

@@ -19,17 +19,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise, unavailable
-from polytope_hsae.evaluation.reconstruction import check_eval_mode
+from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
 from polytope_hsae.models.base import SparseAutoencoder
 
-IntArray = NDArray[np.int64]
 Label = Literal["current_token", "next_token", "belief"]
 CONCEPT_METRICS = ("purity", "purity_auroc", "leakage", "recall", "zero_sum_rows")
 
@@ -46,27 +44,6 @@ class LabelledChildren(NamedTuple):
 
     row_N: IntArray
     child_N: IntArray
-
-
-class SparseActivations(NamedTuple):
-    """Parent codes of N rows: latent index and value >= 0, [N, k] each; a latent occurs at most once with
-    value > 0.
-    """
-
-    index_Nk: IntArray
-    value_Nk: NDArray[np.float32]
-    n_latents: int
-
-    def columns(self, latents_Q: IntArray) -> NDArray[np.float32]:
-        """Dense values [N, Q] of the given latents; -1 stands for a latent that is always silent."""
-        column_of_latent_L = np.full(self.n_latents, -1)
-        wanted_Q = np.flatnonzero(latents_Q >= 0)
-        column_of_latent_L[latents_Q[wanted_Q]] = wanted_Q
-        dense_NQ = np.zeros((len(self.index_Nk), len(latents_Q)), dtype=np.float32)
-        column_Nk = column_of_latent_L[self.index_Nk]
-        row_M, slot_M = np.nonzero((column_Nk >= 0) & (self.value_Nk > 0))
-        dense_NQ[row_M, column_Nk[row_M, slot_M]] = self.value_Nk[row_M, slot_M]
-        return dense_NQ
 
 
 @dataclass(frozen=True)
@@ -139,26 +116,6 @@ def labelled_children(
     return LabelledChildren(row_N, child_N[row_N])
 
 
-@torch.no_grad()
-def latent_activations(
-    sae: SparseAutoencoder, store: ActivationStore, split: str, row_N: IntArray, batch_size: int = 4096
-) -> SparseActivations:
-    """Parent codes (all latents of a flat model) of the given rows only, kept sparse."""
-    check_eval_mode(sae)
-    device = sae.write_directions().device
-    index, value = [], []
-    for start in range(0, len(row_N), batch_size):
-        acts_Bd = store.acts(split, torch.from_numpy(row_N[start : start + batch_size])).to(device)
-        codes = sae.encode(acts_Bd)
-        index.append(codes.parent_index.cpu().numpy().astype(np.int64))
-        value.append(codes.parent_value.float().cpu().numpy())
-    if not index:
-        return SparseActivations(np.zeros((0, 1), np.int64), np.zeros((0, 1), np.float32), sae.n_parents)
-    slots = max(part.shape[1] for part in index)  # batches of some models differ in it
-    index, value = ([np.pad(part, ((0, 0), (0, slots - part.shape[1]))) for part in parts] for parts in (index, value))
-    return SparseActivations(np.concatenate(index), np.concatenate(value), sae.n_parents)
-
-
 def auroc_matrix(acts: SparseActivations, label_N: IntArray, n_labels: int) -> FloatArray:
     """AUROC [Q, L] of every latent for every label against the rows of all other labels, ties by average
     rank.
@@ -167,8 +124,7 @@ def auroc_matrix(acts: SparseActivations, label_N: IntArray, n_labels: int) -> F
     group and only the active entries need sorting. A label without rows, or with all rows, gives NaN.
     """
     n_rows, n_latents = len(label_N), acts.n_latents
-    row_M, slot_M = np.nonzero(acts.value_Nk > 0)
-    latent_M, value_M = acts.index_Nk[row_M, slot_M], acts.value_Nk[row_M, slot_M]
+    row_M, latent_M, value_M = acts.positive()
     order_M = np.lexsort((value_M, latent_M))
     latent_M, value_M, label_M = latent_M[order_M], value_M[order_M], label_N[row_M[order_M]]
     active_L = np.bincount(latent_M, minlength=n_latents)
@@ -290,7 +246,7 @@ def evaluate_concepts(
     train, test = rows_of("train"), rows_of(fold)
     n_parents = concepts.n_parents
     if mapping is None:
-        train_acts = latent_activations(sae, store, "train", train.row_N, batch_size)
+        train_acts = row_codes(sae, store, "train", train.row_N, batch_size).parents
         latent_P = map_concepts(train_acts, train.parent_N, n_parents, min_rows)
     else:
         latent_P = _checked_mapping(mapping, n_parents, sae.n_parents)
@@ -299,7 +255,7 @@ def evaluate_concepts(
     parents_Q = np.flatnonzero(np.minimum(train_rows_P, test_rows_P) >= max(1, min_rows))
     used_N = np.isin(test.parent_N, parents_Q)
     label_N = np.searchsorted(parents_Q, test.parent_N[used_N])
-    test_acts = latent_activations(sae, store, fold, test.row_N[used_N], batch_size)
+    test_acts = row_codes(sae, store, fold, test.row_N[used_N], batch_size).parents
     acts_NQ = test_acts.columns(latent_P[parents_Q])
     result = concept_metrics(acts_NQ, label_N, parents_Q, bootstrap=bootstrap, seed=seed)
     return ConceptEvaluation(result, parents_Q, latent_P, test_rows_P[parents_Q])

@@ -1,14 +1,13 @@
-"""Is an H-SAE's hierarchy one in use? Who fires with whom, and what children's atoms say (docs/method.md section 5).
+"""Is an H-SAE's hierarchy one in use? What children's atoms say, beside who fires with whom (docs/method.md section 5).
 
-P(parent on | child on) is 1 by construction and counted all the same. What no construction gives: P(child on | parent
-on) on held-out rows, no parent that is on everywhere, and probes: the direction that reads a labelled child concept
-should be written by the best child latent's atom as well as by its parent's.
+What no construction gives: the direction that reads a labelled child concept should be written by the best child
+latent's atom as well as by its parent's.
 
 Shapes: B rows of a batch, N labelled rows, d residual width, P parents, R = P C children, Q child concepts, k, K slots.
 """
 
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,122 +15,54 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.evaluation.bootstrap import Metric, unavailable
+from polytope_hsae.evaluation.bootstrap import Metric, bootstrap_quantile, unavailable
 from polytope_hsae.evaluation.concepts import Label, labelled_children
-from polytope_hsae.evaluation.reconstruction import check_eval_mode
+from polytope_hsae.evaluation.firings import FLAT, Firings, check_eval_mode, firing_metrics, sampled_rows
 from polytope_hsae.geometry.causal import Space
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
-from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.hsae import HierarchicalSAE
 
-FLAT = "a flat model has no children"
-MIN_PARENT_ROWS = 50  # of a parent, for its children's P(child | parent) to be counted
 PERMUTATIONS = 20
 BATCH = 8192
 
 
-class Firings:
-    """Counts of a split's codes: rows; parents on [P]; children on [R]; children on while their parent is [R]."""
+class ClassRows(NamedTuple):
+    """Train rows by child concept: their running sums, and the number and concept [N] of those that carry one."""
 
-    def __init__(self, n_parents: int, n_children: int, device: torch.device | str = "cpu") -> None:
-        self.n_children, self.rows = n_children, 0
-        self.parents_P = torch.zeros(n_parents, dtype=torch.int64, device=device)
-        self.children_R = torch.zeros(n_parents * n_children, dtype=torch.int64, device=device)
-        self.both_R = torch.zeros_like(self.children_R)
-
-    def add(self, codes: Codes) -> None:
-        """Count one batch."""
-        self.rows += len(codes.parent_index)
-        on_Bk = codes.parent_value > 0
-        self.parents_P.scatter_add_(0, codes.parent_index.flatten(), on_Bk.long().flatten())
-        if self.n_children:
-            on_BK = codes.child_value > 0
-            owner_BK1 = (codes.child_index // self.n_children).unsqueeze(2)
-            with_parent_BK = ((owner_BK1 == codes.parent_index.unsqueeze(1)) & on_Bk.unsqueeze(1)).any(2)
-            child_N = codes.child_index.flatten()
-            self.children_R.scatter_add_(0, child_N, on_BK.long().flatten())
-            self.both_R.scatter_add_(0, child_N, (on_BK & with_parent_BK).long().flatten())
-
-    @property
-    def dead_parents(self) -> float:
-        """Share of all parents (a flat model's latents) that were never on."""
-        return float((self.parents_P == 0).double().mean())
-
-    @property
-    def dead_children(self) -> float | None:
-        """Share of all children that were never on, those of dead parents too; None for a flat model."""
-        return float((self.children_R == 0).double().mean()) if self.n_children else None
-
-    @property
-    def l0_parents(self) -> float:
-        """Parents on per row."""
-        return float(self.parents_P.sum()) / self.rows
-
-    @property
-    def l0_children(self) -> float:
-        """Children on per row."""
-        return float(self.children_R.sum()) / self.rows
+    stats: ActivationClassStats
+    row_N: Tensor
+    child_N: Tensor
 
 
-@torch.no_grad()
-def count_firings(
-    sae: SparseAutoencoder, store: ActivationStore, split: str, max_rows: int | None = None, seed: int = 0
-) -> Firings:
-    """Firings on a split, or on `max_rows` random rows of it."""
-    check_eval_mode(sae)
-    device = sae.write_directions().device
-    found = Firings(sae.n_parents, sae.n_children, device)
-    for rows in sampled_rows(store.n_rows(split), max_rows, seed).split(BATCH):
-        found.add(sae.encode(store.acts(split, rows).to(device)))
-    return found
-
-
-def sampled_rows(n_rows: int, max_rows: int | None, seed: int) -> Tensor:
-    """All row numbers, or `max_rows` random ones in ascending order."""
-    if max_rows is None or max_rows >= n_rows:
-        return torch.arange(n_rows)
-    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:max_rows].sort().values
-
-
-def firing_metrics(found: Firings) -> dict[str, Metric]:
-    """Conditional rates and loads of a split's firings.
-
-    `parent_given_child`: of all child codes, those whose parent is on; chance: as often as that parent is on anyway.
-    `child_given_parent`, with `_q25` and `_q75`: over children whose parent is on in MIN_PARENT_ROWS rows or more, the
-    median share of these rows with the child on; chance: the share of all rows. `largest_load`: share of rows with the
-    parent on that is on most; chance: all on equally often. `entropy`: of the parents' shares of all parent codes, in
-    nats; chance: its largest value. A flat model's latents count as parents.
-    """
-    parent_P = found.parents_P.double().cpu()
-    total = float(parent_P.sum())
-    load_P = parent_P / max(found.rows, 1)
-    share_P = parent_P / max(total, 1.0)
-    entropy = float(-(share_P * share_P.clamp_min(1e-30).log()).sum())
-    even = total / max(found.rows, 1) / len(parent_P)
-    metrics = {
-        "largest_load": Metric(float(load_P.max()), None, even, found.rows),
-        "entropy": Metric(entropy, None, math.log(len(parent_P)), found.rows),
-    }
-    names = ("parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75")
-    if not found.n_children:
-        return metrics | {name: unavailable(FLAT) for name in names}
-    child_R, both_R = found.children_R.double().cpu(), found.both_R.double().cpu()
-    parent_R, load_R = (each_P.repeat_interleave(found.n_children) for each_P in (parent_P, load_P))
-    fired = float(child_R.sum())
-    if fired == 0:
-        metrics["parent_given_child"] = unavailable("no child is on")
-    else:
-        chance = float((child_R * load_R).sum()) / fired
-        metrics["parent_given_child"] = Metric(float(both_R.sum()) / fired, None, chance, int(fired))
-    used_R = parent_R >= MIN_PARENT_ROWS
-    if not used_R.any():
-        why = f"no parent is on in {MIN_PARENT_ROWS} rows"
-        return metrics | {name: unavailable(why) for name in names[1:]}
-    given_M, alone_M = (both_R / parent_R.clamp_min(1))[used_R], (child_R / found.rows)[used_R]
-    for name, place in zip(names[1:], (0.5, 0.25, 0.75), strict=True):
-        metrics[name] = Metric(float(given_M.quantile(place)), None, float(alone_M.quantile(place)), len(given_M))
-    return metrics
+def read_classes(
+    store: ActivationStore,
+    concepts: Concepts,
+    *,
+    label: Label,
+    vocab_size: int,
+    belief_threshold: float = 0.3,
+    max_rows: int = 1 << 20,
+    seed: int = 0,
+) -> ClassRows:
+    """Sums of at most `max_rows` random train rows, labelled by train words."""
+    found = labelled_children(
+        store,
+        "train",
+        concepts,
+        label=label,
+        fold="train",
+        vocab_size=vocab_size,
+        belief_threshold=belief_threshold,
+    )
+    label_T = torch.full((store.n_rows("train"),), -1, dtype=torch.int64)
+    label_T[torch.from_numpy(found.row_N)] = torch.from_numpy(found.child_N)
+    rows = sampled_rows(len(label_T), max_rows, seed)
+    stats = ActivationClassStats(concepts.n_children, store.width)
+    for part in rows.split(BATCH):
+        stats.update(store.acts("train", part), label_T[part])
+    labelled_N = rows[label_T[rows] >= 0]
+    return ClassRows(stats, labelled_N, label_T[labelled_N])
 
 
 @dataclass(frozen=True)
@@ -168,26 +99,28 @@ def make_probes(
     paired with atoms in the metric Sigma = S^-1 at every hook, the final residual too: there, too, S says how rows vary
     and makes a probe dual to the mean difference that it was made from, so that an atom along it has cosine 1.
     """
-    found = labelled_children(store, "train", concepts, label=label, fold="train", vocab_size=vocab_size)
-    label_T = torch.full((store.n_rows("train"),), -1, dtype=torch.int64)
-    label_T[torch.from_numpy(found.row_N)] = torch.from_numpy(found.child_N)
-    rows = sampled_rows(len(label_T), max_rows, seed)
-    stats = ActivationClassStats(concepts.n_children, store.width)
-    for part in rows.split(BATCH):
-        stats.update(store.acts("train", part), label_T[part])
+    classes = read_classes(store, concepts, label=label, vocab_size=vocab_size, max_rows=max_rows, seed=seed)
+    return child_probes(classes, rows_per_child=rows_per_child, min_rows=min_rows, shrinkage=shrinkage, seed=seed)
+
+
+def child_probes(
+    classes: ClassRows, *, rows_per_child: int = 256, min_rows: int = 20, shrinkage: float = 0.05, seed: int = 0
+) -> Probes:
+    """The probes of `make_probes` from rows that have been read."""
+    stats = classes.stats
     geometry = stats.geometry(shrinkage)
     used_Q = (stats.counts >= min_rows).nonzero().squeeze(1)
     # The mean difference as a vector and the probe made from it as a covector are the same in the unified coordinate.
     probe_Qd = normalize(geometry.whiten(stats.class_differences()[used_Q], Space.VECTOR), dim=1)
-    of_concept_R = torch.full((concepts.n_children + 1,), -1, dtype=torch.int64)
+    of_concept_R = torch.full((stats.n_classes,), -1, dtype=torch.int64)
     of_concept_R[used_Q] = torch.arange(len(used_Q))
-    child_N = of_concept_R[label_T[rows]]
-    row_N, child_N = rows[child_N >= 0], child_N[child_N >= 0]
-    kept_N = _first_of_each(child_N, rows_per_child, seed)
+    child_N = of_concept_R[classes.child_N]
+    row_N, child_N = classes.row_N[child_N >= 0], child_N[child_N >= 0]
+    kept_N = first_of_each(child_N, rows_per_child, seed)
     return Probes(probe_Qd, geometry.sigma_sqrt, row_N[kept_N], child_N[kept_N])
 
 
-def _first_of_each(class_N: Tensor, count: int, seed: int) -> Tensor:
+def first_of_each(class_N: Tensor, count: int, seed: int) -> Tensor:
     """Places of `count` random members of every class, ascending."""
     order_N = torch.randperm(len(class_N), generator=torch.Generator().manual_seed(seed))
     sorted_N = order_N[torch.argsort(class_N[order_N], stable=True)]
@@ -201,7 +134,7 @@ def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes
 
     The best latent is the child with the largest F1 for the concept on the labelled train rows. `probe_child`,
     `probe_parent` and `probe_min`, the smaller of the two; `n` concepts have a latent. Chance: the same latents dealt
-    out at random among the concepts.
+    out at random among the concepts. Intervals are over these concepts.
     """
     names = ("probe_child", "probe_parent", "probe_min")
     if not isinstance(sae, HierarchicalSAE):
@@ -224,10 +157,10 @@ def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes
 
     generator = torch.Generator().manual_seed(seed)
     dealt = [cosines(torch.randperm(len(latent_M), generator=generator)) for _ in range(PERMUTATIONS)]
-    value_3, chance_3 = cosines(torch.arange(len(latent_M))).quantile(0.5, 1), torch.cat(dealt, 1).quantile(0.5, 1)
+    found_3M, chance_3 = cosines(torch.arange(len(latent_M))).numpy(), torch.cat(dealt, 1).quantile(0.5, 1).tolist()
     return {
-        name: Metric(value, None, chance, len(latent_M))
-        for name, value, chance in zip(names, value_3.tolist(), chance_3.tolist(), strict=True)
+        name: bootstrap_quantile(values_M, 0.5, chance)
+        for name, values_M, chance in zip(names, found_3M, chance_3, strict=True)
     }
 
 

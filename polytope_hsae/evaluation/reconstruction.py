@@ -2,8 +2,8 @@
 
 Sums are kept per document and pooled over the whole split; batches never enter a value.
 
-Shapes: N rows, d residual width, B contexts of a batch, T positions, V vocabulary, U documents, k active
-parents, K active children.
+Shapes: N rows, d residual width, B rows (or contexts) of a batch, T positions, V vocabulary, U documents, G groups of
+documents.
 """
 
 from collections.abc import Mapping
@@ -20,46 +20,17 @@ from polytope_hsae.evaluation.bootstrap import (
     FloatArray,
     Metric,
     Units,
-    bootstrap_fraction,
+    bootstrap_sums,
     summarise,
     unavailable,
 )
+from polytope_hsae.evaluation.firings import GROUPS, Firings, check_eval_mode, firing_metrics, usage_metrics
 from polytope_hsae.lm import Edit, LanguageModel
 from polytope_hsae.lm_edits import EditedRuns
 from polytope_hsae.models.base import SparseAutoencoder
-from polytope_hsae.models.codes import Codes
 
 NO_HEAD = "the language model has no output head"
-LM_METRICS = ("ce_recovered", "delta_ce", "kl", "ce_clean", "ce_ablated", "ce_spliced")
-
-
-def check_eval_mode(sae: SparseAutoencoder) -> None:
-    """Routing noise must be off: raise ValueError for a module in training mode."""
-    if getattr(sae, "training", False):
-        raise ValueError("model: found training mode, allowed: eval mode (call .eval() before evaluation)")
-
-
-class _Usage:
-    """Which parents and children were ever active."""
-
-    def __init__(self, sae: SparseAutoencoder, device: torch.device) -> None:
-        self.n_children = sae.n_children
-        self.parents_P = torch.zeros(sae.n_parents, dtype=torch.bool, device=device)
-        self.children_R = torch.zeros(sae.n_parents * sae.n_children, dtype=torch.bool, device=device)
-
-    def add(self, codes: Codes) -> None:
-        self.parents_P[codes.parent_index[codes.parent_value > 0]] = True
-        if self.n_children:
-            self.children_R[codes.child_index[codes.child_value > 0]] = True
-
-    def metrics(self, n: int, seed: int) -> dict[str, Metric]:
-        dead_parents = int((~self.parents_P).sum())
-        out = {"dead_parents": bootstrap_fraction(dead_parents, self.parents_P.numel(), n, seed)}
-        if not self.n_children:
-            return out | {"dead_children": unavailable("a flat model has no children")}
-        candidates_R = self.parents_P.repeat_interleave(self.n_children)
-        dead_children = int((candidates_R & ~self.children_R).sum())
-        return out | {"dead_children": bootstrap_fraction(dead_children, int(candidates_R.sum()), n, seed)}
+LM_METRICS = ("ce_recovered", "delta_ce", "kl", "ev_logit", "ce_clean", "ce_ablated", "ce_spliced")
 
 
 @torch.no_grad()
@@ -69,17 +40,18 @@ def evaluate_reconstruction(
     split: str,
     train_mean_d: Tensor,
     *,
+    sigma_dd: Tensor | None = None,
     batch_size: int = 4096,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
-    """EV, FVU, L0 and dead counts over one split.
+    """EV in several metrics, L0, and how the latents are used, over one split.
 
     `ev` = 1 - SSE/SST and `fvu` = SSE/SST with SST centred on the train mean `train_mean_d` [d] (raw units);
-    `l0` counts parents and children with value > 0, per row. Intervals are over documents. `dead_parents` is
-    the share of parents never active on the split; `dead_children` the share never active among the children
-    of parents that were; their intervals are over parents or children. Raises ValueError for an empty split
-    or a model in training mode.
+    `ev_causal` the same with errors and deviations e measured by e' sigma e, where `sigma_dd` [d, d] is given;
+    `l0` counts parents and children with value > 0, per row. Intervals are over documents. `ev_dimension` is the mean
+    over the d coordinates of each one's own EV and `ev_dimension_q05` their 5 % quantile, with intervals over groups of
+    documents. `firings.py` has what is said of use. Raises ValueError for an empty split or a model in training mode.
     """
     check_eval_mode(sae)
     device = sae.write_directions().device
@@ -88,24 +60,60 @@ def evaluate_reconstruction(
         raise ValueError(f"split: found no rows in {split!r}, allowed: at least one document")
     unit_of_row_N = torch.from_numpy(doc_of_row_N).to(device)
     mean_d = train_mean_d.to(device, torch.float32)
-    sums_U4 = torch.zeros(len(docs_U), 4, dtype=torch.float64, device=device)
-    usage = _Usage(sae, device)
+    root_dd = None if sigma_dd is None else _root(sigma_dd).to(device, torch.float32)
+    n_groups = min(GROUPS, len(docs_U))
+    sums_U6 = torch.zeros(len(docs_U), 6, dtype=torch.float64, device=device)
+    of_dimension_2Gd = torch.zeros(2, n_groups, len(mean_d), dtype=torch.float64, device=device)
+    firings = Firings(sae.n_parents, sae.n_children, device, n_groups)
     for acts_Bd, start in store.batches(split, batch_size):
         acts_Bd = acts_Bd.to(device)
         codes = sae.encode(acts_Bd)
-        sse_B = (acts_Bd - sae.decode(codes)).square().sum(-1)
-        sst_B = (acts_Bd - mean_d).square().sum(-1)
-        row_sums_B4 = torch.stack([sse_B, sst_B, codes.l0().to(sse_B), torch.ones_like(sse_B)], dim=1)
-        sums_U4.index_add_(0, unit_of_row_N[start : start + len(acts_Bd)], row_sums_B4.double())
-        usage.add(codes)
-    sse_U, sst_U, l0_U, rows_U = sums_U4.cpu().numpy().T
+        errors = acts_Bd - sae.decode(codes), acts_Bd - mean_d
+        unit_B = unit_of_row_N[start : start + len(acts_Bd)]
+        group_B = unit_B % n_groups
+        columns = [part_Bd.square().sum(-1) for part_Bd in errors]
+        columns += [codes.l0().to(columns[0]), torch.ones_like(columns[0])]
+        if root_dd is not None:
+            columns += [(part_Bd @ root_dd).square().sum(-1) for part_Bd in errors]
+        sums_U6[:, : len(columns)].index_add_(0, unit_B, torch.stack(columns, dim=1).double())
+        member_GB = (group_B == torch.arange(n_groups, device=device).unsqueeze(1)).to(acts_Bd)
+        for sums_Gd, part_Bd in zip(of_dimension_2Gd, errors, strict=True):
+            sums_Gd += member_GB @ part_Bd.square()
+        firings.add(codes, group_B)
+    sse_U, sst_U, l0_U, rows_U, causal_sse_U, causal_sst_U = sums_U6.cpu().numpy().T
     units = {
         "ev": Units.ratio(sst_U - sse_U, sst_U, docs_U),
         "fvu": Units.ratio(sse_U, sst_U, docs_U),
         "l0": Units.ratio(l0_U, rows_U, docs_U),
     }
-    result = summarise(units, {"ev": 0.0, "fvu": 1.0}, bootstrap, seed)
-    return Evaluation(result.metrics | usage.metrics(bootstrap, seed), units)
+    if root_dd is not None:
+        units["ev_causal"] = Units.ratio(causal_sst_U - causal_sse_U, causal_sst_U, docs_U)
+    result = summarise(units, {"ev": 0.0, "fvu": 1.0, "ev_causal": 0.0}, bootstrap, seed)
+    used = usage_metrics(firings, bootstrap, seed) | firing_metrics(firings, bootstrap, seed)
+    return Evaluation(result.metrics | _of_dimension(of_dimension_2Gd.cpu().numpy(), bootstrap, seed) | used, units)
+
+
+def _root(sigma_dd: Tensor) -> Tensor:
+    """R [d, d] with R R' = sigma, for a symmetric sigma without negative eigenvalues."""
+    values_d, vectors_dd = torch.linalg.eigh(sigma_dd.double())
+    return vectors_dd * values_d.clamp_min(0).sqrt()
+
+
+def _of_dimension(sums_2Gd: FloatArray, n: int, seed: int) -> dict[str, Metric]:
+    """Mean and 5 % quantile of the EV of the coordinates that vary."""
+    varies_d = sums_2Gd[1].sum(0) > 0
+    columns_GK = np.concatenate(list(sums_2Gd[:, :, varies_d]), axis=1)
+
+    def ev(sums: FloatArray) -> FloatArray:
+        sse, sst = np.split(sums, 2, axis=-1)
+        return 1 - sse / sst
+
+    if not varies_d.any():
+        return dict.fromkeys(("ev_dimension", "ev_dimension_q05"), unavailable("no coordinate varies", 0.0))
+    return {
+        "ev_dimension": bootstrap_sums(columns_GK, lambda sums: ev(sums).mean(-1), n, seed, 0.0),
+        "ev_dimension_q05": bootstrap_sums(columns_GK, lambda sums: np.quantile(ev(sums), 0.05, axis=-1), n, seed, 0.0),
+    }
 
 
 class _Clean:
@@ -123,15 +131,20 @@ class _Clean:
     def _ce(self, log_p_NV: Tensor, row: int) -> Tensor:
         return -log_p_NV.gather(-1, self.ids_BT[row, 1:][self.counted_BT[row], None]).double().sum()
 
-    def compare(self, logits_BTV: Tensor) -> tuple[Tensor, Tensor]:
-        """Per context: summed next-token cross-entropy and KL(clean || logits), float64 [B]."""
-        ce_B, kl_B = [], []
+    def compare(self, logits_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per context, float64 [B], summed: next-token cross-entropy, KL(clean || logits), and the squared distance of
+        the logits from the clean ones, both centred over the vocabulary (a shift of all of them changes nothing).
+        """
+        ce_B, kl_B, distance_B = [], [], []
         for row, logits_TV in enumerate(logits_BTV):
             log_p_NV = self._log_p(logits_TV, row)
             ce_B.append(self._ce(log_p_NV, row))
-            clean_NV = self.log_p[row]
-            kl_B.append((clean_NV.exp() * (clean_NV - log_p_NV)).sum(-1).double().sum())
-        return torch.stack(ce_B), torch.stack(kl_B)
+            change_NV = self.log_p[row] - log_p_NV
+            kl_B.append((self.log_p[row].exp() * change_NV).sum(-1).double().sum())
+            shift_N = change_NV.mean(-1).double()
+            squared_N = torch.linalg.vector_norm(change_NV, dim=-1).double().square()
+            distance_B.append((squared_N - change_NV.shape[-1] * shift_N.square()).sum())
+        return torch.stack(ce_B), torch.stack(kl_B), torch.stack(distance_B)
 
 
 @torch.no_grad()
@@ -143,7 +156,9 @@ def _language_model_sums(
     mask_BT: Tensor,
     mean_d: Tensor,
 ) -> dict[str, FloatArray]:
-    """By model, sums per context [B, 6]: tokens, CE clean, CE ablated, CE spliced, KL ablated, KL spliced."""
+    """By model, sums per context [B, 8]: tokens, CE clean; of the ablated, then the spliced run CE, KL and squared
+    distance of logits.
+    """
 
     def ablate(acts_BTd: Tensor) -> Tensor:
         return torch.cat([acts_BTd[:, :1], mean_d.to(acts_BTd).expand_as(acts_BTd[:, 1:])], dim=1)
@@ -162,12 +177,10 @@ def _language_model_sums(
     counted_BT[:, 0] = False  # nothing is edited at position 0, so its prediction cannot change
     runs = EditedRuns(lm, ids_BT, hook, mask_BT)
     clean = _Clean(runs.logits(lambda acts_BTd: acts_BTd), ids_BT, counted_BT)
-    ce_ablated_B, kl_ablated_B = clean.compare(runs.logits(ablate))
+    ablated = clean.compare(runs.logits(ablate))
     sums = {}
     for name, sae in saes.items():
-        ce_spliced_B, kl_spliced_B = clean.compare(runs.logits(spliced(sae)))
-        tokens_B = counted_BT.sum(-1).double()
-        columns = [tokens_B, clean.ce_B, ce_ablated_B, ce_spliced_B, kl_ablated_B, kl_spliced_B]
+        columns = [counted_BT.sum(-1).double(), clean.ce_B, *ablated, *clean.compare(runs.logits(spliced(sae)))]
         sums[name] = torch.stack(columns, dim=1).cpu().numpy()
     return sums
 
@@ -188,12 +201,13 @@ def evaluate_language_model(
     """By model, cross-entropy and KL (nats per token) with its reconstruction spliced in at `hook`, on contexts [N, T].
 
     `ce_recovered` = (ablated - spliced)/(ablated - clean), where ablated replaces the hook's rows by the train mean;
-    `delta_ce` = spliced - clean; `kl` = KL(clean || spliced). Position 0 is left untouched in all runs, because the
-    store never holds it and no model is trained on it; its prediction, which then cannot change, and the last
-    position, which predicts nothing, are not counted. `documents` [N] names each context's document (default: each
-    context is one); `mask_NT` is 1 on tokens and 0 on padding at the right. Chance of `delta_ce` and `kl` is what mean
-    ablation costs, of the cross-entropies a uniform guess. A language model without an output head gives nulls. The
-    clean and the ablated run are shared by all models.
+    `delta_ce` = spliced - clean; `kl` = KL(clean || spliced); `ev_logit` = 1 - D(spliced)/D(ablated) with D the squared
+    distance of the logits from the clean ones, both centred over the vocabulary. Position 0 is left untouched in all
+    runs, because the store never holds it and no model is trained on it; its prediction, which then cannot change, and
+    the last position, which predicts nothing, are not counted. `documents` [N] names each context's document (default:
+    each context is one); `mask_NT` is 1 on tokens and 0 on padding at the right. Chance of `delta_ce` and `kl` is what
+    mean ablation costs, of the cross-entropies a uniform guess. A language model without an output head gives nulls.
+    The clean and the ablated run are shared by all models.
     """
     if not lm.has_head:
         return {name: Evaluation({metric: unavailable(NO_HEAD) for metric in LM_METRICS}) for name in saes}
@@ -203,27 +217,28 @@ def evaluate_language_model(
         raise ValueError(f"contexts: found shape {tuple(ids_NT.shape)}, allowed: [N >= 1, T >= 3]")
     mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT
     order_N = torch.argsort(mask_NT.sum(1), stable=True)  # contexts of one length share a batch
-    sums_N6 = {name: np.zeros((len(ids_NT), 6)) for name in saes}
+    sums_N8 = {name: np.zeros((len(ids_NT), 8)) for name in saes}
     for members_B in order_N.split(batch_size):
         longest = int(mask_NT[members_B].sum(1).max())
         ids_BT, mask_BT = (x_NT[members_B, : max(longest, 3)].to(lm.device) for x_NT in (ids_NT, mask_NT))
-        for name, sums_B6 in _language_model_sums(saes, lm, hook, ids_BT, mask_BT, train_mean_d).items():
-            sums_N6[name][members_B.numpy()] = sums_B6
+        for name, sums_B8 in _language_model_sums(saes, lm, hook, ids_BT, mask_BT, train_mean_d).items():
+            sums_N8[name][members_B.numpy()] = sums_B8
     keys = np.arange(len(ids_NT)) if documents is None else np.asarray(documents, dtype=np.int64)
-    return {name: _language_model_metrics(sums, keys, lm.vocab_size, bootstrap, seed) for name, sums in sums_N6.items()}
+    return {name: _language_model_metrics(sums, keys, lm.vocab_size, bootstrap, seed) for name, sums in sums_N8.items()}
 
 
 def _language_model_metrics(
-    sums_N6: FloatArray, keys: NDArray[np.int64], vocab_size: int, n: int, seed: int
+    sums_N8: FloatArray, keys: NDArray[np.int64], vocab_size: int, n: int, seed: int
 ) -> Evaluation:
     docs_U, doc_of_context_N = np.unique(keys, return_inverse=True)
-    sums_U6 = np.zeros((len(docs_U), sums_N6.shape[1]))
-    np.add.at(sums_U6, doc_of_context_N, sums_N6)
-    tokens_U, clean_U, ablated_U, spliced_U, kl_ablated_U, kl_spliced_U = sums_U6.T
+    sums_U8 = np.zeros((len(docs_U), sums_N8.shape[1]))
+    np.add.at(sums_U8, doc_of_context_N, sums_N8)
+    tokens_U, clean_U, ablated_U, kl_ablated_U, far_U, spliced_U, kl_spliced_U, near_U = sums_U8.T
     units = {
         "ce_recovered": Units.ratio(ablated_U - spliced_U, ablated_U - clean_U, docs_U),
         "delta_ce": Units.ratio(spliced_U - clean_U, tokens_U, docs_U),
         "kl": Units.ratio(kl_spliced_U, tokens_U, docs_U),
+        "ev_logit": Units.ratio(far_U - near_U, far_U, docs_U),
         "ce_clean": Units.ratio(clean_U, tokens_U, docs_U),
         "ce_ablated": Units.ratio(ablated_U, tokens_U, docs_U),
         "ce_spliced": Units.ratio(spliced_U, tokens_U, docs_U),
@@ -235,6 +250,7 @@ def _language_model_metrics(
         "ce_recovered": 0.0,
         "delta_ce": float((ablated_U - clean_U).sum() / tokens),
         "kl": float(kl_ablated_U.sum() / tokens),
+        "ev_logit": 0.0,
         "ce_clean": float(np.log(vocab_size)),
         "ce_ablated": float(np.log(vocab_size)),
         "ce_spliced": float(np.log(vocab_size)),

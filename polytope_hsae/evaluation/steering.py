@@ -1,22 +1,22 @@
 """What else moves when a concept's latent is used to steer (docs/method.md §5, interventions of §3).
 
-For a mapped parent p with token set T the hook's residual at the last position of short contexts becomes h +
-alpha * D_p, D_p the unit write direction of the mapped latent of the model under test. The reconstruction
-error stays in place: for a parent code this equals the encoder override h + x_hat(edited codes) -
-x_hat(codes), because decoding is linear in the codes. alpha is never fixed: it is found per concept so that
-the target log-odds log(P(T) / (1 - P(T))), averaged over contexts, rises by the same number of nats.
+The latent that a concept, parent or child, was mapped to is used in two forms, both at the last position of short
+contexts. *inject*: h + alpha * D_p, or alpha * A_pc, the latent's unit write direction. *override*: h + x_hat(edited
+codes) - x_hat(codes) with the latent's code set to one value in every context, whatever it was there. The
+reconstruction error stays in place in both. The gate is not asked in an override: a child's code is set where its
+parent is off, too. alpha is never fixed: it is found per concept so that the log-odds of the concept's tokens, averaged
+over contexts, rise by the same number of nats. In an override alpha is the code's value, in units of the residual.
 
-Shapes: M contexts, T positions, d residual width, V vocabulary, G concepts of one forward pass.
+Shapes: M contexts, T positions, d residual width, Q concepts of a level.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
@@ -25,231 +25,183 @@ from polytope_hsae.evaluation.bootstrap import (
     FloatArray,
     Units,
     bootstrap_mean,
+    bootstrap_units,
     summarise,
     unavailable,
 )
+from polytope_hsae.evaluation.concepts import IntArray
+from polytope_hsae.evaluation.latent_moves import Level, directions, overrides
+from polytope_hsae.evaluation.pushing import (
+    Contexts,
+    Moves,
+    Search,
+    Solution,
+    Target,
+    child_targets,
+    evenly_spaced,
+    next_of_another,
+    parent_targets,
+    push,
+)
 from polytope_hsae.evaluation.reconstruction import NO_HEAD
 from polytope_hsae.evaluation.words import significant
-from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 
-STEERING_METRICS = ("steering_leakage", "sibling_kl", "steering_unreached")
+Form = Literal["inject", "override"]
+LEVELS: tuple[Level, ...] = ("parent", "child")
+FORMS: tuple[Form, ...] = ("inject", "override")
+OF_CONCEPTS = ("steering_leakage", "sibling_kl", "steering_unreached")
 MEASURED = ("alpha", "effect", "steering_leakage", "sibling_kl")
 COLUMNS = (*MEASURED, *(f"chance_{name}" for name in MEASURED))
-EFFECT = 0
-FIRST = 1 / 16  # the first alpha tried, as a share of the largest
 EXAMPLE_TOKENS = 5
 
-# Given concept numbers [A] and alphas [A]: rows [A, 3] of effect, leakage and sibling KL.
-Evaluate = Callable[[NDArray[np.int64], FloatArray], FloatArray]
+
+def metric_name(name: str, level: Level, form: Form) -> str:
+    """`steering_leakage` for injected parents, `child_steering_leakage_override` for overridden children."""
+    return f"{'child_' if level == 'child' else ''}{name}{'_override' if form == 'override' else ''}"
 
 
-class Solution(NamedTuple):
-    """alpha [G] and measured rows [G, 3]; NaN where the effect was not reached."""
-
-    alpha_G: FloatArray
-    measured_G3: FloatArray
+STEERING_METRICS = tuple(metric_name(name, level, form) for level in LEVELS for form in FORMS for name in OF_CONCEPTS)
 
 
-@dataclass(frozen=True)
-class Search:
-    """The effect sought and its tolerance (nats), the largest alpha, the most evaluations."""
+class Steered(NamedTuple):
+    """Concepts of a level (rows of `concepts.json`) and the latent of each, -1 for none."""
 
-    target_nats: float
-    tolerance: float
-    largest: float
-    max_evaluations: int
+    concepts: list[int]
+    latents: IntArray
 
 
 @dataclass(frozen=True)
 class SteeringEvaluation:
-    """`result`: metrics and per-concept units; `records`: one JSON object per concept, for steering.json."""
+    """`result`: metrics and per-concept units; `records` and `children`: a JSON object per parent and child concept,
+    injected, at the target; `grid`: one per level, form, hook and dose.
+    """
 
     result: Evaluation
     records: list[dict[str, Any]]
+    children: list[dict[str, Any]]
+    grid: list[dict[str, Any]]
 
 
-def solve_alpha(evaluate: Evaluate, n_concepts: int, search: Search) -> Solution:
-    """Find alpha in (0, largest] with |effect - target| <= tolerance, for all concepts together.
+class _Place(NamedTuple):
+    """Where in the grid a table of COLUMNS [Q, 8] belongs; NaN in it where the effect was not reached."""
 
-    Secant extrapolation from alpha = 0 (effect 0) until the target is bracketed, then regula falsi
-    (Illinois), kept off the ends of the bracket. A concept that needs more than `largest`, or more
-    evaluations than allowed, is NaN.
-    """
-    target, largest = search.target_nats, search.largest
-    solution = Solution(np.full(n_concepts, np.nan), np.full((n_concepts, 3), np.nan))
-    low, high = np.zeros(n_concepts), np.full(n_concepts, np.nan)
-    f_low, f_high = np.full(n_concepts, -target), np.full(n_concepts, np.nan)
-    side = np.zeros(n_concepts, dtype=np.int64)
-    alpha = np.full(n_concepts, FIRST * search.largest)
-    open_A = np.arange(n_concepts)
-    for _ in range(search.max_evaluations):
-        measured_A3 = evaluate(open_A, alpha[open_A])
-        gap_A = measured_A3[:, EFFECT] - target
-        done_A = np.abs(gap_A) <= search.tolerance
-        solution.alpha_G[open_A[done_A]] = alpha[open_A[done_A]]
-        solution.measured_G3[open_A[done_A]] = measured_A3[done_A]
-        stuck_A = (gap_A < 0) & (alpha[open_A] >= largest)
-        keep_A = ~done_A & ~stuck_A
-        open_A, gap_A = open_A[keep_A], gap_A[keep_A]
-        if not open_A.size:
-            break
-        below, above = open_A[gap_A < 0], open_A[gap_A >= 0]
-        f_high[below] = np.where(side[below] == -1, f_high[below] / 2, f_high[below])
-        f_low[above] = np.where(side[above] == 1, f_low[above] / 2, f_low[above])
-        low[below], f_low[below], side[below] = alpha[below], gap_A[gap_A < 0], -1
-        high[above], f_high[above], side[above] = alpha[above], gap_A[gap_A >= 0], 1
-        bracketed = np.isfinite(high)
-        width = high - low
-        inside = low - f_low * width / (f_high - f_low)
-        rise = f_low + target
-        beyond = np.where(rise > 0, 1.05 * alpha * target / np.maximum(rise, 1e-12), math.inf)
-        outside = np.minimum(np.clip(beyond, 1.5 * alpha, 4 * alpha), largest)
-        alpha = np.where(bracketed, np.clip(inside, low + 0.01 * width, high - 0.01 * width), outside)
-    return solution
+    level: Level
+    form: Form
+    hook: str
+    target_nats: float
 
 
-def _child_tokens(concepts: Concepts, parents: Sequence[int], device: torch.device) -> list[list[Tensor]]:
-    """Token ids of each child of each parent; a parent's target set is their union."""
-    tokens_R, parent_R = concepts.child_tokens(), concepts.child_parent_R
-    return [
-        [
-            torch.tensor(ids, device=device)
-            for ids, owner in zip(tokens_R, parent_R, strict=True)
-            if owner == parent and ids
-        ]
-        for parent in parents
-    ]
+@dataclass(frozen=True)
+class _Pusher:
+    """How every push of an evaluation is made."""
+
+    tolerance: float
+    max_norms: float
+    max_evaluations: int
+    per_forward: int
+
+    def solve(
+        self, contexts: Contexts, targets: list[Target], moves: Moves, nats: float, start: Any, either_sign: bool
+    ) -> Solution:
+        """Pushes to `nats`, with effect, leakage off the target set, and KL among the target's parts."""
+
+        def measure(after_MV: Tensor, target: Target) -> list[float]:
+            effect = float(contexts.odds_rise(after_MV, target.tokens).mean())
+            leakage = float(contexts.side_effect(after_MV, target.tokens).mean())
+            return [effect, leakage, contexts.parts_kl(after_MV, target.parts)]
+
+        search = Search(nats, self.tolerance, self.max_norms * contexts.typical_norm, self.max_evaluations)
+        options: dict[str, Any] = {"per_forward": self.per_forward, "either_sign": either_sign, "start_G": start}
+        return push(contexts, targets, moves, search, measure, len(MEASURED) - 1, **options)
 
 
-def _log_rest(log_total_M: Tensor, log_part_M: Tensor) -> Tensor:
-    """log(exp(total) - exp(part)): the mass off the target set."""
-    return log_total_M + torch.log1p(-torch.exp(log_part_M - log_total_M))
+class _OfLevel:
+    """The concepts of a level, and the tables of a model's steering of them."""
 
+    def __init__(self, level: Level, steered: Steered, concepts: Concepts, device: torch.device) -> None:
+        self.level, self.steered = level, steered
+        self.mapped = np.flatnonzero(steered.latents >= 0)  # places of the concepts that have a latent
+        self.latents = steered.latents[self.mapped]
+        rows = np.asarray(steered.concepts, dtype=np.int64)[self.mapped].tolist()
+        self.targets = (parent_targets if level == "parent" else child_targets)(concepts, rows, device)
+        self.others = next_of_another(rows if level == "parent" else [concepts.child_parent_R[row] for row in rows])
+        self.tables: dict[_Place, FloatArray] = {}
 
-def _sibling_kl(before_MV: Tensor, after_MV: Tensor, children: list[Tensor]) -> Tensor:
-    """Mean over contexts of KL(before || after) between the children's masses, renormalised."""
-    before_MC, after_MC = (
-        torch.stack([logits_MV[:, ids].logsumexp(-1) for ids in children], dim=-1).log_softmax(-1)
-        for logits_MV in (before_MV, after_MV)
-    )
-    return (before_MC.exp() * (before_MC - after_MC)).sum(-1).mean()
+    def add(
+        self,
+        form: Form,
+        moves: Moves,
+        contexts: Contexts,
+        doses: Sequence[float],
+        pusher: _Pusher,
+        start_Q8: FloatArray | None = None,
+    ) -> FloatArray:
+        """Tables of all doses; the first dose's is given back. The others are sought from what it took."""
+        first_Q8 = self._table(moves, contexts, doses[0], pusher, start_Q8)
+        for nats in doses:
+            scaled_Q8 = first_Q8 * (nats / doses[0])
+            table_Q8 = first_Q8 if nats == doses[0] else self._table(moves, contexts, nats, pusher, scaled_Q8)
+            self.tables[_Place(self.level, form, contexts.hook, nats)] = table_Q8
+        return first_Q8
 
+    def _table(
+        self, moves: Moves, contexts: Contexts, nats: float, pusher: _Pusher, start_Q8: FloatArray | None
+    ) -> FloatArray:
+        start_Q8 = np.full((len(self.steered.concepts), len(COLUMNS)), math.nan) if start_Q8 is None else start_Q8
+        alpha_Q, chance_alpha_Q = (start_Q8[self.mapped, COLUMNS.index(name)] for name in ("alpha", "chance_alpha"))
+        own = pusher.solve(contexts, self.targets, moves, nats, alpha_Q, False)
+        other = Solution(np.full_like(own.alpha_G, math.nan), np.full_like(own.measured_GK, math.nan))
+        if len(self.mapped) > 1:
+            swapped = moves.rows(torch.tensor(self.others))
+            other = pusher.solve(contexts, self.targets, swapped, nats, chance_alpha_Q, True)
+        table_Q8 = np.full_like(start_Q8, math.nan)
+        table_Q8[self.mapped] = np.column_stack([own.alpha_G, own.measured_GK, other.alpha_G, other.measured_GK])
+        return table_Q8
 
-class _Steerer:
-    """Runs the language model with rows added at the last position, and measures what happened.
+    def units(self, table_Q8: FloatArray) -> tuple[dict[str, Units], dict[str, float | None]]:
+        """Units and chance levels of a table's metrics."""
+        column = dict(zip(COLUMNS, table_Q8.T, strict=True))
+        units = {name: Units.mean(column[name], self.steered.concepts) for name in ("steering_leakage", "sibling_kl")}
+        chance = {name: bootstrap_mean(column[f"chance_{name}"], n=1).value for name in units}
+        units["steering_unreached"] = Units.mean(np.isnan(column["alpha"]), self.steered.concepts)
+        return units, chance
 
-    At the final hook that takes no forward pass, and at any other one a pass over the last token.
-    """
+    def metrics(self, form: Form, table_Q8: FloatArray, bootstrap: int, seed: int) -> Evaluation:
+        """The metrics of results.json."""
+        found, chance = self.units(table_Q8)
+        units = {metric_name(name, self.level, form): each for name, each in found.items()}
+        return summarise(
+            units, {metric_name(name, self.level, form): each for name, each in chance.items()}, bootstrap, seed
+        )
 
-    def __init__(self, lm: LanguageModel, hook: str, ids_MT: Tensor) -> None:
-        self.lm = lm
-        acts_MTd = lm.capture(ids_MT, hook).acts
-        # position 0 is left out: its norm is often that of an attention sink
-        self.typical_norm = float(acts_MTd[:, 1:].norm(dim=-1).median())
-        self.last_Md = acts_MTd[:, -1]
-        self.last = None if hook == FINAL_HOOK else lm.last_position(ids_MT, hook)
-        self.before_MV = self._logits(torch.zeros_like(self.last_Md[None])).squeeze(0).double()
-        self.log_total_M = self.before_MV.logsumexp(-1)
-        self.probability_MV = self.before_MV.softmax(-1)
-        self.mean_logit_M = (self.probability_MV * self.before_MV).sum(-1)
+    def records(self, table_Q8: FloatArray) -> list[dict[str, Any]]:
+        """One JSON object per concept."""
+        records = []
+        for concept, latent, values in zip(*self.steered, table_Q8.tolist(), strict=True):
+            finite = (value if math.isfinite(value) else None for value in values)
+            records.append({self.level: concept, "latent": int(latent)} | dict(zip(COLUMNS, finite, strict=True)))
+        return records
 
-    def _logits(self, added_GMd: Tensor) -> Tensor:
-        """Next-token logits [G, M, V] with `added` in place."""
-        if self.last is None:
-            return self.lm.logits_from_final(self.last_Md + added_GMd)
-        return self.last.logits(added_GMd)
-
-    def evaluator(self, directions_Gd: Tensor, children_G: list[list[Tensor]]) -> Evaluate:
-        def evaluate(concept_A: NDArray[np.int64], alpha_A: FloatArray) -> FloatArray:
-            rows_A = torch.from_numpy(concept_A).to(directions_Gd.device)
-            scale_A = torch.from_numpy(alpha_A).to(directions_Gd)
-            added_AMd = (scale_A[:, None] * directions_Gd[rows_A])[:, None].expand(-1, len(self.last_Md), -1)
-            after_AMV = self._logits(added_AMd)
-            measured = map(self._measure, after_AMV.double(), (children_G[g] for g in concept_A.tolist()))
-            return np.array(list(measured))
-
-        return evaluate
-
-    def _measure(self, after_MV: Tensor, children: list[Tensor]) -> list[float]:
-        """Effect, leakage and sibling KL. Off the target set R, with z logits and Z_R their log-sum-exp,
-
-        KL = sum_R p (z_before - z_after) / P(R) - Z_R,before + Z_R,after; sums over R are totals minus the
-        few target tokens, which spares copies of the vocabulary.
-        """
-        target = torch.cat(children)
-        before_MT, now_MT = self.before_MV[:, target], after_MV[:, target]
-        in_before_M, in_after_M = before_MT.logsumexp(-1), now_MT.logsumexp(-1)
-        rest_before_M = _log_rest(self.log_total_M, in_before_M)
-        rest_after_M = _log_rest(after_MV.logsumexp(-1), in_after_M)
-        effect_M = (in_after_M - rest_after_M) - (in_before_M - rest_before_M)
-        drop_M = self.mean_logit_M - (self.probability_MV * after_MV).sum(-1)
-        drop_M -= (self.probability_MV[:, target] * (before_MT - now_MT)).sum(-1)
-        kl_M = drop_M / (rest_before_M - self.log_total_M).exp() - rest_before_M + rest_after_M
-        several = len(children) > 1
-        sibling = float(_sibling_kl(self.before_MV, after_MV, children)) if several else math.nan
-        return [float(effect_M.mean()), float(kl_M.clamp(min=0).mean()), sibling]
-
-
-def _solve_in_groups(
-    steerer: _Steerer,
-    concepts: Concepts,
-    parents: list[int],
-    directions_Qd: Tensor,
-    per_forward: int,
-    search: Search,
-    either_sign: bool = False,
-) -> Solution:
-    solutions = [Solution(np.zeros(0), np.zeros((0, 3)))]
-    for start in range(0, len(parents), per_forward):
-        group = slice(start, start + per_forward)
-        children_G = _child_tokens(concepts, parents[group], steerer.before_MV.device)
-        directions_Gd = directions_Qd[group]
-        if either_sign:
-            start_G = np.full(len(directions_Gd), FIRST * search.largest)
-            probe_G3 = steerer.evaluator(directions_Gd, children_G)(np.arange(len(start_G)), start_G)
-            sign_G = torch.from_numpy(np.where(probe_G3[:, EFFECT] < 0, -1.0, 1.0)).to(directions_Gd)
-            directions_Gd = sign_G[:, None] * directions_Gd
-        solutions.append(solve_alpha(steerer.evaluator(directions_Gd, children_G), len(directions_Gd), search))
-    return Solution(*(np.concatenate(parts) for parts in zip(*solutions, strict=True)))
-
-
-def _examples(
-    lm: LanguageModel,
-    hook: str,
-    ids_T: Tensor,
-    directions_Qd: Tensor,
-    alpha_Q: FloatArray,
-    per_forward: int,
-    text: Callable[[int], str],
-) -> list[dict[str, Any] | None]:
-    """For each concept the likeliest next tokens of one context, before and after; None where alpha is NaN."""
-    steerer = _Steerer(lm, hook, ids_T[None])
-    context = [text(token) for token in ids_T.tolist()]
-    examples: list[dict[str, Any] | None] = [None] * len(alpha_Q)
-
-    def likeliest(probability_V: Tensor) -> list[list[Any]]:
-        found = probability_V.topk(min(EXAMPLE_TOKENS, len(probability_V)))
-        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        return [[text(token), significant(probability)] for token, probability in pairs]
-
-    before = likeliest(steerer.probability_MV[0])
-    reached = np.flatnonzero(np.isfinite(alpha_Q))
-    for start in range(0, len(reached), per_forward):
-        group = reached[start : start + per_forward]
-        added_Ad = torch.from_numpy(alpha_Q[group]).to(directions_Qd)[:, None] * directions_Qd[group]
-        after_AV = steerer._logits(added_Ad[:, None])[:, 0].double().softmax(-1)
-        for concept, after_V in zip(group.tolist(), after_AV, strict=True):
-            examples[concept] = {"context": context, "before": before, "after": likeliest(after_V)}
-    return examples
-
-
-def _select(parents_Q: Sequence[int] | NDArray[np.int64], max_concepts: int | None) -> list[int]:
-    """At most `max_concepts` parents, evenly spaced in file order, from the first to the last."""
-    parents = np.asarray(parents_Q, dtype=np.int64)
-    if max_concepts is not None and len(parents) > max_concepts:
-        parents = parents[np.linspace(0, len(parents) - 1, max_concepts).round().astype(np.int64)]
-    return parents.tolist()
+    def grid(self, bootstrap: int, seed: int) -> list[dict[str, Any]]:
+        """One JSON object per table: how many concepts were not reached, and means over those that were."""
+        cells = []
+        for place, table_Q8 in self.tables.items():
+            units, chance = self.units(table_Q8)
+            alpha_Q, effect_Q = table_Q8[:, :2].T
+            reached_Q = np.isfinite(alpha_Q)
+            cell: dict[str, Any] = {
+                "concepts": len(alpha_Q),
+                "unreached": int((~reached_Q).sum()),
+                "chance_unreached": int(np.isnan(table_Q8[:, COLUMNS.index("chance_alpha")]).sum()),
+                "median_alpha": float(np.median(alpha_Q[reached_Q])) if reached_Q.any() else None,
+                "mean_effect": float(effect_Q[reached_Q].mean()) if reached_Q.any() else None,
+            }
+            for name in ("steering_leakage", "sibling_kl"):
+                cell[name] = bootstrap_units(units[name], bootstrap, seed, chance[name]).to_json()
+            cells.append(place._asdict() | cell)
+        return cells
 
 
 @torch.no_grad()
@@ -258,11 +210,14 @@ def evaluate_steering(
     lm: LanguageModel,
     hook: str,
     concepts: Concepts,
-    parents_Q: Sequence[int] | NDArray[np.int64],
-    latent_P: NDArray[np.int64],
+    parents_Q: Sequence[int] | IntArray,
+    latent_P: IntArray,
     ids_MT: Tensor,
     *,
+    children: Steered | None = None,
     target_nats: float = 3.0,
+    doses: Sequence[float] = (),
+    layers: Sequence[str] = (),
     tolerance: float = 0.02,
     max_norms: float = 4.0,
     max_evaluations: int = 10,
@@ -275,60 +230,76 @@ def evaluate_steering(
     """Side effects of steering each concept in use by the same effect, on contexts [M, T] without padding.
 
     `steering_leakage`: mean over contexts of KL(before || after) of the next-token distribution renormalised
-    off the target set (all the parent's tokens). `sibling_kl`: the same over the parent's children, each with
-    the mass of its tokens, renormalised. Both in nats, at an effect of `target_nats` +- `tolerance`; chance
-    is another mapped concept's direction (the next one, cyclically; with the sign that raises p) at the same
-    effect on p, over the concepts where it reaches it. alpha is at most `max_norms` times the median row norm
-    at the hook. `steering_unreached` is the share of concepts whose effect is not reached within that and
-    `max_evaluations` (or which have no latent); they have no leakage. Of more than `max_concepts` concepts in
-    use (`parents_Q`), that many are steered: evenly spaced in file order, from the first to the last, so that
-    every arm steers the same ones. Every record has an `example`: the likeliest next tokens before and after, in
-    the context whose next token is least certain, with `text` of each token. A model without an output head gets
-    nulls.
+    off the target set (all the concept's tokens). `sibling_kl`: the same over a parent's children, or a child's
+    siblings, each with the mass of its tokens, renormalised. Both in nats, at an effect of `target_nats` +-
+    `tolerance`; chance is another mapped concept's latent (the next one, cyclically, for a child the next of another
+    parent; with the sign that raises the target) at the same effect, over the concepts where it reaches it. alpha is
+    at most `max_norms` times the median row norm at the hook. `steering_unreached` is the share of concepts whose
+    effect is not reached within that and `max_evaluations` (or which have no latent); they have no leakage.
+
+    Of more than `max_concepts` concepts in use (`parents_Q`), that many are steered: evenly spaced in file order, from
+    the first to the last, so that every arm steers the same ones. `children`: child concepts to steer, None for none.
+    The grid has every level and form at `target_nats` and at each of `doses` (nats), and, injected, at each of the
+    hooks `layers`. Every parent's record has an `example`: the likeliest next tokens before and after, in the context
+    whose next token is least certain, with `text` of each token. A model without an output head gets nulls.
     """
     if not lm.has_head:
-        return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [])
-    if ids_MT.ndim != 2 or ids_MT.shape[1] < 2:
-        raise ValueError(f"steering contexts: found shape {tuple(ids_MT.shape)}, allowed: [M, T >= 2]")
-    selected = _select(parents_Q, max_concepts)
-    mapped = [parent for parent in selected if latent_P[parent] >= 0]
-    steerer = _Steerer(lm, hook, ids_MT.to(lm.device))
-    write_Pd = sae.write_directions()
-    directions_Qd = write_Pd[torch.as_tensor(latent_P[mapped], device=write_Pd.device)].to(steerer.last_Md)
-    search = Search(target_nats, tolerance, max_norms * steerer.typical_norm, max_evaluations)
-    own = _solve_in_groups(steerer, concepts, mapped, directions_Qd, per_forward, search)
-    other = Solution(np.full(len(mapped), np.nan), np.full((len(mapped), 3), np.nan))
-    if len(mapped) > 1:
-        shifted_Qd = directions_Qd.roll(-1, dims=0)
-        other = _solve_in_groups(steerer, concepts, mapped, shifted_Qd, per_forward, search, either_sign=True)
-    entropy_M = steerer.log_total_M - steerer.mean_logit_M
-    open_context = ids_MT[int(entropy_M.argmax())]  # where the model is sure of the next token, little would show
-    examples = _examples(lm, hook, open_context, directions_Qd, own.alpha_G, per_forward, text)
-    shown = dict(zip(mapped, examples, strict=True))
-    return _report(selected, mapped, latent_P, own, other, shown, bootstrap, seed)
+        return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [], [], [])
+    contexts = Contexts(lm, hook, ids_MT)
+    selected = evenly_spaced(parents_Q, max_concepts)
+    steered = {
+        "parent": Steered(selected, latent_P[selected]),
+        "child": children if children is not None else Steered([], np.zeros(0, dtype=np.int64)),
+    }
+    pusher = _Pusher(tolerance, max_norms, max_evaluations, per_forward)
+    nats = [target_nats, *(dose for dose in doses if dose != target_nats)]
+    elsewhere = [Contexts(lm, layer, ids_MT) for layer in layers]
+    for there in elsewhere:
+        if there.last_Md.shape != contexts.last_Md.shape:
+            width, allowed = there.last_Md.shape[1], contexts.last_Md.shape[1]
+            raise ValueError(f"eval.steering.layers: found {there.hook} of width {width}, allowed: width {allowed}")
+    result, records, grid = Evaluation(), {}, []
+    for level in LEVELS:
+        of_level = _OfLevel(level, steered[level], concepts, contexts.before_MV.device)
+        injected = Moves.along(directions(sae, level, of_level.latents).to(contexts.last_Md))
+        table_Q8 = of_level.add("inject", injected, contexts, nats, pusher)
+        result |= of_level.metrics("inject", table_Q8, bootstrap, seed)
+        records[level] = of_level.records(table_Q8)
+        overridden = overrides(sae, level, of_level.latents, contexts.last_Md)
+        result |= of_level.metrics(
+            "override", of_level.add("override", overridden, contexts, nats, pusher, table_Q8), bootstrap, seed
+        )
+        for there in elsewhere:
+            of_level.add("inject", injected, there, nats, pusher)
+        grid += of_level.grid(bootstrap, seed) if steered[level].concepts else []
+    open_context = ids_MT[int(contexts.entropy_M.argmax())]  # where the model is sure of the next token, little shows
+    _add_examples(records["parent"], sae, Contexts(lm, hook, open_context[None]), open_context, per_forward, text)
+    return SteeringEvaluation(result, records["parent"], records["child"], grid)
 
 
-def _report(
-    selected: list[int],
-    mapped: list[int],
-    latent_P: NDArray[np.int64],
-    own: Solution,
-    other: Solution,
-    examples: dict[int, dict[str, Any] | None],
-    bootstrap: int,
-    seed: int,
-) -> SteeringEvaluation:
-    values_Q8 = np.full((len(selected), len(COLUMNS)), math.nan)
-    found = np.column_stack([own.alpha_G, own.measured_G3, other.alpha_G, other.measured_G3])
-    values_Q8[np.isin(selected, mapped)] = found
-    per_concept = dict(zip(COLUMNS, values_Q8.T, strict=True))
-    records: list[dict[str, Any]] = []
-    for parent, values in zip(selected, values_Q8.tolist(), strict=True):
-        finite = (value if math.isfinite(value) else None for value in values)
-        named = dict(zip(COLUMNS, finite, strict=True))
-        record = {"parent": parent, "latent": int(latent_P[parent])} | named
-        records.append(record | {"example": examples.get(parent)})
-    units = {name: Units.mean(per_concept[name], selected) for name in ("steering_leakage", "sibling_kl")}
-    chance = {name: bootstrap_mean(per_concept[f"chance_{name}"], n=1).value for name in units}
-    units["steering_unreached"] = Units.mean(np.isnan(per_concept["alpha"]), selected)
-    return SteeringEvaluation(summarise(units, chance, bootstrap, seed), records)
+def _add_examples(
+    records: list[dict[str, Any]],
+    sae: SparseAutoencoder,
+    contexts: Contexts,
+    ids_T: Tensor,
+    per_forward: int,
+    text: Callable[[int], str],
+) -> None:
+    """`example` of every parent's record: the likeliest next tokens of one context, before and after, or None."""
+
+    def likeliest(probability_V: Tensor) -> list[list[Any]]:
+        found = probability_V.topk(min(EXAMPLE_TOKENS, len(probability_V)))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return [[text(token), significant(probability)] for token, probability in pairs]
+
+    context, before = [text(token) for token in ids_T.tolist()], likeliest(contexts.probability_MV[0])
+    for record in records:
+        record["example"] = None
+    reached = [record for record in records if record["alpha"] is not None]
+    latents = np.array([record["latent"] for record in reached], dtype=np.int64)
+    alpha_Q1 = contexts.last_Md.new_tensor([record["alpha"] for record in reached])[:, None]
+    added_Qd = alpha_Q1 * directions(sae, "parent", latents).to(contexts.last_Md)
+    for start in range(0, len(reached), per_forward):
+        after_AV = contexts.log_probabilities(added_Qd[start : start + per_forward, None])[:, 0].exp()
+        for record, after_V in zip(reached[start:], after_AV, strict=False):
+            record["example"] = {"context": context, "before": before, "after": likeliest(after_V)}

@@ -149,6 +149,22 @@ def rotated_rows(rows_nd: Tensor, degrees: float, generator: torch.Generator) ->
     return lengths_n1 * (angle.cos() * along_nd + angle.sin() * across_nd)
 
 
+def rotated_together(rows_nd: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
+    """Rows [n, d] turned by one rotation that turns every vector by `degrees`: lengths and inner products stay.
+
+    cos I + sin J, where J turns every vector by a right angle: in random orthonormal coordinates it takes each of the
+    first d/2 axes to one of the others, and that to minus the first. Raises ValueError where d is odd: there is none.
+    """
+    d = rows_nd.shape[1]
+    if d % 2:
+        raise ValueError(f"teacher.rotate_deg: found rows of width {d}, allowed: an even width, or noise_deg")
+    axes_dd = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    first_nh, second_nh = (rows_nd @ axes_dd).split(d // 2, dim=1)
+    turned_nd = torch.cat([-second_nh, first_nh], dim=1) @ axes_dd.T
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    return angle.cos() * rows_nd + angle.sin() * turned_nd
+
+
 def dual_rows(unified_nd: Tensor, sqrt_dd: Tensor, inv_sqrt_dd: Tensor) -> tuple[Tensor, Tensor]:
     """Read and write rows (E, D) [n, d] of unified concepts l (docs/method.md §4).
 

@@ -17,6 +17,7 @@ from polytope_hsae.geometry.causal import CausalGeometry, Space, row_mean
 
 Estimator = Literal["mean", "lda"]
 TokenSets = Sequence[Sequence[int]]
+_BLOCK_TOKENS = 16_384
 
 
 class ConceptEstimator:
@@ -53,6 +54,13 @@ class ConceptEstimator:
             raise ValueError(f"tokens: found ids {found}, allowed: 0 to {self.vocab_size - 1}")
         rows_nd = self.unembedding_Vd[index_n.to(self.unembedding_Vd.device)].double() - self.mean_d
         return self.geometry.whiten(rows_nd, Space.COVECTOR)
+
+    def scores(self, tokens: Sequence[int] | Tensor, vectors_Sd: Tensor) -> Tensor:
+        """g_y . l [n, S] of n token ids with S unified vectors, without the g of the tokens."""
+        index_n = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1).to(self.unembedding_Vd.device)
+        readers_Sd = self.geometry.unwhiten(vectors_Sd, Space.VECTOR)
+        blocks = [self.unembedding_Vd[block].double() @ readers_Sd.T for block in index_n.split(_BLOCK_TOKENS)]
+        return torch.cat(blocks) - readers_Sd @ self.mean_d
 
     def concept_vectors(self, token_sets: TokenSets) -> Tensor:
         """l [S, d] of S token sets, not normalised. Raises ValueError for an empty set (lda: for fewer than
@@ -170,14 +178,15 @@ class ActivationClassStats:
         if int(labels_N.min()) < -1 or int(labels_N.max()) >= self.n_classes:
             found = f"{int(labels_N.min())} to {int(labels_N.max())}"
             raise ValueError(f"labels: found {found}, allowed: -1 to {self.n_classes - 1}")
-        rows_Nd = acts_Nd.detach().cpu().double()
+        rows_Nd = acts_Nd.detach().double()  # the products of a batch are made where it lies
         if self._shift_d is None:
-            self._shift_d = rows_Nd.mean(0)
-        rows_Nd = rows_Nd - self._shift_d
+            self._shift_d = rows_Nd.mean(0).cpu()
+        rows_Nd = rows_Nd - self._shift_d.to(rows_Nd.device)
         class_N = torch.where(labels_N < 0, self.n_classes, labels_N)
         self._counts += torch.bincount(class_N, minlength=self.n_classes + 1)
-        self._sums.index_add_(0, class_N, rows_Nd)
-        self._scatter_dd += rows_Nd.T @ rows_Nd
+        sums = torch.zeros_like(self._sums, device=rows_Nd.device)
+        self._sums += sums.index_add_(0, class_N.to(rows_Nd.device), rows_Nd).cpu()
+        self._scatter_dd += (rows_Nd.T @ rows_Nd).cpu()
 
     @property
     def counts(self) -> Tensor:
@@ -218,6 +227,13 @@ class ActivationClassStats:
         scaled = self._sums / self._counts.clamp_min(1).double().sqrt().unsqueeze(1)
         return (self._scatter_dd - scaled.T @ scaled) / self.total
 
-    def geometry(self, shrinkage: float = 0.05) -> CausalGeometry:
-        """The residual_covariance geometry of the within-class covariance, with relative shrinkage."""
-        return CausalGeometry.from_activation_covariance(self.within_covariance(), shrinkage)
+    def geometry(self, shrinkage: float = 0.05, metric: str = "causal", seed: int = 0) -> CausalGeometry:
+        """The residual_covariance geometry of the within-class covariance, with relative shrinkage.
+
+        Another `metric` is made of its Sigma as `CausalGeometry` makes it of the unembedding's: identity, diagonal or
+        random (seeded).
+        """
+        causal = CausalGeometry.from_activation_covariance(self.within_covariance(), shrinkage)
+        if metric == "causal":
+            return causal
+        return CausalGeometry.from_covariance(causal.sigma, 0.0, metric, seed=seed)

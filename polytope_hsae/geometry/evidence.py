@@ -14,22 +14,28 @@ import torch
 from torch import Tensor
 
 from polytope_hsae.geometry.causal import CausalGeometry
+from polytope_hsae.geometry.controls import CONTROLS, METRICS, Variant, variant
+from polytope_hsae.geometry.decision import hierarchy_decision
+from polytope_hsae.geometry.difference import nontrivial_difference
 from polytope_hsae.geometry.estimators import ConceptEstimator
+from polytope_hsae.geometry.orthogonality import omega, orthogonality_ratio
+from polytope_hsae.geometry.polytopes import MEASURES, polytopes
+from polytope_hsae.geometry.signal import concept_signal, frequency_order
 from polytope_hsae.geometry.statistics import (
     Z_THRESHOLD,
     ChildWords,
+    ConceptWords,
     Floats,
     Word,
     bootstrap_median,
     concept_words,
-    omega,
-    orthogonality_ratio,
+    dealt_siblings,
     shared_parent,
     word_sums,
 )
 
 _SUMMARY = ("fraction_z_above_3", "median_z", "fraction_q_below_05", "median_beta", "omega")
-CONTROLS = ("shuffled_rows", "pseudo_parents", "gaussian")
+_OWN_ONLY = "beta, omega, kappa and polytopes are about a parent and its own children"
 
 
 def hierarchical_orthogonality(
@@ -85,33 +91,6 @@ test_hierarchical_orthogonality = hierarchical_orthogonality
 test_hierarchical_orthogonality.__test__ = False  # type: ignore[attr-defined]
 
 
-def pseudo_parents(child_words: ChildWords, child_parent: Sequence[int], seed: int = 0) -> list[list[Word]]:
-    """Children for every row, taken from real children of other parents: the sharpest control.
-
-    A pseudo-parent's children come from as many different parents, none of them the one it stands for, each
-    chosen at random among the five whose number of tokens is closest. Raises ValueError when there are too
-    few parents.
-    """
-    generator = np.random.default_rng(seed)
-    owners = np.asarray(child_parent)
-    tokens = np.array([sum(len(word) for word in words) for words in child_words])
-    result: list[list[Word]] = []
-    used: set[int] = set()
-    for row, parent in enumerate(child_parent):
-        if row == 0 or child_parent[row - 1] != parent:
-            used = {int(parent)}
-        open_rows = np.flatnonzero(~np.isin(owners, sorted(used)))
-        if not len(open_rows):
-            raise ValueError(
-                f"pseudo_parents: found {len(used)} parents, allowed: more parents than children of any one"
-            )
-        near = open_rows[np.argsort(np.abs(tokens[open_rows] - tokens[row]), kind="stable")][:5]
-        chosen = int(generator.choice(near))
-        used.add(int(owners[chosen]))
-        result.append([list(word) for word in child_words[chosen]])
-    return result
-
-
 def collect_evidence(
     unembedding: Tensor,
     geometry: CausalGeometry,
@@ -126,10 +105,12 @@ def collect_evidence(
     halvings: int = 20,
     bootstrap: int = 1000,
     seed: int = 0,
-    controls: Sequence[str] = ("shuffled_rows", "pseudo_parents"),
+    controls: Sequence[str] = (*CONTROLS, *METRICS),
+    counts: Tensor | None = None,
+    activation_covariance: Tensor | None = None,
 ) -> dict[str, Any]:
-    """All statistics for the real concepts (`main`) and for every control, everything estimated anew; ready
-    for JSON.
+    """All statistics for the real concepts (`main`) and for every control and metric, everything estimated anew;
+    ready for JSON.
 
     Args:
         unembedding: [V, d]; geometry: its metric.
@@ -137,11 +118,11 @@ def collect_evidence(
         child.
         pool: first-sense nouns, each a list of token ids, or single tokens (then children are taken token by
             token too). Words of the concepts that a pool of words lacks are added to it.
-        estimator: of the angles. s_p, beta and omega always use the mean: their null needs it so often.
+        estimator: of the angles. All else uses the mean: the nulls need it so often.
+        controls: which of `controls.CONTROLS` and `controls.METRICS`.
+        counts: of every token in a corpus [V], to match tokens by frequency; None: by vocabulary rank.
+        activation_covariance: [d, d], of the residual that U reads; for the metric residual_covariance.
     """
-    for control in controls:
-        if control not in CONTROLS:
-            raise ValueError(f"controls: found {control!r}, allowed: {', '.join(CONTROLS)}")
     if len(parent_names) != len(set(child_parent)) or len(child_names) != len(child_parent):
         raise ValueError(
             f"names: found {len(parent_names)} parents and {len(child_names)} children, "
@@ -152,9 +133,15 @@ def collect_evidence(
         known = {token for word in nouns for token in word}
         nouns += [list(word) for words in child_words for word in words if known.isdisjoint(word)]
     options = {"permutations": permutations, "halvings": halvings, "bootstrap": bootstrap, "seed": seed}
+    main = Variant(ConceptEstimator(unembedding, geometry, estimator), child_words)
+    made = {
+        name: variant(name, main, child_parent, seed=seed, activation_covariance=activation_covariance)
+        for name in controls
+    }
     out: dict[str, Any] = {
         "statistics_estimator": "mean",
         "null": "tokens" if all(len(word) == 1 for word in nouns) else "words",
+        "matched_by": "vocabulary rank" if counts is None else "corpus counts",
         "pool_size": len(nouns),
         **options,
         "geometry": {
@@ -164,82 +151,155 @@ def collect_evidence(
             "spectrum": geometry.spectrum.tolist(),
         },
     }
-    for variant in ("main", *controls):
-        pseudo = variant == "pseudo_parents"
-        if pseudo and len(parent_names) <= max(np.bincount(child_parent)):
-            # Artifacts of small ontologies keep the control's place, without numbers.
-            out[variant] = {**dict.fromkeys(_SUMMARY), "why": "needs more parents than children of any one"}
+    order_V = frequency_order(len(unembedding), counts)
+    for name, found in {"main": main, **made}.items():
+        if isinstance(found, str):
+            # What cannot be had keeps its place, without numbers.
+            out[name] = {**dict.fromkeys(_SUMMARY), "why": found}
             continue
-        children = pseudo_parents(child_words, child_parent, seed) if pseudo else child_words
-        names = None if pseudo else child_names
-        estimate = _estimator(variant, unembedding, geometry, estimator, seed)
-        out[variant] = _measure(estimate, children, child_parent, nouns, names, parent_names, **options)
+        out[name] = _measure(found, child_parent, nouns, order_V, child_names, parent_names, **options)
     return out
 
 
-def _estimator(variant: str, unembedding: Tensor, geometry: CausalGeometry, method: str, seed: int) -> ConceptEstimator:
-    """The estimator of a control: rows of U permuted, Gaussian rows of U's shape, or U itself."""
-    generator = torch.Generator().manual_seed(seed)
-    if variant == "shuffled_rows":
-        # A permutation of the rows leaves their covariance, hence the geometry, as it is.
-        order_V = torch.randperm(len(unembedding), generator=generator).to(unembedding.device)
-        return ConceptEstimator(unembedding[order_V], geometry, method)
-    if variant == "gaussian":
-        noise_Vd = torch.randn(unembedding.shape, generator=generator).to(unembedding.device)
-        return ConceptEstimator(noise_Vd, CausalGeometry(noise_Vd, geometry.shrinkage), method)
-    return ConceptEstimator(unembedding, geometry, method)
-
-
-def _measure(
-    estimate: ConceptEstimator,
-    child_words: ChildWords,
-    child_parent: Sequence[int],
-    nouns: Sequence[Word],
-    child_names: Sequence[str] | None,
-    parent_names: Sequence[str],
+def hierarchy_statistics(
+    words: ConceptWords,
+    pool: tuple[Tensor, Tensor],
     *,
     permutations: int,
     halvings: int,
     bootstrap: int,
     seed: int,
+    reference: Sequence[int] | None = None,
 ) -> dict[str, Any]:
+    """Evidence of the kinds 2, 3 and 4, all that `hierarchy_decision` reads. `pool`: (sums of g [M, d], tokens [M])
+    of the nouns; `reference`: see `shared_parent`."""
+    chance: dict[str, Any] = {"permutations": permutations, "seed": seed}
+    shared = shared_parent(words, *pool, **chance, reference=reference)
+    delta = nontrivial_difference(words, **chance, reference=reference)
+    # Beta and the rest compare a parent's own children: with other parents, no parent qualifies.
+    z = shared.z if reference is None else np.full_like(shared.z, np.nan)
+    ratio = orthogonality_ratio(words, z, bootstrap=bootstrap, seed=seed)
+    spread = omega(words, z, shared.s_p, halvings=halvings, bootstrap=bootstrap, seed=seed)
+    if reference is None:
+        dealt = dealt_siblings(words, **chance)
+        siblings = {"dealt_z": dealt.z, "dealt_p": dealt.p, "dealt_q": dealt.q}
+    else:
+        siblings = dict.fromkeys(("dealt_z", "dealt_p", "dealt_q"), z)
+        ratio["why"] = spread["why"] = _OWN_ONLY
+    columns = {key: getattr(shared, key) for key in ("s_p", "z", "p", "q")} | siblings
+    columns |= {"omega": spread.pop("omega_p"), "kappa": spread.pop("kappa_p")}
+    differences = {f"delta_{key}": getattr(delta, key) for key in ("squared", "z", "p", "q")}
+    return {
+        "parents": {key: _nullable(values) for key, values in columns.items()},
+        "children": {
+            "parent": words.child_parent.tolist(),
+            "beta": _nullable(ratio.pop("beta")),
+            **{key: _nullable(values) for key, values in differences.items()},
+        },
+        "fraction_z_above_3": _mean(shared.z > Z_THRESHOLD, shared.z),
+        "median_z": _median(shared.z),
+        "fraction_q_below_05": _mean(shared.q < 0.05, shared.q),
+        "median_dealt_z": _median(siblings["dealt_z"]),
+        "fraction_delta_q_below_05": _mean(delta.q < 0.05, delta.q),
+        "median_delta_z": _median(delta.z),
+        **ratio,
+        **spread,
+    }
+
+
+def _measure(
+    found: Variant,
+    child_parent: Sequence[int],
+    nouns: Sequence[Word],
+    order_V: np.ndarray,
+    child_names: Sequence[str],
+    parent_names: Sequence[str],
+    **options: int,
+) -> dict[str, Any]:
+    estimate, child_words, reference = found.estimate, found.child_words, found.reference
     words = concept_words(child_words, child_parent, estimate.rows)
-    shared = shared_parent(words, *word_sums(nouns, estimate.rows), permutations=permutations, seed=seed)
-    ratio = orthogonality_ratio(words, shared.z, bootstrap=bootstrap, seed=seed)
-    spread = omega(words, shared.z, shared.s_p, halvings=halvings, bootstrap=bootstrap, seed=seed)
+    result = hierarchy_statistics(words, word_sums(nouns, estimate.rows), **options, reference=reference)
+    seed, bootstrap = options["seed"], options["bootstrap"]
+    n_children = torch.bincount(words.child_parent, minlength=len(parent_names)).tolist()
+    parents: dict[str, Any] = {"name": list(parent_names), "n_children": n_children, **result["parents"]}
+    children: dict[str, Any] = {"name": list(child_names)} if found.own_children else {}
+    children |= result["children"]
+
+    signal = concept_signal(estimate, words, child_words, order_V, seed=seed, reference=reference)
+    parents |= {"auroc": _nullable(signal.parent_auroc), "reliability": _nullable(signal.parent_reliability)}
+    children |= {"auroc": _nullable(signal.child_auroc), "reliability": _nullable(signal.child_reliability)}
+
+    tokens = [token for of_child in child_words for word in of_child for token in word]
+    measured = (
+        polytopes(words, child_words, estimate.rows(tokens), seed=seed)
+        if reference is None
+        else dict.fromkeys(MEASURES, np.full(len(parent_names), np.nan))
+    )
+    parents |= {key: _nullable(values) for key, values in measured.items()}
+    angles = _angles(estimate, child_words, child_parent, reference, bootstrap, seed)
+    children["angle_deg"] = angles.pop("angles_deg")
+    owner = np.asarray(child_parent)
+    return {
+        **result,
+        "parents": parents,
+        "children": children,
+        "signal": {
+            "parent_auroc": _with_interval(signal.parent_auroc, np.arange(len(parent_names)), bootstrap, seed),
+            "child_auroc": _with_interval(signal.child_auroc, owner, bootstrap, seed),
+            "parent_reliability": _median(signal.parent_reliability),
+            "child_reliability": _median(signal.child_reliability),
+        },
+        "polytopes": {
+            key: _with_interval(values, np.arange(len(parent_names)), bootstrap, seed)
+            for key, values in measured.items()
+        },
+        "angles": {"estimator": estimate.method, **angles},
+        "decision": hierarchy_decision(result, bootstrap=bootstrap, seed=seed),
+    }
+
+
+def _angles(
+    estimate: ConceptEstimator,
+    child_words: ChildWords,
+    child_parent: Sequence[int],
+    reference: Sequence[int] | None,
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
     child_tokens = [sorted(token for word in words for token in word) for words in child_words]
-    parent_tokens: list[list[int]] = [[] for _ in parent_names]
+    parent_tokens: list[list[int]] = [[] for _ in range(max(child_parent) + 1)]
     for tokens, parent in zip(child_tokens, child_parent, strict=True):
         parent_tokens[parent] += tokens
     parents_Qd = estimate.concept_vectors(parent_tokens)
+    if reference is not None:
+        parents_Qd = parents_Qd[list(reference)]
     deltas_Rd = estimate.concept_vectors(child_tokens) - parents_Qd[list(child_parent)]
-    angles = hierarchical_orthogonality(
-        parents_Qd, deltas_Rd, child_parent=child_parent, bootstrap=bootstrap, seed=seed
-    )
-    known_z = shared.z[np.isfinite(shared.z)]
-    result: dict[str, Any] = {
-        "parents": {
-            "name": list(parent_names),
-            "n_children": torch.bincount(words.child_parent, minlength=len(parent_names)).tolist(),
-            **{key: _nullable(getattr(shared, key)) for key in ("s_p", "z", "p", "q")},
-            "omega": _nullable(spread.pop("omega_p")),
-        },
-        "children": {
-            "parent": list(child_parent),
-            "beta": _nullable(ratio.pop("beta")),
-            "angle_deg": angles.pop("angles_deg"),
-        },
-        "fraction_z_above_3": float((known_z > Z_THRESHOLD).mean()) if len(known_z) else None,
-        "median_z": float(np.median(known_z)) if len(known_z) else None,
-        "fraction_q_below_05": float((shared.q[np.isfinite(shared.q)] < 0.05).mean()) if len(known_z) else None,
-        **ratio,
-        **spread,
-        "angles": {"estimator": estimate.method, **angles},
-    }
-    if child_names is not None:
-        result["children"] = {"name": list(child_names), **result["children"]}
-    return result
+    return hierarchical_orthogonality(parents_Qd, deltas_Rd, child_parent=child_parent, bootstrap=bootstrap, seed=seed)
 
 
 def _nullable(values: Floats) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _median(values: Floats) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
+
+
+def _mean(true: np.ndarray, values: Floats) -> float | None:
+    """Share of the values that are known for which `true` holds."""
+    known = np.isfinite(values)
+    return float(true[known].mean()) if known.any() else None
+
+
+def _with_interval(values: Floats, owner: np.ndarray, bootstrap: int, seed: int) -> dict[str, Any]:
+    """Median with a 95 % interval by bootstrap over parents, and how many values are known."""
+    known = np.isfinite(values)
+    if not known.any():
+        return {"median": None, "ci95": None, "n": 0}
+    groups = [values[known & (owner == parent)] for parent in np.unique(owner[known])]
+    return {
+        "median": float(np.median(values[known])),
+        "ci95": bootstrap_median(groups, bootstrap, seed),
+        "n": int(known.sum()),
+    }

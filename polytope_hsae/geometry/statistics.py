@@ -1,4 +1,4 @@
-"""Shared parent, orthogonality ratio and omega of concepts' words, with their nulls (docs/method.md §3).
+"""Concepts' words as sums of g, and what siblings share against random words and random siblings (docs/method.md §3).
 
 Everything starts from `ConceptWords`: sums of g over each word's tokens, so that random sets and halves of
 words cost one sum over words.
@@ -9,7 +9,7 @@ parents, B permutations. Vectors are in the unified coordinate.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ Word = Sequence[int]
 ChildWords = Sequence[Sequence[Word]]
 Floats = NDArray[np.float64]
 Z_THRESHOLD = 3.0
-BETA_RANGE = (0.8, 1.25)
-WHY_NULL = f"no parent with at least 3 children has z > {Z_THRESHOLD:g}"
 _CHUNK_NUMBERS = 1 << 22
 
 
@@ -45,14 +43,23 @@ class ConceptWords:
         """Q."""
         return int(self.child_parent.max()) + 1
 
+    def children(self, parent: int) -> Tensor:
+        """Rows [K] of the parent's children."""
+        return (self.child_parent == parent).nonzero().flatten()
+
     def child_vectors(self, weight_W: Tensor | None = None) -> Tensor:
         """l_c [R, d]: mean g over the child's tokens; `weight_W` (0 or 1) chooses words."""
+        return self._means(self.word_child, len(self.child_parent), weight_W)
+
+    def parent_vectors(self, weight_W: Tensor | None = None) -> Tensor:
+        """l_p [Q, d]: mean g over the tokens of the parent's words."""
+        return self._means(self.child_parent[self.word_child], self.n_parents, weight_W)
+
+    def _means(self, owner_W: Tensor, n: int, weight_W: Tensor | None) -> Tensor:
         size_W = self.word_sizes if weight_W is None else self.word_sizes * weight_W
         sum_Wd = self.word_sums if weight_W is None else self.word_sums * weight_W.unsqueeze(1)
-        n_children = len(self.child_parent)
-        total_R = size_W.new_zeros(n_children).index_add_(0, self.word_child, size_W)
-        sum_Rd = sum_Wd.new_zeros(n_children, sum_Wd.shape[1]).index_add_(0, self.word_child, sum_Wd)
-        return sum_Rd / total_R.unsqueeze(1)
+        total_n = size_W.new_zeros(n).index_add_(0, owner_W, size_W)
+        return sum_Wd.new_zeros(n, sum_Wd.shape[1]).index_add_(0, owner_W, sum_Wd) / total_n.unsqueeze(1)
 
 
 def word_sums(words: Sequence[Word], rows: Callable[[list[int]], Tensor]) -> tuple[Tensor, Tensor]:
@@ -91,6 +98,14 @@ def benjamini_hochberg(p_values: Floats) -> Floats:
     return adjusted
 
 
+def adjusted(p_values: Floats) -> Floats:
+    """`benjamini_hochberg` of the values that are not NaN; NaN stays."""
+    known = np.isfinite(p_values)
+    out = np.full_like(p_values, np.nan)
+    out[known] = benjamini_hochberg(p_values[known])
+    return out
+
+
 @dataclass(frozen=True)
 class SharedParent:
     """Per parent: s_p, its z and p against the null, and the BH-adjusted q; NaN where fewer than two
@@ -106,6 +121,11 @@ def _shared(children_BKd: Tensor) -> Tensor:
     """Mean inner product over ordered pairs of different children, [B]."""
     k = children_BKd.shape[1]
     return (children_BKd.sum(1).square().sum(-1) - children_BKd.square().sum((1, 2))) / (k * (k - 1))
+
+
+def _between(children_BKd: Tensor, n_first: int) -> Tensor:
+    """Mean inner product of the first children with the others, [B]."""
+    return (children_BKd[:, :n_first].mean(1) * children_BKd[:, n_first:].mean(1)).sum(-1)
 
 
 class _Sampler:
@@ -138,9 +158,15 @@ class _Sampler:
         return deck[:n].copy()
 
 
-def _null(sizes: list[list[int]], pool_sum_Md: Tensor, sampler: _Sampler, permutations: int) -> Floats:
-    """s_p [B] of random children: child c gets words of the pool with as many tokens each as `sizes[c]`
-    says."""
+def _null(
+    sizes: list[list[int]],
+    pool_sum_Md: Tensor,
+    sampler: _Sampler,
+    permutations: int,
+    statistic: Callable[[Tensor], Tensor],
+) -> Floats:
+    """`statistic` [B] of random children: child c gets words of the pool with as many tokens each as
+    `sizes[c]` says."""
     flat = np.array([size for child in sizes for size in child])
     drawn_WB = np.empty((len(flat), permutations), np.int64)
     for size in np.unique(flat):
@@ -155,133 +181,111 @@ def _null(sizes: list[list[int]], pool_sum_Md: Tensor, sampler: _Sampler, permut
         firsts = torch.arange(len(chunk_bW), device=chunk_bW.device).unsqueeze(1) * len(flat)
         offsets = (starts_K + firsts).reshape(-1)
         sums = torch.nn.functional.embedding_bag(chunk_bW.reshape(-1), pool_sum_Md, offsets, mode="sum")
-        parts.append(_shared(sums.view(len(chunk_bW), len(sizes), -1) / tokens_K.unsqueeze(1)))
+        parts.append(statistic(sums.view(len(chunk_bW), len(sizes), -1) / tokens_K.unsqueeze(1)))
     return np.asarray(torch.cat(parts).cpu().numpy(), np.float64)
 
 
 def shared_parent(
-    words: ConceptWords, pool_sum_Md: Tensor, pool_size_M: Tensor, *, permutations: int = 1000, seed: int = 0
+    words: ConceptWords,
+    pool_sum_Md: Tensor,
+    pool_size_M: Tensor,
+    *,
+    permutations: int = 1000,
+    seed: int = 0,
+    reference: Sequence[int] | None = None,
 ) -> SharedParent:
     """s_p = mean over pairs of children of <l_i, l_j>, against random sets of the pool's words.
 
     The null keeps every child's number of words and of tokens per word: the forms of one word are nearly one
     vector, so matching tokens alone would make the null too narrow. With a pool of single tokens, children
-    are taken token by token. Raises ValueError when the pool is too small.
+    are taken token by token. With `reference`, another parent's row for each parent (a control), the pairs
+    are of p's children with that parent's. Raises ValueError when the pool is too small.
     """
     if permutations < 1:
         raise ValueError(f"permutations: found {permutations}, allowed: at least 1")
     by_token = bool((pool_size_M == 1).all())
     sampler = _Sampler(pool_size_M, permutations, seed)
+    pool_sum_Md = (
+        pool_sum_Md.float()
+    )  # of the null alone: half the memory to read, and rounding is far below its spread
     vectors_Rd = words.child_vectors()
     s_p, z, p = (np.full(words.n_parents, np.nan) for _ in range(3))
     for parent in range(words.n_parents):
-        rows_K = (words.child_parent == parent).nonzero().flatten()
+        rows_K = words.children(parent)
+        statistic = _shared
+        if reference is not None:
+            statistic = partial(_between, n_first=len(rows_K))
+            rows_K = torch.cat((rows_K, words.children(reference[parent])))
         if len(rows_K) < 2:
             continue
         sizes = [words.word_sizes[words.word_child == row].long().tolist() for row in rows_K]
         if by_token:
             sizes = [[1] * sum(child) for child in sizes]
-        null_B = _null(sizes, pool_sum_Md, sampler, permutations)
-        s_p[parent] = float(_shared(vectors_Rd[rows_K].unsqueeze(0)))
-        z[parent] = (s_p[parent] - null_B.mean()) / null_B.std()
-        p[parent] = (1 + int((null_B >= s_p[parent]).sum())) / (1 + permutations)
-    q = np.full_like(p, np.nan)
-    known = np.isfinite(p)
-    q[known] = benjamini_hochberg(p[known])
-    return SharedParent(s_p, z, p, q)
+        null_B = _null(sizes, pool_sum_Md, sampler, permutations, statistic)
+        s_p[parent] = float(statistic(vectors_Rd[rows_K].unsqueeze(0)))
+        z[parent], p[parent] = z_and_p(s_p[parent], null_B)
+    return SharedParent(s_p, z, p, adjusted(p))
 
 
-def bootstrap_median(groups: Sequence[Floats], bootstrap: int, seed: int) -> list[float]:
-    """95 % interval [lo, hi] of the median of all values, resampling the groups (parents)."""
-    generator = np.random.default_rng(seed)
-    picks = generator.integers(0, len(groups), size=(bootstrap, len(groups)))
-    medians = [np.median(np.concatenate([groups[group] for group in pick])) for pick in picks]
-    return [float(value) for value in np.quantile(medians, [0.025, 0.975])]
+def dealt_siblings(words: ConceptWords, *, permutations: int = 1000, seed: int = 0) -> SharedParent:
+    """s_p against whole children of other parents, dealt to p at random: is it *these* children that go together?
 
-
-def _strong(words: ConceptWords, z: Floats) -> list[int]:
-    children_Q = torch.bincount(words.child_parent, minlength=words.n_parents).tolist()
-    return [parent for parent, value in enumerate(z) if value > Z_THRESHOLD and children_Q[parent] >= 3]
-
-
-def orthogonality_ratio(words: ConceptWords, z: Floats, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """beta_c = mean_j <l_c, l_j> / mean_{i,j != c} <l_i, l_j> over children of parents with z > 3 and at
-    least 3 children.
-
-    Returns per-child `beta` [R] (NaN where not computed), `median_beta`, `beta_ci95` (bootstrap over
-    parents), `beta_inside` (the median in 0.8 to 1.25), or nulls with `why`.
+    Random words make this null too narrow where children have directions of their own but share none. A draw
+    takes, for each child, one of the 32 children of other parents that are closest in number of tokens, no two
+    of one parent. NaN for a parent with fewer than two children, or where there are too few others.
     """
-    beta_R = np.full(len(words.child_parent), np.nan)
-    strong = _strong(words, z)
-    if not strong:
-        return {"beta": beta_R, "median_beta": None, "beta_ci95": None, "beta_inside": None, "why": WHY_NULL}
     vectors_Rd = words.child_vectors()
-    groups = []
-    for parent in strong:
-        rows_K = (words.child_parent == parent).nonzero().flatten()
-        gram_KK = vectors_Rd[rows_K] @ vectors_Rd[rows_K].T
-        own_K = gram_KK.sum(1) - gram_KK.diagonal()
+    gram_RR = (vectors_Rd @ vectors_Rd.T).cpu().numpy()
+    owner_R = words.child_parent.cpu().numpy()
+    tokens_R = np.bincount(words.word_child.cpu().numpy(), words.word_sizes.cpu().numpy())
+    generator = np.random.default_rng(seed)
+    s_p, z, p = (np.full(words.n_parents, np.nan) for _ in range(3))
+    for parent in range(words.n_parents):
+        rows_K = np.flatnonzero(owner_R == parent)
+        others = np.flatnonzero(owner_R != parent)
         k = len(rows_K)
-        others_K = own_K.sum() - 2 * own_K
-        beta_K = (own_K / (k - 1)) / (others_K / ((k - 1) * (k - 2)))
-        beta_R[rows_K.cpu().numpy()] = beta_K.cpu().numpy()
-        groups.append(beta_R[rows_K.cpu().numpy()])
-    median = float(np.median(np.concatenate(groups)))
-    return {
-        "beta": beta_R,
-        "median_beta": median,
-        "beta_ci95": bootstrap_median(groups, bootstrap, seed),
-        "beta_inside": BETA_RANGE[0] <= median <= BETA_RANGE[1],
-    }
+        if k < 2:
+            continue
+        s_p[parent] = _mean_of_pairs(gram_RR[np.ix_(rows_K, rows_K)][None])[0]
+        drawn_BK = np.empty((permutations, k), np.int64)
+        for slot, row in enumerate(rows_K):
+            near = others[np.argsort(np.abs(tokens_R[others] - tokens_R[row]), kind="stable")][:32]
+            free = (owner_R[near][None, :, None] != owner_R[drawn_BK[:, None, :slot]]).all(-1)
+            if not free.any(1).all():
+                break
+            drawn_BK[:, slot] = near[np.where(free, generator.random(free.shape), -1.0).argmax(1)]
+        else:
+            z[parent], p[parent] = z_and_p(
+                s_p[parent], _mean_of_pairs(gram_RR[drawn_BK[:, :, None], drawn_BK[:, None, :]])
+            )
+    return SharedParent(s_p, z, p, adjusted(p))
 
 
-def halve_words(child_W: Tensor, seed: int) -> Tensor:
-    """A random half of every child's words, as 0/1 weights [W] (float64): floor or ceil of half, by chance
-    for odd counts."""
-    generator = torch.Generator().manual_seed(seed)
-    owner_W = child_W.cpu()
-    key_W = torch.rand(len(owner_W), generator=generator, dtype=torch.float64)
-    order_W = torch.argsort(owner_W.double() + key_W)
-    counts_R = torch.bincount(owner_W)
-    first_R = counts_R.cumsum(0) - counts_R
-    rank_W = torch.empty_like(owner_W)
-    rank_W[order_W] = torch.arange(len(owner_W)) - first_R[owner_W[order_W]]
-    extra_R = torch.randint(0, 2, counts_R.shape, generator=generator) * (counts_R % 2)
-    return (rank_W < (counts_R // 2 + extra_R)[owner_W]).double().to(child_W.device)
+def _mean_of_pairs(gram_BKK: Floats) -> Floats:
+    k = gram_BKK.shape[1]
+    return np.asarray((gram_BKK.sum((1, 2)) - np.trace(gram_BKK, axis1=1, axis2=2)) / (k * (k - 1)))
 
 
-def omega(
-    words: ConceptWords, z: Floats, s_p: Floats, *, halvings: int = 20, bootstrap: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """omega = mean over parents of cov_c(t_c^A, t_c^B) / s_p^2, t_c = mean_{j != c} <l_c, l_j> on two halves
-    of the words.
-
-    Averaged over `halvings` random halvings; parents with z > 3 and at least 3 children of at least 2 words
-    (children with one word are left out). Returns per-parent `omega_p` [Q] (NaN where not computed), `omega`,
-    `omega_ci95` (bootstrap over parents), or nulls with `why`.
-    """
-    words_R = torch.bincount(words.word_child, minlength=len(words.child_parent))
-    omega_Q = np.full(words.n_parents, np.nan)
-    rows = {p: ((words.child_parent == p) & (words_R >= 2)).nonzero().flatten() for p in _strong(words, z)}
-    rows = {parent: rows_K for parent, rows_K in rows.items() if len(rows_K) >= 3}
-    if not rows:
-        return {"omega_p": omega_Q, "omega": None, "omega_ci95": None, "why": WHY_NULL}
-    totals = dict.fromkeys(rows, 0.0)
-    for halving in range(halvings):
-        half_W = halve_words(words.word_child, seed * 100_003 + halving)
-        halves = (words.child_vectors(half_W), words.child_vectors(1 - half_W))
-        for parent, rows_K in rows.items():
-            a_K, b_K = (_to_siblings(vectors_Rd[rows_K]) for vectors_Rd in halves)
-            covariance = ((a_K - a_K.mean()) * (b_K - b_K.mean())).sum() / (len(rows_K) - 1)
-            totals[parent] += float(covariance)
-    for parent, total in totals.items():
-        omega_Q[parent] = total / halvings / s_p[parent] ** 2
-    values = omega_Q[list(rows)]
-    picks = np.random.default_rng(seed).integers(0, len(values), size=(bootstrap, len(values)))
-    ci = [float(value) for value in np.quantile(values[picks].mean(1), [0.025, 0.975])]
-    return {"omega_p": omega_Q, "omega": float(values.mean()), "omega_ci95": ci}
+def z_and_p(value: float, null_B: Floats) -> tuple[float, float]:
+    """z = (value - mean)/deviation of the null, and p = (1 + #{null >= value})/(1 + B); z is NaN without spread."""
+    spread = null_B.std()
+    z = (value - null_B.mean()) / spread if spread > 0 else np.nan
+    return float(z), (1 + int((null_B >= value).sum())) / (1 + len(null_B))
 
 
-def _to_siblings(vectors_Kd: Tensor) -> Tensor:
-    gram_KK = vectors_Kd @ vectors_Kd.T
-    return (gram_KK.sum(1) - gram_KK.diagonal()) / (len(vectors_Kd) - 1)
+def bootstrap_median(groups: Sequence[Floats], bootstrap: int, seed: int, level: float = 0.95) -> list[float]:
+    """Interval [lo, hi] of that level of the median of all values, resampling the groups (parents)."""
+    values_n = np.concatenate(groups)
+    order_n = np.argsort(values_n, kind="stable")
+    sorted_n, group_n = values_n[order_n], np.repeat(np.arange(len(groups)), [len(group) for group in groups])[order_n]
+    picks_Bg = np.random.default_rng(seed).integers(0, len(groups), size=(bootstrap, len(groups)))
+    medians = []
+    for picks_bg in np.array_split(picks_Bg, max(1, bootstrap * len(values_n) // _CHUNK_NUMBERS)):
+        # A value counts as often as its group was drawn; the median is the mean of the two in the middle.
+        times_bg = np.stack([np.bincount(pick, minlength=len(groups)) for pick in picks_bg])
+        up_to_bn = times_bg[:, group_n].cumsum(1)
+        total_b1 = up_to_bn[:, -1:]
+        low_b, high_b = (sorted_n[(up_to_bn > middle).argmax(1)] for middle in ((total_b1 - 1) // 2, total_b1 // 2))
+        medians.append((low_b + high_b) / 2)
+    bounds = np.quantile(np.concatenate(medians), [(1 - level) / 2, (1 + level) / 2])
+    return [float(value) for value in bounds]

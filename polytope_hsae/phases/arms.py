@@ -21,7 +21,7 @@ from ..models.start import ChildInit
 from ..provenance import NOT_IN_RESULTS
 from ..records import Train
 from ..teacher import Teacher
-from ..tracking import open_trackers
+from ..tracking import Trackers, open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
 from .flat_arms import MODELS, flat_config, match_line, match_record
 from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
@@ -75,10 +75,10 @@ def trained_models(run: Run, phase: int) -> list[Path]:
     return [folder / name for folder in arms for name in OUTPUTS]
 
 
-def train_arm(run: Run, arm: ArmConfig, store: ActivationStore) -> None:
+def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool = True) -> None:
     """Train an arm to phase{2,3}/ARM/{model, checkpoints, train.json}; resumes, and skips what is done.
 
-    store: the run's, on the device where that has room for it.
+    store: the run's, on the device where that has room for it. tracked: write metrics, to files that arms share.
     """
     folder = run.arm_folder(arm.name)
     identity = arm_identity(run, arm)
@@ -86,10 +86,10 @@ def train_arm(run: Run, arm: ArmConfig, store: ActivationStore) -> None:
     if trained and read_json(folder / "train.json", Train)["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
         return
-    training, seed = run.config.training, run.config.run.seed
+    training, seed = run.config.training, run.config.arm_seed(arm)
     rows = RowStream(store, "train", training.batch_size, seed)
     model = initial_model(run, arm, store)
-    teacher_parents = initialize_teacher(run, arm, model) if arm.init != "random" else []
+    teacher_parents = initialize_teacher(run, arm, model, store) if arm.init != "random" else []
     mark = folder / "checkpoints" / "identity.json"
     if not mark.exists() or read_json(mark) != identity:
         discard_checkpoints(folder)
@@ -110,7 +110,7 @@ def train_arm(run: Run, arm: ArmConfig, store: ActivationStore) -> None:
         )
         if trainer.resume():
             run.say(f"phase {arm.phase}: {arm.name} resumes at step {trainer.step}")
-        trackers = open_trackers(run.config, run.folder, arm.phase, arm.name, trainer.step)
+        trackers = open_trackers(run.config, run.folder, arm, trainer.step) if tracked else Trackers([])
         try:
             with run.progress(f"phase {arm.phase} {arm.name}", "steps") as ticker:
                 trainer.fit(trackers, ticker)
@@ -142,7 +142,7 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
     """Hashes of all that an arm's training depends on."""
     config = run.config
     settings: dict[str, Any] = {
-        "seed": config.run.seed,
+        "seed": config.arm_seed(arm),
         "normalize": config.data.normalize,
         "hsae": config.arm_hsae(arm).model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", exclude=set(NOT_IN_RESULTS)),
@@ -181,7 +181,7 @@ def fresh_model(
 
     moments: mean [d] of the train rows and their mean squared distance from it.
     """
-    seed, normalize = config.run.seed, config.data.normalize
+    seed, normalize = config.arm_seed(arm), config.data.normalize
     model: SparseAutoencoder
     if flat is None:
         model = HierarchicalSAE(config.arm_hsae(arm), store.width, normalize, seed=seed)
@@ -210,28 +210,31 @@ class Sample:
             yield self.store.acts(self.split, rows)
 
 
-def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig) -> Teacher:
+def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig, store: ActivationStore) -> Teacher:
     """The teacher that an arm starts from: the real one, or a control of it."""
-    seed = run.config.run.seed
-    if arm.init == "permuted_teacher":
-        concepts = permuted_words(run.concepts, seed)
-        teacher = make_teacher(run, concepts, run.store, token_geometry(run))
+    seed = run.config.arm_seed(arm)
+    permuted = arm.init == "permuted_teacher"
+    if permuted or options.metric is not None:
+        concepts = permuted_words(run.concepts, seed) if permuted else run.concepts
+        teacher = make_teacher(run, concepts, store, token_geometry(run, options.metric), options.metric)
     else:
         teacher = Teacher.load(run.phase(1) / "teacher.safetensors")
     if arm.init == "random_teacher":
         teacher = teacher.random_like(seed)
+    if options.rotate_deg > 0:
+        teacher = teacher.turned(options.rotate_deg, seed)
     if options.noise_deg > 0:
         teacher = teacher.rotated(options.noise_deg, seed)
     return teacher.in_form(options.init)
 
 
-def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder) -> list[int]:
+def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder, store: ActivationStore) -> list[int]:
     """Put the arm's teacher into an H-SAE; returns the concept (row of concepts.json) of every router row it fills."""
     assert isinstance(model, HierarchicalSAE)
     options = run.config.arm_teacher(arm)
-    teacher = arm_teacher(run, arm, options)
+    teacher = arm_teacher(run, arm, options, store)
     require_room(model.config, teacher.n_parents)
-    parts = teacher.projectors(model.config.subspace_dim, model.n_children, options.energy, run.config.run.seed)
+    parts = teacher.projectors(model.config.subspace_dim, model.n_children, options.energy, run.config.arm_seed(arm))
     children = {
         name: ChildInit(parts.down[row], parts.up[row], parts.child_encoder[row], parts.child_decoder[row])
         for row, name in enumerate(teacher.parent_names)

@@ -12,26 +12,36 @@ from torch import Tensor
 
 from ..data.corpus import Documents, context_ids, contexts, padded_contexts
 from ..evaluation.bootstrap import Evaluation
-from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts
+from ..evaluation.child_latents import map_children
+from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts, labelled_children
+from ..evaluation.firings import norm_metrics
+from ..evaluation.pushing import evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
-from ..evaluation.steering import evaluate_steering
+from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
+from ..evaluation.structure import LabelledSample, evaluate_structure, labelled_sample
 from ..evaluation.words import TokenTexts
+from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
-from .run import Run, load_corpus
+from .run import Run
 
-SHOWN = ("ev", "ce_recovered", "l0", "purity", "leakage", "recall", "steering_leakage", "dead_parents", "dead_children")
+SHOWN = (
+    "ev", "ev_causal", "ev_logit", "ce_recovered", "kl", "l0",
+    "purity", "leakage", "recall", "split", "absorb", "absorb_with_children",
+    "steering_leakage", "edge_precision", "edge_recall", "child_given_parent", "probe_min",
+    "dead_parents", "dead_children", "entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); the
-    record of its steering per concept.
+    """One model: all metrics; its concepts (`own_slots`: read at the teacher's slots, None without a teacher); its
+    steering.
     """
 
     evaluation: Evaluation
     concepts: ConceptEvaluation
     own_slots: ConceptEvaluation | None
-    steering: list[dict[str, Any]]
+    steering: SteeringEvaluation
 
 
 def measure_models(
@@ -41,14 +51,19 @@ def measure_models(
     *,
     teacher_parents: Mapping[str, Sequence[int]] | None = None,
     step: str,
+    held_out: "HeldOut | None" = None,
 ) -> dict[str, Measured]:
     """Reconstruction, language model, concept and steering metrics by model, on one run's data and language model.
 
     `teacher_parents`: the concepts of a model's first parents, where a teacher put them there; `step` names the work
-    for the user.
+    for the user; `held_out`: the split's contexts, if they are known.
     """
-    held_out = HeldOut(run, split)
+    held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
+    sample = labelled_sample(
+        run.store, run.concepts, fold=split, shrinkage=run.config.geometry.shrinkage, seed=common["seed"], **labels(run)
+    )
+    sigma_dd = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
     of_language_model = evaluate_language_model(
         models,
         run.lm,
@@ -64,7 +79,11 @@ def measure_models(
         for done, (name, sae) in enumerate(models.items()):
             ticker(done, len(models))
             own = (teacher_parents or {}).get(name, ())
-            found[name] = _measure(run, sae, held_out, of_language_model[name], own, common)
+            evaluation = of_language_model[name] | Evaluation(norm_metrics(sae))
+            evaluation |= evaluate_reconstruction(
+                sae, run.store, split, run.train_moments[0], sigma_dd=sigma_dd, **common
+            )
+            found[name] = _measure(run, sae, held_out, sample, evaluation, own, common)
         ticker(len(models), len(models))
     return found
 
@@ -78,7 +97,7 @@ class HeldOut:
     def __init__(self, run: Run, split: str):
         config = run.config
         self.split = split
-        documents, members = load_corpus(config, run.lm.tokenizer, run.lm.tokenizer_sha256)
+        documents, members = run.documents
         rows = contexts(documents, members[split], config.corpus.context_length)
         rows = rows[rows[:, 2] >= 3]
         steering = config.eval.steering
@@ -95,26 +114,32 @@ def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: i
     return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
 
 
+def labels(run: Run) -> dict[str, Any]:
+    """Which rows carry a concept, and how many of them a concept needs."""
+    options = run.config.concepts
+    return {
+        "label": run.label,
+        "vocab_size": run.lm.vocab_size,
+        "belief_threshold": options.belief_threshold,
+        "min_rows": options.min_test_rows,
+    }
+
+
 def _measure(
     run: Run,
     sae: SparseAutoencoder,
     held_out: HeldOut,
+    sample: LabelledSample,
     evaluation: Evaluation,
     teacher_parents: Sequence[int],
     common: Mapping[str, Any],
 ) -> Measured:
-    """Add to the language model's metrics all that one model has beside them."""
-    config, options = run.config, run.config.eval
-    evaluation |= evaluate_reconstruction(sae, run.store, held_out.split, run.train_moments[0], **common)
-    label: dict[str, Any] = {
-        "label": run.label,
-        "vocab_size": run.lm.vocab_size,
-        "fold": held_out.split,
-        "belief_threshold": config.concepts.belief_threshold,
-        "min_rows": config.concepts.min_test_rows,
-    }
+    """Add to the metrics of reconstruction all that concern concepts."""
+    options = run.config.eval
+    label = {**labels(run), "fold": held_out.split}
     concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
     evaluation |= concepts.result
+    evaluation |= evaluate_structure(sae, run.store, run.concepts, sample, concepts, **common)
     own_slots = None
     if teacher_parents:
         slots = np.full(run.concepts.n_parents, -1)
@@ -136,12 +161,28 @@ def _measure(
         concepts.parents_Q,
         concepts.latent_P,
         held_out.steering_ids,
+        children=_children_to_steer(run, sae, concepts),
         target_nats=options.steering.target_nats,
+        doses=options.steering.doses,
+        layers=[run.lm.resolve_hook(layer) for layer in options.steering.layers],
         max_concepts=options.steering.max_concepts,
         text=TokenTexts(run.lm.tokenizer),
         **common,
     )
-    return Measured(evaluation | steered.result, concepts, own_slots, steered.records)
+    return Measured(evaluation | steered.result, concepts, own_slots, steered)
+
+
+def _children_to_steer(run: Run, sae: SparseAutoencoder, concepts: ConceptEvaluation) -> Steered:
+    """Children of the steered parents with enough train rows, the same for every model, and the model's latents."""
+    steering = run.config.eval.steering
+    label = labels(run)
+    min_rows = label.pop("min_rows")
+    train = labelled_children(run.store, "train", run.concepts, fold="train", **label)
+    parents = evenly_spaced(concepts.parents_Q, steering.max_concepts)
+    rows_R = np.bincount(train.child_N, minlength=run.concepts.n_children)
+    enough_R = (rows_R >= min_rows) & np.isin(run.concepts.child_parent_R, parents)
+    children = evenly_spaced(np.flatnonzero(enough_R), steering.max_children)
+    return Steered(children, map_children(sae, run.store, run.concepts, train, children, concepts.latent_P))
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Table:

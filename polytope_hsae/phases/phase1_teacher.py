@@ -22,7 +22,7 @@ from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
 from ..teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
-from .run import Run, load_corpus
+from .run import Run
 
 
 def run_phase1(run: Run) -> None:
@@ -41,7 +41,7 @@ def run_phase1(run: Run) -> None:
         if arm.init != "random":
             require_room(run.config.arm_hsae(arm), concepts.n_parents)
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
-    documents, members = load_corpus(run.config, run.lm.tokenizer, run.lm.tokenizer_sha256)
+    documents, members = run.documents
     checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
     if checks["warnings"]:
         run.say(f"phase 1: {len(checks['warnings'])} warnings on the concepts in checks.json; hsae concepts shows them")
@@ -55,7 +55,7 @@ def run_phase1(run: Run) -> None:
     geometry = token_geometry(run)
     geometry.save(folder / "geometry.safetensors")
     make_teacher(run, concepts, store, geometry).save(folder / "teacher.safetensors")
-    evidence = make_evidence(run, concepts, geometry)
+    evidence = make_evidence(run, concepts, store, geometry)
     write_json(folder / "evidence.json", evidence)
     run.say(f"phase 1: {summary(evidence)}")
     run.finish(1, inputs, started)
@@ -66,6 +66,7 @@ def source_files(config: Config) -> dict[str, str]:
     options = config.concepts
     named = {
         "corpus.path": config.corpus.path,
+        "corpus.heldout_path": config.corpus.heldout_path,
         "concepts.ontology": options.ontology,
         "concepts.prompts": options.prompts,
     }
@@ -141,7 +142,8 @@ def make_checks(
 
 def make_activations(run: Run, concepts: Concepts, documents: Documents) -> ActivationStore:
     """Run the language model over the corpus; continues a harvest that was interrupted."""
-    return _harvest(run, concepts, documents, run.activations, None)
+    members = run.documents[1] if run.config.corpus.heldout_path is not None else None
+    return _harvest(run, concepts, documents, run.activations, members)
 
 
 def harvest_templates(run: Run, concepts: Concepts, templates: TemplateDocuments) -> None:
@@ -181,16 +183,19 @@ def _harvest(
         )
 
 
-def token_geometry(run: Run) -> CausalGeometry:
-    """The geometry of the unembedding's rows."""
+def token_geometry(run: Run, metric: str | None = None) -> CausalGeometry:
+    """The geometry of the unembedding's rows, in the config's metric or in another."""
     options = run.config.geometry
-    return CausalGeometry(run.lm.unembedding, options.shrinkage, options.metric, seed=run.config.run.seed)
+    return CausalGeometry(run.lm.unembedding, options.shrinkage, metric or options.metric, seed=run.config.run.seed)
 
 
-def make_teacher(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> Teacher:
+def make_teacher(
+    run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry, metric: str | None = None
+) -> Teacher:
     """The teacher from train words: from tokens at the final residual, from activations at an inner hook.
 
     At an inner hook the parents that are short of natural contexts also get the rows of their template documents.
+    geometry: of the unembedding's rows; metric: of the activations, None = causal.
     """
     lm, options = run.lm, run.config.geometry
     metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.hook}
@@ -201,7 +206,14 @@ def make_teacher(run: Run, concepts: Concepts, store: ActivationStore, geometry:
         natural = int(stats.counts.sum())
         class_statistics(concepts, run.from_templates, lm.vocab_size, stats)
         metadata["rows_from_templates"] = str(int(stats.counts.sum()) - natural)
-    return extract_activation_teacher(stats, concepts, shrinkage=options.shrinkage, metadata=metadata)
+    return extract_activation_teacher(
+        stats,
+        concepts,
+        shrinkage=options.shrinkage,
+        metric=metric or "causal",
+        seed=run.config.run.seed,
+        metadata=metadata,
+    )
 
 
 def class_statistics(
@@ -222,7 +234,7 @@ def class_statistics(
     return stats
 
 
-def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dict[str, object]:
+def make_evidence(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> dict[str, object]:
     """The statistics of the hierarchy with their controls, from all words."""
     words, child_parent = concept_words(concepts)
     options = run.config.concepts
@@ -239,9 +251,21 @@ def make_evidence(run: Run, concepts: Concepts, geometry: CausalGeometry) -> dic
         estimator=run.config.geometry.estimator,
         permutations=run.config.geometry.permutations,
         seed=run.config.run.seed,
+        counts=torch.bincount(store.column("train", "token").long(), minlength=run.lm.vocab_size),
+        activation_covariance=final_covariance(run, store),
     )
     embedding = "unembedding" if run.lm.has_head else "input embeddings (the model has no output head)"
     return {"model": run.lm.name, "rows_of": embedding, **evidence}
+
+
+def final_covariance(run: Run, store: ActivationStore) -> Tensor | None:
+    """Covariance [d, d] of the train rows that the unembedding reads; None at an inner hook, whose rows it does not."""
+    if not run.at_final_residual:
+        return None
+    scatter = ActivationClassStats(1, store.width)
+    for acts, _ in store.batches("train", 8192):
+        scatter.update(acts, torch.full((len(acts),), -1))
+    return scatter.within_covariance()
 
 
 def summary(evidence: dict[str, Any]) -> str:
@@ -252,7 +276,11 @@ def summary(evidence: dict[str, Any]) -> str:
     line = f"shared-parent z > 3 for {strong:.0%} of parents ({chance:.0%} with shuffled rows)"
     beta = f"none ({main['why']})" if main["median_beta"] is None else f"{main['median_beta']:.2f}"
     interval = "" if main["median_beta"] is None else " [{:.2f}, {:.2f}]".format(*main["beta_ci95"])
-    return f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
+    found = main["decision"]
+    failed = [name for name, test in found["tests"].items() if not test["passes"]]
+    decision = f"not shown ({found.get('why', ', '.join(failed))})" if failed else "shown"
+    line = f"{line}, median beta {beta}{interval}, median angle {angle:.1f} degrees"
+    return f"{line}; a hierarchy with orthogonal differences: {decision}"
 
 
 def metric_file(run: Run) -> Path:

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import ArmConfig
+from ..evaluation.agreement import teacher_agreement
 from ..evaluation.bootstrap import Evaluation, Metric, Units, paired
+from ..evaluation.interventions import evaluate_interventions
 from ..evaluation.latents import Names, describe_latents
 from ..evaluation.reconstruction import NO_HEAD
 from ..evaluation.targets import Thresholds, assess_targets, format_targets
@@ -15,20 +17,22 @@ from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
 from ..records import Evidence, Results, Train
 from ..teacher import Teacher
-from .measure import Measured, measure_models, metrics_table
+from .measure import HeldOut, Measured, measure_models, metrics_table
 from .run import Run
 
 ANGLE_CONTROLS = ("shuffled_rows", "pseudo_parents")
+OUTPUTS = ("results.json", "steering.json", "interventions.json", "ablations.json", "latents.json")
 OF_CONCEPT = ("purity", "leakage", "recall")
 
 
 def run_phase4(run: Run) -> None:
     """Make phase4/, unless it is there already, and print the comparison and the targets."""
     folder = run.phase(4)
-    made = [run.activations / "manifest.json", run.phase(1) / "concepts.json", run.phase(1) / "evidence.json"]
+    of_phase1 = ("concepts.json", "teacher.safetensors", "evidence.json")
+    made = [run.activations / "manifest.json", *(run.phase(1) / name for name in of_phase1)]
     saved = {arm.name: run.arm_folder(arm.name) / "model" for arm in run.config.arms}
     inputs = run.hashes(*made, *(model / "model.safetensors" for model in saved.values()))
-    outputs = [folder / name for name in ("results.json", "steering.json", "ablations.json", "latents.json")]
+    outputs = [folder / name for name in OUTPUTS]
     if run.provenance.is_done(4, run.config, inputs, outputs, run.force):
         run.say("phase 4: done before")
         print_results(run)
@@ -41,14 +45,56 @@ def run_phase4(run: Run) -> None:
     teacher_parents = {name: record["teacher_parents"] for name, record in trained.items()}
     measured = measure_models(run, models, options.split, teacher_parents=teacher_parents, step="phase 4")
     arms = {name: found.evaluation for name, found in measured.items()}
-    steering = {name: found.steering for name, found in measured.items()}
     write_json(folder / "latents.json", latents(run, models, measured, teacher_parents))
-    write_json(folder / "steering.json", {"target_nats": options.steering.target_nats, "arms": steering})
+    write_json(folder / "steering.json", steering_file(run, measured))
+    write_json(folder / "interventions.json", interventions(run))
     concepts = {name: found.concepts.to_json() for name, found in measured.items()}
     write_json(folder / "ablations.json", {**differences(arms, options.bootstrap, seed), "concepts": concepts})
     write_json(folder / "results.json", results(run, arms))
     run.finish(4, inputs, started)
     print_results(run)
+
+
+def steering_file(run: Run, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """The object of steering.json."""
+    steering = {name: found.steering for name, found in measured.items()}
+    return {
+        "target_nats": run.config.eval.steering.target_nats,
+        "arms": {name: found.records for name, found in steering.items()},
+        "children": {name: found.children for name, found in steering.items()},
+        "grid": {name: found.grid for name, found in steering.items()},
+    }
+
+
+def interventions(run: Run) -> dict[str, Any]:
+    """The object of interventions.json: the teacher's own directions in the language model, on the split's contexts."""
+    options, teacher = run.config.eval, Teacher.load(run.phase(1) / "teacher.safetensors")
+    common: dict[str, Any] = {"bootstrap": options.bootstrap, "seed": run.config.run.seed}
+    found = evaluate_interventions(
+        run.lm,
+        run.hook,
+        run.concepts,
+        teacher,
+        HeldOut(run, options.split).steering_ids,
+        target_nats=options.steering.target_nats,
+        max_concepts=options.steering.max_concepts,
+        max_children=options.steering.max_children,
+        **common,
+    )
+    if not (run.at_final_residual and run.lm.has_head):
+        return found | {"agreement": {"why": "measured at the final residual of a model with an output head"}}
+    agreement = teacher_agreement(
+        run.store,
+        run.concepts,
+        teacher,
+        run.train_moments[0],
+        label=run.label,
+        vocab_size=run.lm.vocab_size,
+        belief_threshold=run.config.concepts.belief_threshold,
+        min_rows=run.config.concepts.min_test_rows,
+        **common,
+    )
+    return found | {"agreement": agreement}
 
 
 def latents(
@@ -178,7 +224,7 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         "hook": run.hook,
         "label": run.label,
         "split": config.eval.split,
-        "seeds": [config.run.seed],
+        "seeds": sorted({config.arm_seed(arm) for arm in config.arms}),
         "arms": {
             name: {key: metric.to_json() for key, metric in evaluation.metrics.items()}
             for name, evaluation in arms.items()

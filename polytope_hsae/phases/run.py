@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
-from ..data.corpus import Documents, load_documents, split_documents
+from ..data.corpus import Documents, load_documents, split_documents, with_held_out
 from ..data.store import ActivationStore
 from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
@@ -160,6 +160,11 @@ class Run:
         return Concepts.from_json(read_json(self.phase(1) / "concepts.json"))
 
     @cached_property
+    def documents(self) -> tuple[Documents, dict[str, Tensor]]:
+        """All documents, and the numbers of those of train, val and test."""
+        return load_corpus(self.config, self.lm.tokenizer, self.lm.tokenizer_sha256)
+
+    @cached_property
     def store(self) -> ActivationStore:
         return ActivationStore.open(self.activations, verify=True)
 
@@ -207,16 +212,22 @@ class Run:
 
 def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) -> tuple[Documents, dict[str, Tensor]]:
     """All documents of a config's corpus, and the numbers of those of train, val and test."""
-    options = config.corpus
-    documents = load_documents(
-        options.source,
-        options.path,
-        tokenizer,
-        max_tokens=options.max_tokens,
-        context_length=options.context_length,
-        tokenizer_sha256=tokenizer_sha256,
-    )
-    return documents, split_documents(documents.n_documents, options.split, config.run.seed)
+    options, seed = config.corpus, config.run.seed
+
+    def load(path: str | None, max_tokens: int) -> Documents:
+        return load_documents(
+            options.source,
+            path,
+            tokenizer,
+            max_tokens=max_tokens,
+            context_length=options.context_length,
+            tokenizer_sha256=tokenizer_sha256,
+        )
+
+    documents = load(options.path, options.max_tokens)
+    if options.heldout_path is None:
+        return documents, split_documents(documents.n_documents, options.split, seed)
+    return with_held_out(documents, load(options.heldout_path, options.heldout_tokens), seed)
 
 
 def run_folder_of(path: Path) -> Path:

@@ -16,6 +16,7 @@ from .figures import figures
 from .hierarchy import answers
 from .palette import arm_styles, css_variables
 from .read import RunFiles, read_run
+from .steering import interventions_table, steering_grid
 from .summary import summary
 from .svg import Drawing
 from .targets import informative_passes, target_rows
@@ -98,6 +99,8 @@ def view(run: RunFiles, drawn: dict[str, Drawing]) -> dict[str, Any]:
         "evidence": run.evidence,
         "has_hierarchy": run.has_hierarchy,
         "answers": answers(run),
+        "interventions": interventions_table(run),
+        "steering_grid": steering_grid(run),
         "evidence_table": tables.evidence_summary(run),
         "parents": tables.parents_table(run),
         "n_children": len(run.evidence["main"]["children"]["parent"]),

@@ -27,6 +27,7 @@ def answers(run: RunFiles) -> list[Answer]:
     return [
         _siblings(run),
         _right_angles(run),
+        *_decision(run),
         Answer("Do trained children stand for child concepts?", "not tested", trained),
     ]
 
@@ -78,6 +79,32 @@ def _right_angles(run: RunFiles) -> Answer:
         said.append(f"ω is {number(main['omega'], 3)} ({interval(omega)}), above 0: not exactly at right angles.")
     answer = "no" if not fits else "supported" if apart and all(apart) else "it fits, but is not shown"
     return Answer(question, answer, " ".join(said))
+
+
+def _decision(run: RunFiles) -> list[Answer]:
+    """The decision at a stated level, all parts of which must pass; runs of earlier versions have none."""
+    found = run.evidence["main"].get("decision")
+    if found is None:
+        return []
+    question = f"Is a hierarchy with orthogonal differences shown at level {found['alpha']:g}?"
+    parts = {
+        passes: [_part(name) for name, test in found["tests"].items() if test["passes"] is passes]
+        for passes in (True, False)
+    }
+    said = [
+        f"{verb}: {listed(parts[passes])}."
+        for verb, passes in (("Passed", True), ("Not passed", False))
+        if parts[passes]
+    ]
+    return [Answer(question, "yes" if found["hierarchy"] else "no", " ".join([*said, *_untested(found)]))]
+
+
+def _part(name: str) -> str:
+    return {"omega": "ω", "kappa": "κ", "beta": "β"}.get(name, name.replace("_", " "))
+
+
+def _untested(found: dict[str, Any]) -> list[str]:
+    return [f"Not tested: {found['why']}."] if "why" in found else []
 
 
 def _angle_sentence(run: RunFiles) -> str:

@@ -9,10 +9,16 @@ from ..config import Config, load_config
 from ..fileio import read_json
 from ..parsing import parse_json
 from ..provenance import State
-from ..records import Ablations, Evidence, Results, Steering, Train
+from ..records import Ablations, Evidence, Interventions, Results, Steering, Train
 
-KINDS: dict[str, Any] = {"evidence": Evidence, "results": Results, "steering": Steering, "ablations": Ablations}
-PHASE_FILES = {1: ("concepts", "evidence"), 4: ("results", "steering", "ablations", "latents")}
+KINDS: dict[str, Any] = {
+    "evidence": Evidence,
+    "results": Results,
+    "steering": Steering,
+    "interventions": Interventions,
+    "ablations": Ablations,
+}
+PHASE_FILES = {1: ("concepts", "evidence"), 4: ("results", "steering", "interventions", "ablations", "latents")}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class RunFiles:
     evidence: dict[str, Any]
     results: dict[str, Any]
     steering: dict[str, Any]
+    interventions: dict[str, Any]
     ablations: dict[str, Any]
     latents: dict[str, Any]
     store: dict[str, Any] | None

@@ -1,11 +1,11 @@
-"""Steering, concept by concept: which concepts two arms both reach, and how far one of them carries a mean."""
+"""Steering: concept by concept, over forms and doses, and along the teacher's own directions in the language model."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .read import RunFiles
-from .words import arm_title, counted, listed, number
+from .words import DASH, arm_title, counted, listed, number, percent
 
 
 class Pair(NamedTuple):
@@ -112,12 +112,104 @@ def steering_table(run: RunFiles) -> dict[str, Any] | None:
     return {
         "title": "Concept by concept",
         "caption": "By how many nats other words move.",
+        "first": "Concept",
         "heads": [arm_title(arm) for arm in arms],
         "rows": [
             (run.parent_name(parent), [number(effects[arm].get(parent), 3) for arm in arms]) for parent in parents
         ],
         "notes": notes,
     }
+
+
+FORMS = {"inject": "direction added", "override": "code set"}
+ALONG = {"own": "its own direction", "other": "another concept's", "random": "a random one"}
+
+
+def steering_grid(run: RunFiles) -> dict[str, Any] | None:
+    """Side effects of every arm by level, form, hook and dose; None where nothing was steered."""
+    grid = {arm: cells for arm, cells in run.steering["grid"].items() if cells}
+    if not grid:
+        return None
+    key = ("level", "form", "hook", "target_nats")
+    found = {arm: {tuple(cell[name] for name in key): cell for cell in cells} for arm, cells in grid.items()}
+    places = dict.fromkeys(place for cells in found.values() for place in cells)
+    rows = []
+    for place in places:
+        level, form, hook, nats = place
+        elsewhere = "" if hook == run.results["hook"] else f" at {hook}"
+        name = f"{level}, {FORMS[form]}{elsewhere}, +{nats:g} nats"
+        rows.append((name, [_grid_cell(cells.get(place)) for cells in found.values()]))
+    return {
+        "title": "Steering by level, form and dose",
+        "caption": "By how many nats other words move, in brackets for another concept's direction, and how many "
+        "concepts were not reached.",
+        "first": "Steered",
+        "heads": [arm_title(arm) for arm in grid],
+        "rows": rows,
+    }
+
+
+def _grid_cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return DASH
+    leakage = cell["steering_leakage"]
+    value = f"{number(leakage['value'])} ({number(leakage['chance'])})"
+    return f"{value}; {cell['unreached']} of {cell['concepts']} not reached"
+
+
+def interventions_table(run: RunFiles) -> dict[str, Any]:
+    """The teacher's directions in the language model beside other directions at the same effect."""
+    found, rows = run.interventions, []
+    if "ratio_invariance" in found:
+        ratio, targeting = found["ratio_invariance"], found["targeting"]
+        required = ratio["thresholds"]
+        rows = [
+            (
+                f"KL among a parent's words, median (published: below {required['median']:g})",
+                [_value(ratio[name]["median"]) for name in ALONG],
+            ),
+            (
+                f"KL among a parent's words, 90th percentile (published: below {required['p90']:g})",
+                [_value(ratio[name]["p90"]) for name in ALONG],
+            ),
+            ("parents not reached", [_missed(ratio[name], "median") for name in ALONG]),
+        ]
+        for level, others in (("parents", "other parents"), ("children", "siblings")):
+            found_of = targeting[level]
+            rows += [
+                (
+                    f"{level}: how many times as far as {others} they move, median",
+                    [_value(found_of[name]["median_ratio"]) for name in ALONG],
+                ),
+                (
+                    f"{level}: share at {targeting['threshold']:g} times or more",
+                    [percent(found_of[name]["share_above_threshold"]["value"]) for name in ALONG],
+                ),
+            ]
+        rows.append(("children not reached", [_missed(targeting["children"][name], "median_ratio") for name in ALONG]))
+    columns = ("cosine", "other_parents", "random")
+    for words, title in (("same_words", "the teacher's words"), ("other_words", "other words of the concepts")):
+        if words in found["agreement"]:
+            cosines = [_value(found["agreement"][words][name]) for name in columns]
+            rows.append((f"cosine of a parent's mean activation with the direction, {title}", cosines))
+    nats = f"pushed by +{found['target_nats']:g} nats, with 95 % intervals" if "target_nats" in found else found["why"]
+    return {
+        "title": "The concepts' own directions in the language model",
+        "caption": f"Before any training: {nats}.",
+        "first": "Measured",
+        "heads": list(ALONG.values()),
+        "rows": rows,
+    }
+
+
+def _value(found: dict[str, Any]) -> str:
+    if found["ci95"] is None:
+        return number(found["value"])
+    return f"{number(found['value'])} ({number(found['ci95'][0])} to {number(found['ci95'][1])})"
+
+
+def _missed(found: dict[str, Any], name: str) -> str:
+    return f"{found['unreached']} of {found['unreached'] + found[name]['n']}"
 
 
 def _compared(run: RunFiles) -> list[str]:

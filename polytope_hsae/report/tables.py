@@ -25,6 +25,15 @@ VARIANTS = {
     "pseudo_parents": ("pseudo-parents", "made-up parents, whose children come from different real ones"),
     "shuffled_rows": ("shuffled rows", "the same words with the rows of the unembedding permuted"),
 }
+MORE_VARIANTS = {
+    "permuted_words": ("permuted words", "all words dealt out to the children at random"),
+    "random_parent": ("random parent", "every child with another concept's parent"),
+    "gaussian": ("Gaussian rows", "random numbers in place of the unembedding"),
+    "identity": ("Euclidean metric", "the concepts without the causal metric"),
+    "diagonal": ("diagonal metric", "the concepts with the diagonal of the causal metric"),
+    "random": ("random metric", "the concepts with the causal metric's spectrum in a random basis"),
+    "residual_covariance": ("covariance of activations", "the concepts in the metric of the final residual"),
+}
 
 
 PHASES = {
@@ -154,7 +163,9 @@ def evidence_summary(run: RunFiles) -> dict[str, Any]:
     """The statistics of the concepts beside their controls."""
     notes = Footnotes()
     rows = []
-    for key, (title, meaning) in VARIANTS.items():
+    for key, (title, meaning) in (VARIANTS | MORE_VARIANTS).items():
+        if key not in run.evidence:
+            continue
         found = run.evidence[key]
         angles = found.get("angles")
         why = found.get("why")

@@ -104,14 +104,16 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
     "Reconstruction": {
         "ev": MetricWords("Explained variance", "EV, share of the activations' variance", UP),
         "fvu": MetricWords("Unexplained variance", "FVU, the rest of it", DOWN),
+        "ev_causal": MetricWords("Causal EV", "the same with errors weighed by what they do to the logits", UP),
+        "ev_dimension": MetricWords("EV per coordinate", "mean over the coordinates of each one's own EV", UP),
+        "ev_dimension_q05": MetricWords("Worst coordinates", "the 5 % quantile of the coordinates' EV", UP),
         "l0": MetricWords("Active latents", "L0, parents and children in use per row", digits=1),
-        "dead_parents": MetricWords("Dead parents", "share never active on the split", DOWN),
-        "dead_children": MetricWords("Dead children", "share never active, of parents that were", DOWN),
     },
     "Language model with the reconstruction in place": {
         "ce_recovered": MetricWords("Loss recovered", "share of what ablating the hook costs", UP),
         "delta_ce": MetricWords("Rise of the loss", "nats per token", DOWN),
         "kl": MetricWords("KL", "from the clean next-token distribution, nats", DOWN),
+        "ev_logit": MetricWords("EV of the logits", "squared error of the logits beside what ablating costs", UP),
         "ce_clean": MetricWords("Loss, clean", "nats per token"),
         "ce_spliced": MetricWords("Loss, spliced", "with the reconstruction instead, nats", DOWN),
         "ce_ablated": MetricWords("Loss, ablated", "with the mean activation instead, nats"),
@@ -124,6 +126,44 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         ),
         "recall": MetricWords("Recall", "share of a concept's rows with its latent active", UP),
         "zero_sum_rows": MetricWords("Silent rows", "share of labelled rows on which no concept's latent is active"),
+        "f1_best": MetricWords("F1 of the best latent", "parent or child, with the best threshold on train rows", UP),
+        "f1_best_few": MetricWords("F1 of the best five", "a row counts where any of them is above its threshold", UP),
+        "split": MetricWords("Split", "F1 of the best five latents minus F1 of the best one", DOWN),
+        "absorb": MetricWords(
+            "Absorbed",
+            "share of the rows where a probe finds the concept in which its latent is silent and another one writes "
+            "0.4 or more of it; a parent's own children cannot, for they are silent with it",
+            DOWN,
+        ),
+        "absorb_with_children": MetricWords(
+            "Absorbed, own children too",
+            "also rows in which an own child writes that much and more than the parent",
+            DOWN,
+        ),
+        "probe_recall": MetricWords("Found by the probe", "share of a concept's rows; of these, shares are absorbed"),
+    },
+    "Hierarchy": {
+        "edge_precision": MetricWords(
+            "Edges, precision", "of the model's edges between matched latents, share that the concepts have", UP
+        ),
+        "edge_recall": MetricWords(
+            "Edges, recall", "share of child concepts whose latent is a child of their parent's latent", UP
+        ),
+        "parent_given_child": MetricWords("Parent on, given child", "1 by construction for gated children", UP),
+        "child_given_parent": MetricWords("Child on, given parent", "median over children", UP),
+        "probe_child": MetricWords("Child's atom", "cosine of a child concept's probe with its latent's atom", UP),
+        "probe_parent": MetricWords("Parent's direction", "cosine of that probe with what the parent writes", UP),
+        "probe_min": MetricWords("The smaller cosine", "of the two", UP),
+    },
+    "Use of the latents": {
+        "dead_parents": MetricWords("Dead parents", "share never active on the split", DOWN),
+        "dead_children": MetricWords("Dead children", "share never active, of parents that were", DOWN),
+        "dead_children_routed": MetricWords(
+            "Dead children per routed token", "every parent counted as often as on", DOWN
+        ),
+        "atoms_in_use": MetricWords("Atoms in use", "children active at least once, per active parent", digits=1),
+        "largest_load": MetricWords("Largest load", "share of rows with the most used parent on"),
+        "entropy": MetricWords("Entropy of the router", "of the parents' shares of all parent codes, nats"),
     },
     "Steering": {
         "steering_leakage": MetricWords(
@@ -131,6 +171,9 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         ),
         "sibling_kl": MetricWords("Shift among siblings", "KL among the parent's children, nats", DOWN),
         "steering_unreached": MetricWords("Not reached", "share of concepts that could not be pushed so far", DOWN),
+        "child_steering_leakage": MetricWords("Side effects, children", "KL off the child's own words, nats", DOWN),
+        "child_sibling_kl": MetricWords("Shift among a child's siblings", "KL among the siblings, nats", DOWN),
+        "child_steering_unreached": MetricWords("Not reached, children", "the same share of child concepts", DOWN),
     },
 }
 OWN_SLOTS = "Concepts, each read from the teacher's own slot"

@@ -15,7 +15,8 @@ from .. import __version__
 from ..config import Config, FlatConfig, HSAEConfig
 from ..data.stream import RowStream
 from ..evaluation.bootstrap import Metric
-from ..evaluation.hierarchy import Firings, count_firings, hierarchy_metrics
+from ..evaluation.firings import Firings, count_firings
+from ..evaluation.hierarchy import hierarchy_metrics
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..fileio import sha256_file, sha256_json
 from ..models.base import SparseAutoencoder

@@ -1,0 +1,198 @@
+"""What moves when the language model is pushed along the teacher's own directions (docs/method.md §3, interventions).
+
+Nothing here is about an autoencoder. Every push raises the target's log-odds by the same number of nats.
+
+*Ratio invariance*: along l_p the parent becomes likelier and the ratios among its tokens should stay as they are.
+*Targeting*: masses are compared with the mass of all tokens outside the parent, so that what the target takes from
+everything alike does not count. Along l_p the other parents' shares of that mass should stay; along a child's
+difference the child should rise and its siblings stay. Random directions and other concepts' directions, pushed to
+the same effect, are the controls.
+
+Shapes: Q parents of the teacher, R children, G pushes, d residual width, K measured values.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from polytope_hsae.data.concepts import Concepts
+from polytope_hsae.evaluation.bootstrap import FloatArray, bootstrap_mean, bootstrap_quantile
+from polytope_hsae.evaluation.pushing import (
+    Contexts,
+    Measure,
+    Moves,
+    Search,
+    Target,
+    child_targets,
+    evenly_spaced,
+    next_of_another,
+    parent_targets,
+    push,
+)
+from polytope_hsae.evaluation.reconstruction import NO_HEAD
+from polytope_hsae.lm import LanguageModel
+from polytope_hsae.teacher import Teacher
+
+MEDIAN_KL, P90_KL = 0.10, 0.20  # the published thresholds of ratio invariance, nats
+TARGETING = 3.0  # the target has to move this many times as far as the others
+ALONG = ("own", "other", "random")
+MEASURED = ("effect", "tokens_kl", "parts_kl", "target_shift", "others_shift", "others_mean")
+COLUMNS = ("alpha", *MEASURED)
+
+
+@torch.no_grad()
+def evaluate_interventions(
+    lm: LanguageModel,
+    hook: str,
+    concepts: Concepts,
+    teacher: Teacher,
+    ids_MT: Tensor,
+    *,
+    target_nats: float = 3.0,
+    tolerance: float = 0.02,
+    max_norms: float = 4.0,
+    max_evaluations: int = 10,
+    max_concepts: int | None = None,
+    max_children: int | None = None,
+    per_forward: int = 8,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Ratio invariance and targeting of the teacher's parents and differences, on contexts [M, T] without padding.
+
+    The object of `interventions.json` (docs/design.md): summaries over concepts, each for pushes along the concept's
+    `own` direction, an `other` concept's (the next one of another parent) and a `random` one, the latter two with the
+    sign that raises the target; and a record per concept. A concept that is not reached counts as such and has no
+    values. Of more parents than `max_concepts` and children than `max_children`, so many are pushed, evenly spaced. A
+    model without an output head gets {"why": ...}.
+    """
+    if not lm.has_head:
+        return {"why": NO_HEAD}
+    contexts = Contexts(lm, hook, ids_MT)
+    search = Search(target_nats, tolerance, max_norms * contexts.typical_norm, max_evaluations)
+    random = teacher.random_like(seed)
+    row_of_parent = {parent.name: row for row, parent in enumerate(concepts.parents)}
+    pairs = [(parent.name, child.name) for parent in concepts.parents for child in parent.children]
+    row_of_child = {pair: row for row, pair in enumerate(pairs)}
+    parent_Q = [row_of_parent[name] for name in teacher.parent_names]
+    owners_R = teacher.child_parent.tolist()
+    known_R = teacher.child_delta_unified.any(dim=1).tolist()  # a child that was not seen has no direction
+
+    taken = evenly_spaced(range(len(parent_Q)), max_concepts)
+    children = [row for row, owner in enumerate(owners_R) if known_R[row] and owner in set(taken)]
+    children = evenly_spaced(children, max_children)
+    child_rows = [row_of_child[teacher.parent_names[owners_R[row]], teacher.child_names[row]] for row in children]
+    device = contexts.before_MV.device
+    parent_rows = [parent_Q[row] for row in taken]
+
+    def along(targets: Sequence[Target], own_Gd: Tensor, random_Gd: Tensor, owners: Sequence[int]) -> Pushed:
+        values = {}
+        for name in ALONG:
+            rows_Gd = {"own": own_Gd, "other": own_Gd[next_of_another(owners)], "random": random_Gd}[name]
+            moves, signs = Moves.along(rows_Gd.to(contexts.last_Md)), name != "own"
+            n_measured, measure = len(MEASURED), _measure_in(contexts)
+            found = push(
+                contexts, targets, moves, search, measure, n_measured, per_forward=per_forward, either_sign=signs
+            )
+            values[name] = np.column_stack([found.alpha_G, found.measured_GK])
+        return values
+
+    parents = along(
+        parent_targets(concepts, parent_rows, device), teacher.parent_write[taken], random.parent_write[taken], taken
+    )
+    of_children = along(
+        child_targets(concepts, child_rows, device),
+        teacher.child_delta_write[children],
+        random.child_delta_write[children],
+        [owners_R[row] for row in children],
+    )
+    options = {"bootstrap": bootstrap, "seed": seed}
+    return {
+        "hook": hook,
+        "source": teacher.metadata.get("source"),
+        "target_nats": target_nats,
+        "contexts": len(ids_MT),
+        "ratio_invariance": {
+            "thresholds": {"median": MEDIAN_KL, "p90": P90_KL},
+            **{name: _ratio_invariance(parents[name], **options) for name in ALONG},
+        },
+        "targeting": {
+            "threshold": TARGETING,
+            "parents": {name: _targeting(parents[name], **options) for name in ALONG},
+            "children": {name: _targeting(of_children[name], **options) for name in ALONG},
+        },
+        "parents": _records("parent", parent_rows, parents),
+        "children": _records("child", child_rows, of_children),
+    }
+
+
+Pushed = dict[str, FloatArray]  # by ALONG, COLUMNS of every push [G, 1 + K]; NaN where it was not reached
+
+
+def _measure_in(contexts: Contexts) -> Measure:
+    """The numbers of MEASURED."""
+
+    def measure(after_MV: Tensor, target: Target) -> list[float]:
+        effect = float(contexts.odds_rise(after_MV, target.tokens).mean())
+        ratios = contexts.tokens_kl(after_MV, target.parts), contexts.parts_kl(after_MV, target.parts)
+        shift = float(contexts.share_rise(after_MV, target.tokens, target.whole).mean())
+        rises = [float(contexts.share_rise(after_MV, tokens, target.whole).mean()) for tokens in target.others]
+        others = (float(np.abs(rises).mean()), float(np.mean(rises))) if rises else (np.nan, np.nan)
+        return [effect, *ratios, shift, *others]
+
+    return measure
+
+
+def _column(values_GK: FloatArray, name: str) -> FloatArray:
+    return values_GK[:, COLUMNS.index(name)]
+
+
+def _share(values_G: FloatArray, holds_G: NDArray[np.bool_]) -> FloatArray:
+    """1 where it holds, 0 where not, NaN where there is no value."""
+    return np.where(np.isfinite(values_G), holds_G, np.nan)
+
+
+def _ratio_invariance(values_GK: FloatArray, bootstrap: int, seed: int) -> dict[str, Any]:
+    """KL among a parent's tokens over the parents reached, judged by the published thresholds."""
+    kl_G = _column(values_GK, "tokens_kl")
+    median = bootstrap_quantile(kl_G, 0.5)
+    p90 = bootstrap_quantile(kl_G, 0.9)
+    given = median.value is not None and p90.value is not None
+    return {
+        "unreached": int(np.isnan(_column(values_GK, "alpha")).sum()),
+        "median": median.to_json(),
+        "p90": p90.to_json(),
+        "share_below_p90": bootstrap_mean(_share(kl_G, kl_G < P90_KL), bootstrap, seed).to_json(),
+        "passes": bool(median.value < MEDIAN_KL and p90.value < P90_KL) if given else None,  # type: ignore[operator]
+        "children_median": bootstrap_quantile(_column(values_GK, "parts_kl"), 0.5).to_json(),
+    }
+
+
+def _targeting(values_GK: FloatArray, bootstrap: int, seed: int) -> dict[str, Any]:
+    """How many times as far as the others the target moves, over the concepts reached."""
+    target_G, others_G = _column(values_GK, "target_shift"), _column(values_GK, "others_shift")
+    ratio_G = target_G / others_G
+    return {
+        "unreached": int(np.isnan(_column(values_GK, "alpha")).sum()),
+        "median_ratio": bootstrap_quantile(ratio_G, 0.5).to_json(),
+        "share_above_threshold": bootstrap_mean(_share(ratio_G, ratio_G >= TARGETING), bootstrap, seed).to_json(),
+        "target_shift": bootstrap_quantile(target_G, 0.5).to_json(),
+        "others_shift": bootstrap_quantile(others_G, 0.5).to_json(),
+        "others_mean": bootstrap_quantile(_column(values_GK, "others_mean"), 0.5).to_json(),
+    }
+
+
+def _records(kind: str, rows: Sequence[int], values: Pushed) -> list[dict[str, Any]]:
+    """One object per concept: by direction, what was measured; null where it was not reached."""
+    records: list[dict[str, Any]] = []
+    for place, row in enumerate(rows):
+        found = {}
+        for name in ALONG:
+            numbers = (value if np.isfinite(value) else None for value in values[name][place].tolist())
+            found[name] = dict(zip(COLUMNS, numbers, strict=True))
+        records.append({kind: row} | found)
+    return records

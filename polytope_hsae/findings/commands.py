@@ -1,0 +1,73 @@
+"""The commands of `hsae findings`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Evidence and controls over hooks, seeds and arms: a JSON record per arm, a page from those.")
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")]
+
+
+@app.command("run")
+def run_command(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The study's YAML file, e.g. studies/evidence-small/study.yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="key.path=value: a field of the study (text=FOLDER), or else of its config; repeatable."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Study folder; default studies/NAME.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Only this arm, or a glob of HOOK-sSEED/ARM.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Records made now, at most.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Arms at once, each in a process.")] = 1,
+    test: Annotated[bool, typer.Option("--test", help="Measure on test documents and words, too.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cache: Annotated[Path, typer.Option("--cache", help="Where activations and models are kept.")] = Path(
+        "runs/findings-cache"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Make the records that are not there yet; one that is stopped goes on where it was."""
+    from .run import Options, run_findings
+
+    options = Options(only, limit, workers, test, device, cache)
+    say = (lambda message: None) if quiet else (lambda message: typer.echo(message))
+    run_findings(file, overrides or [], out, options, say)
+
+
+@app.command("write")
+def write_command(
+    folder: Folder,
+    page: Annotated[Path | None, typer.Option("--page", help="Markdown file; default FOLDER/results.md.")] = None,
+    test: Annotated[bool, typer.Option("--test", help="Show test instead of validation values.")] = False,
+) -> None:
+    """Write the page of findings, its figures and FOLDER/results.json, from the study's files alone."""
+    from .page import write_page
+
+    for path in write_page(folder, page or folder / "results.md", "test" if test else "val"):
+        typer.echo(str(path))
+
+
+@app.command("pack")
+def pack_command(
+    folder: Folder, file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL file to write, a record a line.")]
+) -> None:
+    """Write all records as one file, to carry it to another machine."""
+    from .pack import pack
+
+    typer.echo(f"{file}: {pack(folder, file)} records")
+
+
+@app.command("unpack")
+def unpack_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `pack` wrote.")], folder: Folder
+) -> None:
+    """Write the records of a packed file as files of a study folder."""
+    from .pack import unpack
+
+    typer.echo(f"{folder}: {unpack(file, folder)} records")

@@ -1,0 +1,332 @@
+"""`hsae findings write`: the page of findings, its figures and results.json, from a study's files alone.
+
+Every statement is computed from the records: change them, and the words change with the numbers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..fileio import update_text, write_json
+from ..report.words import DASH, TARGETS, TargetWords, counted, listed, number
+from ..study.results import Spread
+from .figures import drawings
+from .summary import OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results
+
+AIM = 2  # hooks at which the targets should pass together
+HELD_OUT = {"val": "validation", "test": "test"}
+
+
+def write_page(folder: Path, page: Path, split: str) -> list[Path]:
+    """Write the page, its figures in a folder of its name, and results.json; the same records give the same bytes."""
+    found = read_summary(folder, split)
+    figures = page.with_suffix("")
+    drawn = drawings(found)
+    for name, drawing in drawn.items():
+        update_text(figures / f"{name}.svg", drawing.standalone)
+    update_text(page, text(found, {name: f"{figures.name}/{name}.svg" for name in drawn}))
+    write_json(folder / "results.json", results(found))
+    return [page, folder / "results.json", *(figures / f"{name}.svg" for name in drawn)]
+
+
+def text(found: Summary, figures: dict[str, str]) -> str:
+    """The page as Markdown; figures: path by name."""
+    lines = [f"# Findings: {found.study.name}", "", *_made_from(found), "", "## In short", "", *_in_short(found)]
+    lines += ["", "## Evidence of the hierarchy", "", *_evidence(found), *_pictures(figures, "evidence")]
+    lines += ["", "## The five targets", "", *_targets_words(found), *_pictures(figures, "target")]
+    for hook in found.shown_hooks:
+        lines += ["", f"### {hook}", "", *_targets(found, hook)]
+    lines += ["", "## What is missed, and by how much", "", *_missed(found)]
+    lines += ["", "## Ablations", "", *_ablation_words(found), *_pictures(figures, "arms")]
+    for hook in found.shown_hooks:
+        lines += ["", f"### {hook}", "", *_ablations(found, hook)]
+    lines += ["", "## All other metrics", ""]
+    for hook in found.shown_hooks:
+        lines += [f"<details><summary>{hook}</summary>", "", *_others(found, hook), "", "</details>", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _pictures(figures: dict[str, str], kind: str) -> list[str]:
+    shown = [f"![{name}]({path})" for name, path in figures.items() if name.startswith(kind)]
+    return ["", *shown] if shown else []
+
+
+def _made_from(found: Summary) -> list[str]:
+    study, first = found.study, next(iter(found.records.values()))
+    config: Config = next(iter(found.configs.values()))
+    steps = sorted({record["steps"] for record in found.records.values() if "steps" in record})
+    tokens = sorted({record["tokens"] for record in found.records.values() if "tokens" in record})
+    text_hashes = ", ".join(f"{name} {value[:16]}" for name, value in first["text_sha256"].items())
+    devices = sorted({record["code"]["device"] for record in found.records.values()})
+    parents = sorted({record["parents"] for record in found.records.values()})
+    lines = [
+        f"{config.model.name}, {listed([f'`{hook}`' for hook in found.shown_hooks])}; "
+        f"{listed([f'{count:,}' for count in parents])} parents; every arm trained for "
+        f"{listed([f'{count:,}' for count in steps])} steps of {config.training.batch_size:,} rows "
+        f"({listed([f'{count:,}' for count in tokens])} rows); {HELD_OUT[found.split]} documents and words; "
+        f"{counted(len(study.seeds), 'seed')} ({listed([str(seed) for seed in study.seeds])}); "
+        f"{counted(len(found.records), 'record')} of {len(study.keys)}; {listed(devices)}.",
+        "",
+        "A seed changes a model's start, the order of its rows, and the control teachers. Documents, the folds of words"
+        f" and the evidence are the same for all seeds (seed {config.run.seed}). Text (sha256): {text_hashes}. An"
+        " interval is a 95 % bootstrap interval over concepts or groups of documents, paired where arms are compared;"
+        " *over seeds* every concept counts with the sum of its values of all seeds. PASS: the interval lies wholly"
+        " beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither. This page is written by `hsae findings"
+        " write`, from the records alone.",
+    ]
+    if found.left_out:
+        lines += ["", f"Left out, because the study does not ask for them as they were made: {len(found.left_out)}."]
+    return lines
+
+
+def _in_short(found: Summary) -> list[str]:
+    hooks = found.shown_hooks
+    plans = {hook: found.study.plan(hook) for hook in hooks}
+    held = [hook for hook in hooks if found.together(hook, plans[hook].teacher)]
+    names = listed([TARGETS[target].name.lower() for target in TOGETHER])
+    lines = [
+        f"- **Together** ({names}, each PASS in each of {counted(len(found.study.seeds), 'seed')}): at {len(held)} of "
+        f"{counted(len(hooks), 'hook')}{': ' + listed(held) if held else ''}; the aim is {AIM}, "
+        f"which is {'met' if len(held) >= AIM else 'missed'}."
+    ]
+    pooled = [hook for hook in hooks if found.together_over_seeds(hook, plans[hook].teacher)]
+    lines.append(f"- The same over seeds: at {len(pooled)}{': ' + listed(pooled) if pooled else ''}.")
+    for target in TARGETS:
+        counts = [
+            f"{hook} {passed} of {of}"
+            for hook in hooks
+            for passed, of in [found.passes(hook, plans[hook].teacher, target)]
+        ]
+        lines.append(f"- {TARGETS[target].name}: seeds that pass at {'; '.join(counts)}.")
+    for hook in hooks:
+        control = plans[hook].control
+        if not found.seeds(hook, control):
+            lines.append(f"- Permuted control at {hook}: not measured.")
+            continue
+        passed = [target for target in OF_CONCEPTS if found.passes(hook, control, target)[0]]
+        said = (
+            "passes none of the targets on concepts in any seed, as it should"
+            if not passed
+            else (
+                "passes "
+                + listed([f"{TARGETS[t].name.lower()} in {found.passes(hook, control, t)[0]}" for t in passed])
+                + f" of {counted(len(found.seeds(hook, control)), 'seed')}, which it should not"
+            )
+        )
+        lines.append(f"- Permuted control ({control}) at {hook}: {said}.")
+    return lines
+
+
+def _evidence(found: Summary) -> list[str]:
+    lines: list[str] = []
+    shown: dict[str, list[str]] = {}
+    for hook in found.shown_hooks:
+        table = _evidence_table(found.hooks.get(hook, {}).get("evidence", {}))
+        if table:
+            shown.setdefault("\n".join(table), []).append(hook)
+    for table_text, hooks in shown.items():
+        lines += [f"At {listed(hooks)}:", "", *table_text.split("\n"), ""]
+    return lines[:-1] if lines else ["Not there: `runs/HOOK.json` is missing."]
+
+
+def _evidence_table(evidence: dict[str, Any]) -> list[str]:
+    """A row for the hierarchy and every control, a column for every number that the first one has."""
+    blocks = {
+        name: _numbers(block) for name, block in evidence.items() if isinstance(block, dict) and "parents" in block
+    }
+    if not blocks:
+        return []
+    columns = list(next(iter(blocks.values())))
+    rows = [
+        [name.replace("_", " "), *(numbers.get(column, DASH) for column in columns)] for name, numbers in blocks.items()
+    ]
+    return markdown(["rows", *(column.replace("_", " ") for column in columns)], rows)
+
+
+def _numbers(block: dict[str, Any]) -> dict[str, str]:
+    """The numbers of a block of evidence.json as text, an interval behind its value."""
+    flat = {**block, **(block.get("angles") or {})}
+    out = {}
+    for name, value in flat.items():
+        if isinstance(value, bool):
+            out[name] = "yes" if value else "no"
+        elif isinstance(value, int | float) or (value is None and name != "angles"):
+            stem = name.removeprefix("median_").removesuffix("_deg")
+            keys = [f"{name}_ci95", f"{stem}_ci95", "median_ci95" if stem == "angle" else ""]
+            near = next((flat[key] for key in keys if flat.get(key)), None)
+            bounds = "" if near is None else f" [{number(near[0])}, {number(near[1])}]"
+            out[name] = number(value) + bounds
+    return {name: said for name, said in out.items() if not name.endswith("_ci95")}
+
+
+def _targets_words(found: Summary) -> list[str]:
+    arms = {hook: (found.study.plan(hook).teacher, found.study.plan(hook).control) for hook in found.shown_hooks}
+    return [
+        "Each arm against the one that it is compared with, on the same concepts and documents. The teacher's arm was "
+        "chosen on validation data: "
+        + "; ".join(f"`{teacher}` (control `{control}`) at {hook}" for hook, (teacher, control) in arms.items())
+        + ". The angle is that of the evidence, so it is the same for every seed and arm, and it decides nothing alone."
+    ]
+
+
+def _targets(found: Summary, hook: str) -> list[str]:
+    plan = found.study.plan(hook)
+    lines: list[str] = []
+    for arm in (plan.teacher, plan.control):
+        seeds = found.seeds(hook, arm)
+        if not seeds:
+            continue
+        by_seed = [found.targets(hook, arm, [seed]) for seed in seeds]
+        over = found.targets(hook, arm, seeds)
+        rows = [
+            [
+                TARGETS[target["name"]].name,
+                _required(target),
+                *(_measured(targets[place]) for targets in by_seed),
+                f"**{_measured(target)}**",
+                str(target["n"]),
+            ]
+            for place, target in enumerate(over)
+        ]
+        header = [
+            f"{arm} − {found.study.against(arm)}",
+            "required",
+            *(f"seed {seed}" for seed in seeds),
+            "over seeds",
+            "n",
+        ]
+        lines += ["", *markdown(header, rows)]
+    return lines[1:]
+
+
+def _required(target: dict[str, Any]) -> str:
+    words = TARGETS[target["name"]]
+    low, high = (None if bound is None else number(bound * words.factor, 0) for bound in target["required"])
+    return f"≥ {low}{words.unit}" if high is None else f"{low} to {high}{words.unit}"
+
+
+def _measured(target: dict[str, Any]) -> str:
+    """'20.3 [12.6, 28.6] PASS' in the target's unit."""
+    words = TARGETS[target["name"]]
+    if target["measured"] is None:
+        return f"{DASH} {target['verdict']}"
+    return f"{_with_interval(target, words)} {target['verdict']}"
+
+
+def _with_interval(target: dict[str, Any], words: TargetWords) -> str:
+    value = number(target["measured"] * words.factor, words.digits)
+    if target["ci95"] is None:
+        return value
+    low, high = (number(bound * words.factor, words.digits) for bound in target["ci95"])
+    return f"{value} [{low}, {high}]"
+
+
+def _missed(found: Summary) -> list[str]:
+    lines = []
+    for hook in found.shown_hooks:
+        plan = found.study.plan(hook)
+        for place, target in enumerate(found.targets(hook, plan.teacher, found.seeds(hook, plan.teacher))):
+            passed, of = found.passes(hook, plan.teacher, target["name"])
+            if passed < of or not of:
+                lines.append(_reason(found, hook, place, target, passed, of))
+    return lines or ["Nothing: every target passes at every hook in every seed."]
+
+
+def _reason(found: Summary, hook: str, place: int, target: dict[str, Any], passed: int, of: int) -> str:
+    plan, words = found.study.plan(hook), TARGETS[target["name"]]
+    said = f"- **{words.name} at {hook}**: PASS in {passed} of {counted(of, 'seed')}; over seeds {_measured(target)}, "
+    said += f"required {_required(target)}. "
+    if target["measured"] is None:
+        return f"{said}Not measured: {target.get('why', 'no reason is recorded')}."
+    low, high = target["required"]
+    inside = (low is None or target["measured"] >= low) and (high is None or target["measured"] <= high)
+    units = f"{target['n']} concepts or groups of documents"
+    if inside and target["verdict"] == PASS:
+        said += "Over seeds it passes; a single seed does not carry it."
+    elif inside:
+        said += f"The estimate meets the threshold; the interval over {units} is too wide."
+    else:
+        said += "The estimate itself falls short."
+    if metric := _METRIC.get(target["name"]):
+        arms = (found.study.against(plan.teacher), plan.teacher, plan.control)
+        values = [f"{arm} {_mean(found.over_seeds(hook, arm, metric))}" for arm in arms]
+        chance = found.chance(hook, metric)
+        said += f" {metric}: {', '.join(values)}" + (f", chance {_mean(chance)}." if chance else ".")
+    if target["name"] == "steering_leakage_reduction":
+        unreached = found.over_seeds(hook, plan.teacher, "steering_unreached")
+        said += f" Share of concepts whose effect is not reached by the arm: {_mean(unreached)}; they have no value."
+    best = _best(found, hook, place)
+    return said + (f" Largest of all arms: {best}." if best else "")
+
+
+_METRIC = {
+    "purity_gain_pp": "purity",
+    "leakage_reduction": "leakage",
+    "steering_leakage_reduction": "steering_leakage",
+    "reconstruction_parity": "fvu",
+}
+
+
+def _best(found: Summary, hook: str, place: int) -> str:
+    """The arm that is best on a target whose required values are open above, and its value."""
+    values = {}
+    for arm in found.arms(hook):
+        if found.study.against(arm) != arm:
+            target = found.targets(hook, arm, found.seeds(hook, arm))[place]
+            if target["measured"] is not None and target["required"][1] is None:
+                values[arm] = target
+    if not values:
+        return ""
+    arm = max(values, key=lambda name: float(values[name]["measured"]))
+    return f"`{arm}` with {_measured(values[arm])}"
+
+
+def _ablation_words(found: Summary) -> list[str]:
+    return [
+        "Mean ± standard deviation over seeds. The last columns are against the arm named in the second one: the value"
+        " over seeds with its interval and verdict."
+    ]
+
+
+def _ablations(found: Summary, hook: str) -> list[str]:
+    names = [name for name in found.metric_names if name in found.study.shown]
+    header = ["arm", "against", *(name.replace("_", " ") for name in names)]
+    header += [TARGETS[target].name.lower() for target in TOGETHER] + ["seeds"]
+    rows = []
+    for arm in found.arms(hook):
+        other, seeds = found.study.against(arm), found.seeds(hook, arm)
+        row = [arm, DASH if other == arm else other, *(_shown(found.over_seeds(hook, arm, name)) for name in names)]
+        targets = [] if other == arm else found.targets(hook, arm, seeds)
+        row += [_measured(target) for target in targets if target["name"] in TOGETHER] or [DASH] * len(TOGETHER)
+        rows.append([*row, str(len(seeds))])
+    chances = ["chance", "", *(_mean(found.chance(hook, name)) for name in names)]
+    rows.append([*chances, *[""] * (len(header) - len(chances))])
+    return markdown(header, rows)
+
+
+def _others(found: Summary, hook: str) -> list[str]:
+    """Every other metric, a row each: new ones appear by themselves."""
+    arms = found.arms(hook)
+    rows = []
+    for name in found.metric_names:
+        if name not in found.study.shown:
+            cells = [_shown(found.over_seeds(hook, arm, name)) for arm in arms]
+            rows.append([name.replace("_", " "), _mean(found.chance(hook, name)), *cells])
+    return markdown(["metric", "chance", *arms], rows)
+
+
+def _shown(over: Spread | None) -> str:
+    if over is None:
+        return DASH
+    return number(over.mean) if over.sd is None else f"{number(over.mean)} ± {number(over.sd)}"
+
+
+def _mean(over: Spread | None) -> str:
+    return DASH if over is None else number(over.mean)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,0 +1,354 @@
+"""`hsae findings run`: which models are due, where they are made, and their records.
+
+A record is written when its model is measured, and one with the present settings and data is not made again. Every hook
+has a run folder in the cache: phase 1 is made there once, then every arm with every seed.
+
+    CACHE/TEXT.safetensors            a text's tokens
+    CACHE/<hash>/HOOK/                a run folder: activations/, phase1/, phase2/ARM-sSEED/, phase3/ARM-sSEED/
+    FOLDER/study.yaml                 the study
+    FOLDER/runs/HOOK-sSEED/ARM.json   a record
+    FOLDER/runs/HOOK.json             the hook's evidence, without long columns
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+from typing_extensions import TypedDict
+
+from ..config import Config, ConfigError
+from ..data.corpus import load_documents
+from ..fileio import read_json, sha256_file, sha256_json, update_text, write_json, write_tensors
+from ..lm import LanguageModel
+from ..phases.phase1_teacher import run_phase1
+from ..phases.run import Run, keep_freed_memory, remove_leftovers, use_device
+from ..provenance import dependencies
+from ..report.words import number
+from ..study.plan import places_removed
+from ..training.trainer import Interrupted
+from .plan import TEXTS, Findings, Key, dump_findings, load_findings, settings_hash
+from .record import Bench, make_record, short_evidence
+
+Say = Callable[[str], None]
+
+
+class Record(TypedDict):
+    """What is read of a record before its numbers are, which val and test hold."""
+
+    hook: str
+    seed: int
+    arm: str
+    settings_sha256: str
+    data_sha256: str
+    code: dict[str, Any]
+    failed: str | None
+
+
+class OfHook(TypedDict):
+    """What is kept of a hook's phase 1."""
+
+    hook: str
+    data_sha256: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is run; nothing of it changes a result."""
+
+    only: str | None = None
+    limit: int | None = None
+    workers: int = 1
+    test: bool = False
+    device: str = "auto"
+    cache: Path = Path("runs/findings-cache")
+
+
+def run_findings(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
+    """Make all records of a study that are due; returns the study's folder."""
+    study, configs = load_findings(path, overrides)
+    folder = Path("studies") / study.name if out is None else out
+    _claim(folder, path, overrides)
+    if not any(wanted(key, options.only) for key in study.keys):
+        names = ", ".join(arm.name for arm in study.arms)
+        raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of HOOK-sSEED/ARM")
+    disable_progress_bar()  # of loading, on standard error, where errors are one line
+    first = next(iter(configs.values()))
+    lm = LanguageModel.load(first.model.name, revision=first.model.revision, dtype=first.model.dtype)
+    inputs = data_identity(first, lm)
+    kept = _kept(study, configs, inputs["data_sha256"], folder, options.test, say)
+    say(f"findings: {len(kept)} of {len(study.keys)} records are there")
+    due = [key for key in study.keys if key not in kept and wanted(key, options.only)][: options.limit]
+    if not due:
+        return folder
+    placed = {hook: _placed(config, lm, options, say) for hook, config in configs.items()}
+    work = Work(study, {hook: _run_folder(options.cache, config, inputs) for hook, config in placed.items()}, inputs)
+    del lm
+    due = _with_matched(configs, due, work.folders)
+    try:
+        for made in _made(work, placed, due, options):
+            if isinstance(made, str):
+                write_json(folder / "runs" / f"{made}.json", _of_hook(made, work))
+                say(f"findings: {made}: phase 1 is done")
+                continue
+            key = key_of(made)
+            kept[key] = made
+            write_json(folder / "runs" / key.file, made)
+            say(f"findings: {len(kept)} of {len(study.keys)}: {key.file.removesuffix('.json')}: {_line(made)}")
+    except Interrupted as error:
+        raise InterruptedError("the same command goes on; records that are written are kept") from error
+    return folder
+
+
+def wanted(key: Key, only: str | None) -> bool:
+    """Whether --only asks for a model: by its arm's name or as HOOK-sSEED/ARM, globs too."""
+    return only is None or any(fnmatchcase(name, only) for name in (key.arm, key.file.removesuffix(".json")))
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """Which model a record is of."""
+    return Key(*(record[field] for field in Key._fields))
+
+
+def read_records(folder: Path) -> dict[Key, Any]:
+    """All records of a study's folder. Raises ValueError for a file that is none, or has another model's name."""
+    found = {}
+    for path in sorted((folder / "runs").glob("*/*.json")):
+        record = read_json(path, Record)
+        key = key_of(record)
+        if path != folder / "runs" / key.file:
+            raise ValueError(f"{path}: found the record of {key.file}, allowed: a file of its own name")
+        found[key] = record
+    return found
+
+
+def read_hooks(folder: Path) -> dict[str, Any]:
+    """What is kept of every hook's phase 1, by hook."""
+    found = [read_json(path, OfHook) for path in sorted((folder / "runs").glob("*.json"))]
+    return {content["hook"]: content for content in found}
+
+
+def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
+    """What every record says of its text, language model and ontology; nothing in it names a place."""
+    paths = {"train": config.corpus.path, "heldout": config.corpus.heldout_path}
+    for path in paths.values():
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(
+                f"text: found no file {path!r}, allowed: --set text=FOLDER with {', '.join(TEXTS.values())}"
+            )
+    ontology = config.concepts.ontology
+    known = {
+        "text_sha256": {name: "packaged" if path is None else sha256_file(path) for name, path in paths.items()},
+        "model_revision": lm.revision,
+        "tokenizer_sha256": lm.tokenizer_sha256,
+        "ontology": ontology if ontology == "wordnet" else sha256_file(ontology),
+    }
+    return {**known, "data_sha256": sha256_json(known)}
+
+
+def _claim(folder: Path, path: Path, overrides: list[str]) -> None:
+    """Write the study's file into its folder, unless it is the one that was read. Raises ConfigError."""
+    remove_leftovers(folder, deep=True)
+    lasting = places_removed(overrides)
+    target = folder / "study.yaml"
+    if target.is_file() and target.samefile(path):
+        if lasting:
+            allowed = f"--out FOLDER, or a change of {target}"
+            raise ConfigError(f"--set: found {lasting[0]!r} for a study's own folder, allowed: {allowed}")
+        return
+    update_text(target, dump_findings(load_findings(path, lasting)[0]))
+
+
+def _kept(
+    study: Findings, configs: Mapping[str, Config], data_sha256: str, folder: Path, test: bool, say: Say
+) -> dict[Key, Any]:
+    """Records with the present settings and data; says which others of the study are made again."""
+    kept, asked = {}, set(study.keys)
+    for key, record in read_records(folder).items():
+        if key not in asked:
+            continue
+        if record["settings_sha256"] != settings_hash(configs[key.hook], key):
+            say(f"findings: {key.file}: made with other settings, is made again")
+        elif record["data_sha256"] != data_sha256:
+            say(f"findings: {key.file}: made from other data, is made again")
+        elif test and record["failed"] is None and "test" not in record:
+            say(f"findings: {key.file}: has no test values, is measured again")
+        else:
+            kept[key] = record
+    return kept
+
+
+def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Config:
+    """The config with the device and threads of its workers, and its text as a file of tokens in the cache."""
+    tree = config.model_dump(mode="json")
+    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    tree["run"] |= {"device": use_device(options.device), "threads": threads}
+    corpus = tree["corpus"]
+    if corpus["source"] == "text":
+        for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
+            if corpus[field] is not None:
+                corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, options.cache, say))
+        corpus["source"] = "tokens"
+    return Config.model_validate(tree)
+
+
+def _tokens(config: Config, text: str, max_tokens: int, lm: LanguageModel, cache: Path, say: Say) -> Path:
+    """A text's tokens, which every process reads in no time."""
+    length = config.corpus.context_length
+    path = cache / f"{sha256_json([sha256_file(text), lm.tokenizer_sha256, max_tokens, length])[:16]}.safetensors"
+    if not path.is_file():
+        documents = load_documents("text", text, lm.tokenizer, max_tokens=max_tokens, context_length=length)
+        tensors = {"tokens": documents.tokens, "doc_start": documents.starts}
+        write_tensors(path, tensors, {"tokenizer_sha256": str(lm.tokenizer_sha256)})
+        say(f"findings: {Path(text).name}: {documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
+    return path
+
+
+def _run_folder(cache: Path, config: Config, inputs: Mapping[str, Any]) -> Path:
+    identity = [dependencies(config, 1), inputs["data_sha256"]]
+    return cache / sha256_json(identity)[:16] / config.model.hook
+
+
+def _with_matched(configs: Mapping[str, Config], due: list[Key], folders: Mapping[str, Path]) -> list[Key]:
+    """The models that are due, each after the one that it is matched with, where that one is not in the cache."""
+    ordered: list[Key] = []
+    for key in due:
+        for other in _matched(configs[key.hook], key):
+            if not (folders[key.hook] / "phase2" / other.name / "train.json").is_file() and other not in ordered:
+                ordered.append(other)
+        if key not in ordered:
+            ordered.append(key)
+    return ordered
+
+
+def _matched(config: Config, key: Key) -> list[Key]:
+    names = sorted(set(config.arm(key.name).match.values()))
+    return [key._replace(arm=name.removesuffix(f"-s{key.seed}")) for name in names]
+
+
+def _of_hook(hook: str, work: "Work") -> dict[str, Any]:
+    """What is kept of a hook's phase 1."""
+    evidence = read_json(work.folders[hook] / "phase1" / "evidence.json")
+    return {"hook": hook, **work.inputs, "evidence": short_evidence(evidence)}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """A record in a few words."""
+    if record["failed"] is not None:
+        return str(record["failed"])
+    metrics = record["val"]["metrics"]
+    values = [f"{name} {number(metrics[name]['value'])}" for name in ("ev", "purity", "leakage")]
+    return f"{', '.join(values)}; " + ", ".join(f"{name} {taken} s" for name, taken in record["seconds"].items())
+
+
+# the processes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process knows: the study, its run folders and what they are made from."""
+
+    study: Findings
+    folders: Mapping[str, Path]
+    inputs: Mapping[str, Any]
+
+
+class _Here(Executor):
+    """Does what is submitted at once, in this process."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _made(work: Work, configs: Mapping[str, Config], due: list[Key], options: Options) -> Iterator[Any]:
+    """Phase 1 of every hook that is due (yields its name), then every model, as it is done (yields its record)."""
+    splits = ["val", "test"] if options.test else ["val"]
+    hashes = {key: settings_hash(configs[key.hook], key) for key in due}
+    device = use_device(options.device)
+    if options.workers == 1:
+        pool: Executor = _Here()
+        _start(work, device)
+    else:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(options.workers, context, _start_process, (work, device))
+    with pool:
+        try:
+            hooks = dict.fromkeys(key.hook for key in due)
+            threads = max(1, (os.cpu_count() or 1) // min(options.workers, len(hooks)))
+            for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook], threads)) for hook in hooks]:
+                future.result()
+                yield hook
+            at_once = 1 if options.workers == 1 else 2 * options.workers
+            yield from _records(pool, at_once, configs, due, hashes, splits)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "findings: a worker was killed (out of memory?), try fewer --workers; records are kept"
+            ) from error
+        except BaseException:
+            # Only this process writes records; what a worker leaves half made in the cache is made again.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+
+def _records(
+    pool: Executor,
+    at_once: int,
+    configs: Mapping[str, Config],
+    due: list[Key],
+    hashes: Mapping[Key, str],
+    splits: list[str],
+) -> Iterator[Any]:
+    """The records of the models that are due, each started after the one that it is matched with."""
+    waiting, pending = list(due), set[Future[Any]]()
+    open_keys = set(due)
+    while waiting or pending:
+        ready = [key for key in waiting if not open_keys.intersection(_matched(configs[key.hook], key))]
+        for key in ready[: at_once - len(pending)]:
+            waiting.remove(key)
+            pending.add(pool.submit(_record, key, hashes[key], splits))
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            open_keys.discard(key_of(future.result()))
+            yield future.result()
+
+
+_state: dict[str, Any] = {}  # of a process: its work and what it has opened
+
+
+def _start_process(work: Work, device: str) -> None:
+    """Begin a worker process."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
+    _start(work, device)
+
+
+def _start(work: Work, device: str) -> None:
+    keep_freed_memory()
+    disable_progress_bar()
+    _state.update(work=work, bench=Bench(work.folders, device))
+
+
+def _phase1(hook: str, config: Config, threads: int) -> None:
+    run = Run(config, _state["work"].folders[hook], force=True, quiet=True)
+    torch.set_num_threads(threads)  # there are fewer hooks than processes
+    run_phase1(run)
+    torch.set_num_threads(config.run.threads)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _record(key: Key, settings_sha256: str, splits: list[str]) -> Any:
+    work = _state["work"]
+    return make_record(work.study, _state["bench"], key, {"settings_sha256": settings_sha256, **work.inputs}, splits)

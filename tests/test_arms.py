@@ -1,0 +1,158 @@
+"""Every ablation arm of studies/evidence is what its name says, at the same number of steps and rows."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from polytope_hsae.config import Config, load_config
+from polytope_hsae.findings.plan import load_findings
+from polytope_hsae.models.hsae import HierarchicalSAE
+from polytope_hsae.phases.arms import arm_teacher, initial_model, initialize_teacher
+from polytope_hsae.phases.run import Run
+from polytope_hsae.teacher import Teacher
+
+STUDY = Path(__file__).parents[1] / "studies" / "evidence" / "study.yaml"
+ANCHORS = {"pull": "pull", "slow": "slow", "frozen": "frozen", "free": "none"}
+
+
+@cache
+def study_config() -> Config:
+    return load_findings(STUDY)[1]["layers.4"]
+
+
+@pytest.fixture(scope="module")
+def run(finished) -> Run:
+    """The smoke run with the study's arms of seeds 0 and 1: its teacher is from tokens, its phase 1 is done."""
+    arms = [arm.model_dump(mode="json", exclude_defaults=True) for arm in study_config().arms if arm.seed in (0, 1)]
+    for arm in arms:  # the smoke model is smaller
+        if "hsae" in arm:
+            arm["hsae"] = {name: value if value is True else min(value, 4) for name, value in arm["hsae"].items()}
+    opened = Run.open(finished, quiet=True)
+    overrides = [f"arms={json.dumps(arms)}", "training.allow_unequal_budget=true", "run.threads=1"]
+    opened.config = load_config("smoke", overrides)
+    return opened
+
+
+def teacher(run: Run, name: str, seed: int = 0) -> Teacher:
+    arm = run.config.arm(f"{name}-s{seed}")
+    return arm_teacher(run, arm, run.config.arm_teacher(arm), run.store)
+
+
+def started(run: Run, name: str, seed: int = 0) -> HierarchicalSAE:
+    arm = run.config.arm(f"{name}-s{seed}")
+    model = initial_model(run, arm, run.store)
+    assert isinstance(model, HierarchicalSAE)
+    if arm.init != "random":
+        initialize_teacher(run, arm, model, run.store)
+    return model
+
+
+def rows(found: Teacher) -> Tensor:
+    return torch.cat([found.parent_unified, found.child_delta_unified])
+
+
+def test_every_arm_has_the_same_steps_and_rows():
+    config = study_config()
+    assert len(config.arms) == 29 * 3
+    assert {sum(stage.steps for stage in config.arm_stages(arm)) for arm in config.arms} == {1500}
+    assert not config.training.allow_unequal_budget
+    assert {arm.seed for arm in config.arms} == {0, 1, 2}
+
+
+def test_freeze_stages_are_where_the_names_say():
+    config = study_config()
+
+    def frozen(name: str) -> list[list[str]]:
+        return [list(stage.freeze) for stage in config.arm_stages(config.arm(f"{name}-s0"))]
+
+    for name in ("teacher_pull", "permuted_pull", "random_teacher", "baseline_freeze"):
+        assert frozen(name) == [["D", "G"], []], name
+    for name in ("baseline", "flat_topk", "no_freeze", "permuted_no_freeze"):
+        assert frozen(name) == [[]], name
+
+
+@pytest.mark.parametrize("name", ANCHORS)
+def test_each_anchor_is_also_one_of_the_permuted_teacher(name):
+    config = study_config()
+    for init, arm in (("teacher", f"teacher_{name}-s0"), ("permuted_teacher", f"permuted_{name}-s0")):
+        assert config.arm(arm).init == init
+        assert config.arm_teacher(config.arm(arm)).anchor == ANCHORS[name]
+
+
+@pytest.mark.parametrize("degrees", [15, 30, 60])
+def test_a_rotated_teacher_keeps_its_gram_matrix_and_turns_by_the_angle(run, degrees):
+    before, after = rows(teacher(run, "teacher_pull")), rows(teacher(run, f"rotated_{degrees}"))
+    torch.testing.assert_close(after @ after.T, before @ before.T)
+    found = torch.rad2deg(torch.arccos(torch.cosine_similarity(before, after)))
+    torch.testing.assert_close(found, torch.full_like(found, float(degrees)))
+
+
+def test_a_random_teacher_has_the_lengths_and_a_permuted_one_the_concepts(run):
+    real, random, permuted = (teacher(run, name) for name in ("teacher_pull", "random_teacher", "permuted_pull"))
+    torch.testing.assert_close(rows(random).norm(dim=1), rows(real).norm(dim=1))
+    assert torch.cosine_similarity(random.parent_unified, real.parent_unified).abs().max() < 0.35
+    assert permuted.parent_names == real.parent_names
+    assert torch.cosine_similarity(permuted.parent_unified, real.parent_unified).max() < 0.9
+    assert not torch.equal(permuted.parent_unified, teacher(run, "permuted_pull", seed=1).parent_unified)
+    assert torch.equal(real.parent_unified, teacher(run, "teacher_pull", seed=1).parent_unified)
+
+
+def test_a_euclidean_teacher_reads_what_it_writes_but_for_its_length(run):
+    euclidean, causal = teacher(run, "euclidean"), teacher(run, "teacher_pull")
+    torch.testing.assert_close(euclidean.parent_read, euclidean.parent_write)
+    assert torch.cosine_similarity(causal.parent_read, causal.parent_write).max() < 0.999
+    assert (euclidean.metadata["metric"], causal.metadata["metric"]) == ("identity", "causal")
+
+
+def test_a_literal_start_reads_and_writes_one_direction(run):
+    Q = run.concepts.n_parents
+    model = started(run, "literal")
+    torch.testing.assert_close(model.E[:Q], model.D[:Q])
+    model = started(run, "teacher_pull")
+    assert (model.E[:Q] - model.D[:Q]).norm(dim=1).min() > 0.01
+    torch.testing.assert_close((model.E[:Q] * model.D[:Q]).sum(1), torch.ones(Q))
+
+
+def test_random_projectors_keep_the_parents_alone(run):
+    Q = run.concepts.n_parents
+    real, baseline = started(run, "teacher_pull"), started(run, "baseline")
+    for name, same in (("random_projectors", ("E", "D")), ("parents_only", ("E", "D", "F"))):
+        model = started(run, name)
+        torch.testing.assert_close(model.D[:Q], real.D[:Q])
+        torch.testing.assert_close(model.Up, baseline.Up)
+        torch.testing.assert_close(model.Down, baseline.Down)
+        assert not torch.equal(model.Up[:Q], real.Up[:Q])
+        if "F" in same:
+            torch.testing.assert_close(model.G, baseline.G)
+
+
+def test_tied_arms_share_their_tensors(run):
+    for name in ("tied", "baseline_tied"):
+        model = started(run, name)
+        assert model.E is model.D
+        assert model.F is model.G
+        assert model.Down is model.Up
+    model = started(run, "literal")
+    assert model.E is not model.D
+
+
+def test_top_k_arms_have_their_k_and_a_baseline_of_the_same():
+    config = study_config()
+    study = load_findings(STUDY)[0]
+    for k in (1, 2, 8):
+        for name in (f"topk_{k}", f"baseline_topk_{k}"):
+            hsae = config.arm_hsae(config.arm(f"{name}-s0"))
+            assert (hsae.topk_parent, hsae.active_children) == (k, k)
+        assert study.against(f"topk_{k}") == f"baseline_topk_{k}"
+
+
+def test_an_arms_seed_moves_its_start_and_nothing_else(run):
+    one, other = started(run, "baseline", 0), started(run, "baseline", 1)
+    assert not torch.equal(one.D, other.D)
+    torch.testing.assert_close(one.data_mean, other.data_mean)
+    again = started(run, "baseline_freeze", 0)  # the same start, another schedule
+    assert torch.equal(one.D, again.D)
