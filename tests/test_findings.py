@@ -227,8 +227,9 @@ def test_units_come_back_and_many_are_added_in_groups():
     assert len(many.keys_U) == 100
     assert many.numerator_U.sum() == pytest.approx(np.nansum(numerator))
     assert many.denominator_U.sum() == 2.0 * 249
-    tree = {"main": {"parents": {"z": [1.0] * 57}, "children": {"beta": [1.0] * 257}}, "why": None, "n": 3}
-    assert short_evidence(tree) == {"main": {"parents": {"z": [1.0] * 57}, "children": {}}, "why": None, "n": 3}
+    parents = {"z": [1.0] * 57, "q": [0.0] * 57}
+    tree = {"main": {"parents": parents, "children": {"beta": [1.0] * 257}, "beta_ci95": [0.1, 0.2]}, "why": None}
+    assert short_evidence(tree) == {"main": {"parents": {"z": [1.0] * 57}, "beta_ci95": [0.1, 0.2]}, "why": None}
 
 
 def test_packed_records_are_the_same_files_again(done, tmp_path):

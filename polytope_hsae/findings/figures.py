@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from ..report.palette import LIGHT
 from ..report.svg import Drawing, Frame, draw
 from ..report.words import TARGETS, number
-from .summary import TOGETHER, Summary
+from .summary import TOGETHER, Summary, variants
 
 ROW, LEFT = 0.19, 1.75  # inches: a row's height, room for names
 ARMS = ("purity", "leakage", "steering_leakage", "fvu")
@@ -65,7 +65,7 @@ def _evidence(found: Summary) -> list[Drawing]:
     hooks = [hook for hook in found.shown_hooks if hook in found.hooks]
     if not hooks:
         return []
-    blocks = found.hooks[hooks[0]]["evidence"].items()
+    blocks = variants(found.hooks[hooks[0]]["evidence"]).items()
     rows = {name: [z for z in block["parents"]["z"] if z is not None] for name, block in blocks if _has_z(block)}
     if not rows:
         return []
@@ -109,7 +109,7 @@ def _arms(found: Summary, place: int, hook: str, metric: str) -> Drawing:
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
 

@@ -3,7 +3,7 @@
 Every statement is computed from the records: change them, and the words change with the numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..fileio import update_text, write_json
 from ..report.words import DASH, TARGETS, TargetWords, counted, listed, number
 from ..study.results import Spread
 from .figures import drawings
-from .summary import OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results
+from .summary import OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results, variants
 
 AIM = 2  # hooks at which the targets should pass together
 HELD_OUT = {"val": "validation", "test": "test"}
@@ -90,6 +90,7 @@ def _in_short(found: Summary) -> list[str]:
         f"{counted(len(hooks), 'hook')}{': ' + listed(held) if held else ''}; the aim is {AIM}, "
         f"which is {'met' if len(held) >= AIM else 'missed'}."
     ]
+    lines += _decisions(found)
     pooled = [hook for hook in hooks if found.together_over_seeds(hook, plans[hook].teacher)]
     lines.append(f"- The same over seeds: at {len(pooled)}{': ' + listed(pooled) if pooled else ''}.")
     for target in TARGETS:
@@ -118,6 +119,28 @@ def _in_short(found: Summary) -> list[str]:
     return lines
 
 
+def _decisions(found: Summary) -> list[str]:
+    """What the decision of phase 1 says of the hierarchy and of its controls, once for the hooks that agree."""
+    said: dict[str, list[str]] = {}
+    for hook in found.shown_hooks:
+        blocks = variants(found.hooks.get(hook, {}).get("evidence", {}))
+        decided = {name: block["decision"] for name, block in blocks.items() if "decision" in block}
+        if "main" in decided:
+            calls = [name.replace("_", " ") for name, one in decided.items() if one["hierarchy"] and name != "main"]
+            main = decided["main"]
+            failed = [name.replace("_", " ") for name, test in main["tests"].items() if not test["passes"]]
+            line = f"the decision on the evidence, at alpha {main['alpha']}, "
+            line += (
+                "calls the concepts a hierarchy"
+                if main["hierarchy"]
+                else f"calls them none, for want of {listed(failed)}"
+            )
+            others = len(decided) - 1
+            line += f"; of {counted(others, 'control or metric')} it calls {listed(calls) if calls else 'none'} so."
+            said.setdefault(line, []).append(hook)
+    return [f"- At {listed(hooks)}: {line}" for line, hooks in said.items()]
+
+
 def _evidence(found: Summary) -> list[str]:
     lines: list[str] = []
     shown: dict[str, list[str]] = {}
@@ -131,40 +154,40 @@ def _evidence(found: Summary) -> list[str]:
 
 
 def _evidence_table(evidence: dict[str, Any]) -> list[str]:
-    """A row for the hierarchy and every control, a column for every number that the first one has."""
-    blocks = {
-        name: _numbers(block) for name, block in evidence.items() if isinstance(block, dict) and "parents" in block
-    }
+    """A row for every number of the hierarchy's evidence, a column for the hierarchy and every control or metric."""
+    blocks = {name: dict(_numbers(block)) for name, block in variants(evidence).items()}
     if not blocks:
         return []
-    columns = list(next(iter(blocks.values())))
-    rows = [
-        [name.replace("_", " "), *(numbers.get(column, DASH) for column in columns)] for name, numbers in blocks.items()
-    ]
-    return markdown(["rows", *(column.replace("_", " ") for column in columns)], rows)
+    names = list(next(iter(blocks.values())))
+    rows = [[name.replace("_", " "), *(numbers.get(name, DASH) for numbers in blocks.values())] for name in names]
+    return markdown(["", *(name.replace("_", " ") for name in blocks)], rows)
 
 
-def _numbers(block: dict[str, Any]) -> dict[str, str]:
-    """The numbers of a block of evidence.json as text, an interval behind its value."""
-    flat = {**block, **(block.get("angles") or {})}
-    out = {}
-    for name, value in flat.items():
-        if isinstance(value, bool):
-            out[name] = "yes" if value else "no"
-        elif isinstance(value, int | float) or (value is None and name != "angles"):
+def _numbers(block: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """(name, text) of the numbers in a block of evidence.json, an interval behind its value, nested ones too."""
+    for name, value in block.items():
+        if isinstance(value, dict) and name not in ("parents", "children"):
+            if "median" in value:
+                yield before + name, number(value["median"]) + _bounds(value.get("ci95"))
+            else:
+                yield from _numbers(value, f"{before}{name}: ")
+        elif isinstance(value, bool):
+            yield before + name, "yes" if value else "no"
+        elif (isinstance(value, int | float) or value is None) and name not in ("n", "alpha") and "ci95" not in name:
             stem = name.removeprefix("median_").removesuffix("_deg")
-            keys = [f"{name}_ci95", f"{stem}_ci95", "median_ci95" if stem == "angle" else ""]
-            near = next((flat[key] for key in keys if flat.get(key)), None)
-            bounds = "" if near is None else f" [{number(near[0])}, {number(near[1])}]"
-            out[name] = number(value) + bounds
-    return {name: said for name, said in out.items() if not name.endswith("_ci95")}
+            keys = (f"{name}_ci95", f"{stem}_ci95", "median_ci95" if stem == "angle" else "")
+            yield before + name, number(value) + _bounds(next((block[key] for key in keys if block.get(key)), None))
+
+
+def _bounds(ci95: Sequence[float] | None) -> str:
+    return "" if ci95 is None else f" [{number(ci95[0])}, {number(ci95[1])}]"
 
 
 def _targets_words(found: Summary) -> list[str]:
     arms = {hook: (found.study.plan(hook).teacher, found.study.plan(hook).control) for hook in found.shown_hooks}
     return [
-        "Each arm against the one that it is compared with, on the same concepts and documents. The teacher's arm was "
-        "chosen on validation data: "
+        "Each arm against the one that it is compared with, on the same concepts and documents. Which arm is judged the"
+        " study's file says: "
         + "; ".join(f"`{teacher}` (control `{control}`) at {hook}" for hook, (teacher, control) in arms.items())
         + ". The angle is that of the evidence, so it is the same for every seed and arm, and it decides nothing alone."
     ]

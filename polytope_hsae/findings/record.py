@@ -25,7 +25,7 @@ from .plan import Findings, Key
 
 DIGITS = 5  # significant ones that a record keeps
 MAX_UNITS = 100
-MAX_COLUMN = 100
+KEPT_COLUMNS = ("z", "ci95", "median_ci95", "beta_ci95", "omega_ci95", "kappa_ci95")
 RESERVED = 4 << 30  # bytes of a GPU left to models when rows are placed there
 
 
@@ -147,10 +147,10 @@ def unpack_units(packed: Mapping[str, list[Any]]) -> Units:
 
 
 def short_evidence(tree: Any) -> Any:
-    """evidence.json without its columns of more than 100 numbers, and with fewer digits."""
+    """evidence.json with fewer digits and without its columns, but for z of the parents."""
     if isinstance(tree, dict):
-        kept = {name: short_evidence(value) for name, value in tree.items()}
-        return {name: value for name, value in kept.items() if not isinstance(value, list) or len(value) <= MAX_COLUMN}
+        kept = {name: short_evidence(value) for name, value in tree.items() if name != "children"}
+        return {name: value for name, value in kept.items() if not isinstance(value, list) or name in KEPT_COLUMNS}
     if isinstance(tree, list):
         return [short_evidence(value) for value in tree]
     return _rounded(tree) if isinstance(tree, float) else tree

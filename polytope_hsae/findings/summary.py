@@ -144,6 +144,11 @@ class Summary:
         return all(_named(over, target)["verdict"] == PASS for target in TOGETHER)
 
 
+def variants(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """The blocks of evidence.json: the hierarchy (main), its controls and the other metrics."""
+    return {name: block for name, block in evidence.items() if isinstance(block, dict) and "median_z" in block}
+
+
 def _named(targets: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     return next(target for target in targets if target["name"] == name)
 

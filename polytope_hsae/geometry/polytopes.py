@@ -17,7 +17,7 @@ MEASURES = ("gram_cv", "edge_cv", "barycentric_accuracy", "chance", "hull_auroc"
 
 
 def polytopes(
-    words: ConceptWords, child_words: ChildWords, token_rows: Tensor, *, halvings: int = 2, seed: int = 0
+    words: ConceptWords, child_words: ChildWords, token_rows: Tensor, *, halvings: int = 1, seed: int = 0
 ) -> dict[str, Floats]:
     """Measures of every parent's children [Q]; NaN for a parent with fewer than 3 children of 2 words or more.
 
@@ -89,38 +89,39 @@ def hull_weights(vertices_Kd: Tensor, points_Nd: Tensor) -> Tensor:
     """Weights [N, K] >= 0 of sum 1 of each point's nearest point in the hull: a small convex program per point.
 
     Accelerated projected gradient with restarts, on all points at once. It stops when the duality gap, which bounds
-    the error of half the squared distance, is at most 1e-9 of the largest squared distance between a point and a
-    vertex. Raises ValueError if that is not reached.
+    the error of half the squared distance, is at most 1e-9 of the largest squared distance between a point and the
+    first vertex. Raises ValueError if that is not reached.
     """
     # Coordinates about the first vertex: the program does not change, and no large common part is lost to rounding.
-    edges_Kd = vertices_Kd - vertices_Kd[0]
-    gram_KK = edges_Kd @ edges_Kd.T
-    target_NK = (points_Nd - vertices_Kd[0]) @ edges_Kd.T
-    limit = TOLERANCE * float(torch.cdist(points_Nd, vertices_Kd).square().max())
-    step = 1 / max(float(torch.linalg.eigvalsh(gram_KK)[-1]), torch.finfo(torch.float64).tiny)
-    weights_NK = torch.full_like(target_NK, 1 / len(vertices_Kd))
-    ahead_NK, t_N1 = weights_NK, torch.ones_like(target_NK[:, :1])
+    edges_Kd, offsets_Nd = vertices_Kd - vertices_Kd[0], points_Nd - vertices_Kd[0]
+    # NumPy: the arrays are so small that the calls are what costs.
+    gram_KK, target_NK = ((rows @ edges_Kd.T).cpu().numpy() for rows in (edges_Kd, offsets_Nd))
+    limit = TOLERANCE * float(offsets_Nd.square().sum(1).max())
+    step = 1 / max(float(np.linalg.eigvalsh(gram_KK)[-1]), np.finfo(np.float64).tiny)
+    weights_NK = np.full_like(target_NK, 1 / len(vertices_Kd))
+    ahead_NK, t_N1 = weights_NK, np.ones_like(target_NK[:, :1])
     for number in range(_MAX_STEPS):
         if number % 10 == 0:
             slope_NK = weights_NK @ gram_KK - target_NK
-            gap_N = (weights_NK * slope_NK).sum(1) - slope_NK.min(1).values
-            if bool((gap_N <= limit).all()):
-                return weights_NK
+            gap = float(((weights_NK * slope_NK).sum(1) - slope_NK.min(1)).max())
+            if gap <= limit:
+                return torch.from_numpy(weights_NK).to(points_Nd.device)
         moved_NK = project_to_simplex(ahead_NK - step * (ahead_NK @ gram_KK - target_NK))
-        uphill_N1 = ((ahead_NK - moved_NK) * (moved_NK - weights_NK)).sum(1, keepdim=True) > 0
-        t_N1 = torch.where(uphill_N1, torch.ones_like(t_N1), t_N1)
-        next_N1 = (1 + (1 + 4 * t_N1.square()).sqrt()) / 2
-        ahead_NK = moved_NK + (t_N1 - 1) / next_N1 * (moved_NK - weights_NK)
+        forward_NK = moved_NK - weights_NK
+        uphill_N1 = ((ahead_NK - moved_NK) * forward_NK).sum(1, keepdims=True) > 0
+        t_N1 = np.where(uphill_N1, 1.0, t_N1)
+        next_N1 = (1 + np.sqrt(1 + 4 * t_N1**2)) / 2
+        ahead_NK = moved_NK + (t_N1 - 1) / next_N1 * forward_NK
         weights_NK, t_N1 = moved_NK, next_N1
-    raise ValueError(f"hull: found a gap of {float(gap_N.max()):.3g} after {_MAX_STEPS} steps, allowed: {limit:.3g}")
+    raise ValueError(f"hull: found a gap of {gap:.3g} after {_MAX_STEPS} steps, allowed: {limit:.3g}")
 
 
-def project_to_simplex(x_NK: Tensor) -> Tensor:
+def project_to_simplex(x_NK: Floats) -> Floats:
     """The nearest rows [N, K] with entries >= 0 of sum 1."""
-    sorted_NK = x_NK.sort(dim=1, descending=True).values
-    excess_NK = (sorted_NK.cumsum(1) - 1) / torch.arange(1, x_NK.shape[1] + 1, dtype=x_NK.dtype, device=x_NK.device)
-    kept_N1 = (sorted_NK > excess_NK).sum(1, keepdim=True) - 1
-    return (x_NK - excess_NK.gather(1, kept_N1)).clamp_min(0)
+    sorted_NK = np.sort(x_NK, axis=1)[:, ::-1]
+    excess_NK = (sorted_NK.cumsum(1) - 1) / np.arange(1, x_NK.shape[1] + 1)
+    last_N1 = (sorted_NK > excess_NK).sum(1, keepdims=True) - 1
+    return np.asarray(np.maximum(x_NK - np.take_along_axis(excess_NK, last_N1, axis=1), 0.0))
 
 
 def _auroc(positive: Floats, negative: Floats) -> float:
