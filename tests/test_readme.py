@@ -1,7 +1,7 @@
 """Every command and the library example of README.md run, on the finished smoke run in place of the quickstart's.
 
-`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, `study`, `findings` and `synthetic` in their own
-tests, on tiny studies.
+`import-jax` runs in test_jax_compat.py, which makes a checkpoint for it, `study`, `findings` and `synthetic` in their
+own tests, on tiny studies.
 """
 
 import re
