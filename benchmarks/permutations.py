@@ -1,9 +1,10 @@
 """How long does the evidence take? 1,000 permutations over 100 parents at d = 2,048 and V = 50,000, part by part.
 
-    python benchmarks/permutations.py --out FOLDER [--threads 2] [--width 2048] [--vocab 50000] [--parents 100]
+    python benchmarks/permutations.py --out FOLDER [--width 2048] [--vocab 50000] [--parents 100]
 
 Random rows; every parent has 6 children of 8 words of one to three tokens, and the pool has 12,000 words. Writes
-permutations.json and permutations.md. Exit code 1 if the parts take more than LIMIT seconds together.
+permutations.json and permutations.md: by the clock, and CPU time of the one thread it uses, which is what an idle core
+takes however busy the machine is now. Exit code 1 if that is more than LIMIT seconds for all parts together.
 """
 
 import argparse
@@ -31,14 +32,14 @@ LIMIT = 180.0
 CHILDREN, WORDS, POOL = 6, 8, 12_000
 
 
-def measure(width: int, vocab: int, parents: int, permutations: int) -> dict[str, float]:
-    """Seconds of every part, in order."""
-    seconds: dict[str, float] = {}
+def measure(width: int, vocab: int, parents: int, permutations: int) -> dict[str, dict[str, float]]:
+    """Seconds of every part, in order, by the clock and of CPU time."""
+    seconds: dict[str, dict[str, float]] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.process_time()
         result = call()
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
         return result
 
     generator = np.random.default_rng(0)
@@ -69,32 +70,29 @@ def measure(width: int, vocab: int, parents: int, permutations: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=50_000)
     parser.add_argument("--parents", type=int, default=100)
     parser.add_argument("--permutations", type=int, default=1000)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     load = [os.getloadavg()[0]]
-    cpu = time.process_time()
     seconds = measure(options.width, options.vocab, options.parents, options.permutations)
-    cpu = time.process_time() - cpu
     load.append(os.getloadavg()[0])
-    total = sum(seconds.values())
-    within = total <= LIMIT
-    sizes = {name: getattr(options, name) for name in ("width", "vocab", "parents", "permutations", "threads")}
+    total = {kind: sum(part[kind] for part in seconds.values()) for kind in ("clock", "cpu")}
+    within = total["cpu"] <= LIMIT
+    sizes = {name: getattr(options, name) for name in ("width", "vocab", "parents", "permutations")}
     document = {
         "environment": environment("cpu"), **sizes, "children": CHILDREN, "words": WORDS, "pool": POOL,
-        "seconds": seconds, "total_seconds": total, "cpu_seconds": cpu, "limit": LIMIT,
-        "load_before_and_after": load,
+        "seconds": seconds, "total": total, "limit": LIMIT, "load_before_and_after": load,
     }  # fmt: skip
     write_json(options.out / "permutations.json", document)
-    lines = [", ".join(f"{name} {value:,}" for name, value in sizes.items()) + ".", "", "| part | s |", "| --- | --- |"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in seconds.items()]
-    said = f"{cpu:.0f} s of CPU time; load of the machine {load[0]:.1f} before and {load[1]:.1f} after."
-    stated = f"Stated: under {LIMIT:.0f} s. {'They are.' if within else 'They are not.'}"
-    lines += [f"| together | {total:.1f} |", "", said, "", stated]
+    lines = [", ".join(f"{name} {value:,}" for name, value in sizes.items()) + "; one thread.", ""]
+    lines += ["| part | CPU s | s by the clock |", "| --- | --- | --- |"]
+    for name, part in (seconds | {"together": total}).items():
+        lines.append(f"| {name} | {part['cpu']:.1f} | {part['clock']:.1f} |")
+    stated = f"Stated: under {LIMIT:.0f} s of CPU time. {'They are.' if within else 'They are not.'}"
+    lines += ["", f"Load of the machine: {load[0]:.1f} before, {load[1]:.1f} after. {stated}"]
     write_text(options.out / "permutations.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     sys.exit(0 if within else 1)

@@ -205,9 +205,8 @@ def shared_parent(
         raise ValueError(f"permutations: found {permutations}, allowed: at least 1")
     by_token = bool((pool_size_M == 1).all())
     sampler = _Sampler(pool_size_M, permutations, seed)
-    pool_sum_Md = (
-        pool_sum_Md.float()
-    )  # of the null alone: half the memory to read, and rounding is far below its spread
+    # Of the null alone: half the memory to read, and rounding is far below its spread.
+    pool_sum_Md = pool_sum_Md.float()
     vectors_Rd = words.child_vectors()
     s_p, z, p = (np.full(words.n_parents, np.nan) for _ in range(3))
     for parent in range(words.n_parents):
