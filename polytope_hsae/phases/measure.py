@@ -18,7 +18,7 @@ from ..evaluation.firings import norm_metrics
 from ..evaluation.pushing import evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
-from ..evaluation.structure import LabelledSample, evaluate_structure, labelled_sample
+from ..evaluation.structure import evaluate_structure, labelled_sample
 from ..evaluation.words import TokenTexts
 from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
@@ -60,9 +60,6 @@ def measure_models(
     """
     held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
-    sample = labelled_sample(
-        run.store, run.concepts, fold=split, shrinkage=run.config.geometry.shrinkage, seed=common["seed"], **labels(run)
-    )
     sigma_dd = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
     of_language_model = evaluate_language_model(
         models,
@@ -83,15 +80,16 @@ def measure_models(
             evaluation |= evaluate_reconstruction(
                 sae, run.store, split, run.train_moments[0], sigma_dd=sigma_dd, **common
             )
-            found[name] = _measure(run, sae, held_out, sample, evaluation, own, common)
+            found[name] = _measure(run, sae, held_out, evaluation, own, common)
         ticker(len(models), len(models))
     return found
 
 
 class HeldOut:
-    """Contexts of a split, the same for every model.
+    """Contexts and labelled rows of a split, the same for every model.
 
-    ids, mask [N, T] and documents [N]: whole contexts, padded on the right; steering_ids [M, T'] without padding.
+    ids, mask [N, T] and documents [N]: whole contexts, padded on the right; steering_ids [M, T'] without padding;
+    sample: probes of the concepts and the rows that carry them.
     """
 
     def __init__(self, run: Run, split: str):
@@ -105,6 +103,10 @@ class HeldOut:
         rows = rows[: config.eval.lm_contexts]
         self.documents = rows[:, 0].numpy()
         self.ids, self.mask = padded_contexts(documents, rows)
+        shrinkage, seed = config.geometry.shrinkage, config.run.seed
+        self.sample = labelled_sample(
+            run.store, run.concepts, fold=split, shrinkage=shrinkage, seed=seed, **labels(run)
+        )
 
 
 def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: int) -> Tensor:
@@ -129,7 +131,6 @@ def _measure(
     run: Run,
     sae: SparseAutoencoder,
     held_out: HeldOut,
-    sample: LabelledSample,
     evaluation: Evaluation,
     teacher_parents: Sequence[int],
     common: Mapping[str, Any],
@@ -139,7 +140,7 @@ def _measure(
     label = {**labels(run), "fold": held_out.split}
     concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
     evaluation |= concepts.result
-    evaluation |= evaluate_structure(sae, run.store, run.concepts, sample, concepts, **common)
+    evaluation |= evaluate_structure(sae, run.store, run.concepts, held_out.sample, concepts, **common)
     own_slots = None
     if teacher_parents:
         slots = np.full(run.concepts.n_parents, -1)
