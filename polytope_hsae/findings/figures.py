@@ -10,7 +10,7 @@ from ..report.svg import Drawing, Frame, draw
 from ..report.words import TARGETS, number
 from .summary import TOGETHER, Summary, variants
 
-ROW, LEFT = 0.19, 1.75  # inches: a row's height, room for names
+ROW, LEFT = 0.19, 1.9  # inches: a row's height, room for names
 ARMS = ("purity", "leakage", "steering_leakage", "fvu")
 VERDICTS = {"PASS": "s4", "FAIL": "s3", "INCONCLUSIVE": "s2"}
 
@@ -33,7 +33,7 @@ def _target(found: Summary, name: str) -> Drawing:
             seeds = found.seeds(hook, arm)
             targets = [_of(found.targets(hook, arm, chosen), name) for chosen in [*([seed] for seed in seeds), seeds]]
             if seeds and targets[-1]["measured"] is not None:
-                rows.append((f"{hook}: {arm}", targets))
+                rows.append((f"{_short(hook)}: {arm}", targets))
                 required = targets[-1]["required"]
 
     def paint(axes: Axes) -> None:
@@ -101,10 +101,14 @@ def _arms(found: Summary, place: int, hook: str, metric: str) -> Drawing:
             axes.axvline(chance.mean, color=LIGHT["s3"], linewidth=0.8, linestyle=(0, (1.5, 1.5)))
         _name_rows(axes, [arm for arm, _ in rows])
         axes.set_xlabel(metric.replace("_", " "))
-        axes.set_title(hook)
+        axes.set_title(_short(hook))
 
     said = "; ".join(f"{arm}: {number(over.mean)}" for arm, over in rows)
     return draw(f"arms-{place}-{metric}", f"{metric} at {hook}", said or "no values", _frame(len(rows)), paint)
+
+
+def _short(hook: str) -> str:
+    return hook.removesuffix("_pre_unembed").replace("_", " ")
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:

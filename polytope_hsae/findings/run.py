@@ -13,6 +13,8 @@ has a run folder in the cache: phase 1 is made there once, then every arm with e
 import multiprocessing
 import os
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -329,6 +331,7 @@ _state: dict[str, Any] = {}  # of a process: its work and what it has opened
 
 def _start_process(work: Work, device: str) -> None:
     """Begin a worker process."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
     _start(work, device)
