@@ -189,8 +189,9 @@ def _targets_words(found: Summary) -> list[str]:
         "Each arm against the one that it is compared with, on the same concepts and documents. Which arm is judged the"
         " study's file says: "
         + "; ".join(f"`{teacher}` (control `{control}`) at {hook}" for hook, (teacher, control) in arms.items())
-        + ". In the figures a tick is a seed, a dot with its bar the value over seeds with its interval, green for PASS,"
-        " orange for FAIL, grey for INCONCLUSIVE; a dashed line is a threshold. The angle is that of the evidence, so it is the same for every seed and arm, and it decides nothing alone."
+        + ". In the figures a tick is a seed, a dot with its bar the value over seeds with its interval, green for"
+        " PASS, orange for FAIL, grey for INCONCLUSIVE; a dashed line is a threshold. The angle is that of the"
+        " evidence, so it is the same for every seed and arm, and it decides nothing alone."
     ]
 
 
