@@ -27,7 +27,7 @@ from polytope_hsae.geometry.worlds import WORLDS, WorldSize, try_world
 from polytope_hsae.report.palette import LIGHT, LINE_STYLES, SERIES
 from polytope_hsae.report.svg import Frame, draw
 
-SIGNAL, SIGNALS = 0.4, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+SIGNAL, SIGNALS = 0.4, (0.05, 0.1, 0.15, 0.2, 0.25, 0.26, 0.27, 0.28, 0.29, 0.3, 0.4, 0.5)
 ALPHA, LEAST_POWER, MOST_FALSE = 0.01, 0.95, 0.05
 Job = tuple[str, float, int]
 

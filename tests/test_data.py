@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from polytope_hsae.config import load_config
 from polytope_hsae.data import corpus
 from polytope_hsae.data.corpus import Documents, context_batches, context_ids, contexts, load_documents, split_documents
 from polytope_hsae.data.harvest import harvest
@@ -23,6 +24,8 @@ from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.fileio import read_json, write_tensors
 from polytope_hsae.lm import FINAL_HOOK
+from polytope_hsae.lm_loading import load_tokenizer
+from polytope_hsae.phases.run import load_corpus
 
 CONTEXT = 8
 THRESHOLD = 0.15
@@ -434,3 +437,17 @@ def test_bad_stream_sizes_are_refused(store: ActivationStore) -> None:
         RowStream(store, "val", 1, 0, window_rows=0)
     whole = RowStream(store, "val", n, 0)
     assert whole.next_rows().sort().values.tolist() == list(range(n))
+
+
+def test_held_out_documents_come_from_a_file_of_their_own_and_no_longer_than_asked(tmp_path):
+    for name, n, words in (("train", 3, 50), ("heldout", 4, 90)):
+        texts = [" ".join(["the horse"] * (words + i)) for i in range(n)]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    paths = [f"corpus.path={tmp_path / 'train.txt'}", f"corpus.heldout_path={tmp_path / 'heldout.txt'}"]
+    config = load_config("smoke", ["corpus.source=text", *paths, "corpus.heldout_document_tokens=40"])
+    tokenizer = load_tokenizer("textbook-lm-9m")
+    documents, members = load_corpus(config, tokenizer, None)
+    assert [len(members[split]) for split in ("train", "val", "test")] == [3, 2, 2]
+    assert set(members["train"].tolist()) == {0, 1, 2}
+    assert documents.lengths[3:].tolist() == [40] * 4
+    assert documents.lengths[:3].min() > 90

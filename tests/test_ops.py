@@ -107,6 +107,35 @@ def test_routed_dot_sum_and_outer_equal_a_gather(B, k, P, m, d, own_rows, precis
         assert_close(a, b, tolerance)
 
 
+@pytest.mark.parametrize("m,own_rows", [(4, False), (20, False), (4, True)])
+def test_pairs_that_are_left_out_give_zero_and_get_no_gradient(m, own_rows):
+    B, k, P, d = 33, 6, 5, 37
+    index, used = torch.randint(P, (B, k), generator=torch.Generator().manual_seed(0)), normal(B, k) > 0.3
+    divisor, used_N1 = 1 if own_rows else k, used.flatten().unsqueeze(1)
+    plan = make_plan(index.to(DEVICE), P, used.to(DEVICE))
+    x, W = normal(B * k // divisor, d).requires_grad_(), normal(P, m, d).requires_grad_()
+    c = (normal(B * k, m) * used_N1).requires_grad_()
+    mine_x, mine_W, mine_c = leaf(x), leaf(W), leaf(c)
+    expected = torch.einsum("nmd,nd->nm", W[index.flatten()], x.repeat_interleave(divisor, 0)) * used_N1
+    found = functions.RoutedDot.apply(mine_x, mine_W, None, None, plan, divisor, "float32")
+    assert not found[~used.flatten()].any()
+    up = normal(*expected.shape, seed=1) * used_N1
+    expected_sum = torch.einsum("nmd,nm->nd", W[index.flatten()], c).view(-1, divisor, d).sum(1)
+    found_sum = functions.RoutedSum.apply(mine_c, mine_W, plan, divisor, "float32")
+    up_sum = normal(*expected_sum.shape, seed=1)
+    of_x_W = torch.autograd.grad(found, (mine_x, mine_W), up.float().to(DEVICE))
+    of_c_W = torch.autograd.grad(found_sum, (mine_c, mine_W), up_sum.float().to(DEVICE))
+    assert not of_c_W[0][~used.flatten()].any()
+    wanted = torch.autograd.grad(expected, (x, W), up)
+    wanted_c, wanted_W = torch.autograd.grad(expected_sum, (c, W), up_sum)
+    for a, b in zip(
+        (found, found_sum, *of_x_W, *of_c_W),
+        (expected, expected_sum, *wanted, wanted_c * used_N1, wanted_W),
+        strict=True,
+    ):
+        assert_close(a, b, 2e-5)
+
+
 def test_every_pair_gets_its_parents_bias():
     index, x, W, b = parents(20, 3, 6), normal(20, 24), normal(6, 20, 24), normal(6, 20).requires_grad_()
     expected = torch.einsum("nmd,nd->nm", W[index.flatten()], x.repeat_interleave(3, 0)) + b[index.flatten()]

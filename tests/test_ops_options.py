@@ -15,6 +15,13 @@ OPTIONS = {
     "batch": {"parent_budget": "batch", "child_budget": "batch", "l1_parent": 0.01, "l1_child": 0.01},
     "batch of parents": {"parent_budget": "batch", "child_budget": "per_parent", "child_input": "input"},
     "joint": {"parent_budget": "joint", "child_budget": "batch", "topk_child_total": 5},
+    "joint, direct and tied": {
+        "parent_budget": "joint", "child_budget": "batch", "topk_child_total": 5, "budget_slots": 3.0,
+        "child_encoder": "direct", "child_decoder": "direct", "use_tied_decoders_child": True,
+    },
+    "batch, an L1 of all codes": {
+        "parent_budget": "batch", "child_budget": "batch", "l1_scope": "all", "l1_parent": 0.01, "l1_child": 0.01,
+    },
     "balance": {"gate": "straight_through", "router_balance_rate": 0.1},
     "balance of codes": {
         "magnitude": "leaky_offset", "router_balance_rate": 0.1, "child_input": "input", "child_budget": "per_parent",

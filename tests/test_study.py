@@ -13,9 +13,9 @@ from running import Answer, files, hsae, refused
 from tiny import save_family
 
 from polytope_hsae.config import ConfigError
-from polytope_hsae.data.corpus import Documents
+from polytope_hsae.data.corpus import Documents, shortened
 from polytope_hsae.models.flops import parameter_count
-from polytope_hsae.study.data import of_each_document, shortened
+from polytope_hsae.study.data import of_each_document
 from polytope_hsae.study.plan import RunKey, load_study, model_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs

@@ -37,6 +37,11 @@ class CorpusConfig(Block):
     )
     max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
     heldout_tokens: Whole = Field(600_000, ge=256, description="Tokens of heldout_path read at most.")
+    heldout_document_tokens: Whole | None = Field(
+        None,
+        ge=3,
+        description="Tokens used of each document of heldout_path at most, so that no book outweighs the rest.",
+    )
     context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
 
     @model_validator(mode="after")

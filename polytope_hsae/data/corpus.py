@@ -132,6 +132,13 @@ def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> 
     return dict(zip(SPLITS, parts, strict=True))
 
 
+def shortened(documents: Documents, most: int) -> Documents:
+    """Every document's first `most` tokens."""
+    length_D = documents.lengths.clamp_max(most)
+    parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
+    return Documents(torch.cat(parts), length_D.cumsum(0) - length_D, documents.start_id)
+
+
 def with_held_out(train: Documents, held_out: Documents, seed: int) -> tuple[Documents, dict[str, Tensor]]:
     """Both corpora as one, and the document numbers of train, val and test: the held-out documents, in a seeded random
     order, are half val, half test. Raises ValueError for fewer than two of them.

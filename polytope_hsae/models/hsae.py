@@ -93,7 +93,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         """One pass over raw rows [B, d]."""
         x, rows, row_scale, origin = self._enter(h_Bd)
         parent_index, parent_value, logits, code_sum = self._route(rows, generator, origin)
-        routes = ops.routing(parent_index, self.D, self.precision)
+        routes = ops.routing(parent_index, self.D, self.precision, self._used(parent_value))
         top = None
         if self.config.child_input == "residual":
             part = ops.weighted_row_sum(self.D, parent_index, parent_value, routes)
@@ -194,9 +194,14 @@ class HierarchicalSAE(ConstrainedDecoders):
 
         A child contributes only while its parent's code is above 0.
         """
-        routes = ops.routing(parent_Bk, self.D, self.precision)
+        routes = ops.routing(parent_Bk, self.D, self.precision, self._used(value_Bk))
         index, children = self._open_children(x_Bd, routes, value_Bk)
         return index, children.value, children.pre
+
+    def _used(self, value_Bk: Tensor) -> Tensor | None:
+        """The slots with a code, where a batch's budget leaves many without one and no L1 reads those; None: all."""
+        of_all = self.config.l1_child > 0 and self.config.l1_scope == "all"
+        return value_Bk.detach() > 0 if self.parent_budget.of_batch and not of_all else None
 
     def _open_children(
         self, x_Bd: Tensor, routes: ops.Routing, value_Bk: Tensor, origin: Tensor | None = None

@@ -43,13 +43,19 @@ class Routing(NamedTuple):
     precision: Precision
 
 
-def routing(parent_Bk: Tensor, weight: Tensor, precision: Precision = "float32") -> Routing:
-    """Prepare routed operations on weights [P, ...]."""
+def routing(
+    parent_Bk: Tensor, weight: Tensor, precision: Precision = "float32", used_Bk: Tensor | None = None
+) -> Routing:
+    """Prepare routed operations on weights [P, ...].
+
+    used_Bk (bool): slots whose parent's code is above 0; kernels leave the others out, where a child's pre-activation
+    then is 0.
+    """
     plan = None
     if uses_kernels(weight) and parent_Bk.numel():
         from .triton.plan import make_plan
 
-        plan = make_plan(parent_Bk, len(weight))
+        plan = make_plan(parent_Bk, len(weight), used_Bk)
     return Routing(parent_Bk, plan, precision)
 
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config, ConfigError, dump_yaml, load_config
 from ..data.concepts import Concepts
-from ..data.corpus import Documents, load_documents, split_documents, with_held_out
+from ..data.corpus import Documents, load_documents, shortened, split_documents, with_held_out
 from ..data.store import ActivationStore
 from ..evaluation.concepts import Label
 from ..fileio import read_json, sha256_file, write_text
@@ -227,7 +227,10 @@ def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) ->
     documents = load(options.path, options.max_tokens)
     if options.heldout_path is None:
         return documents, split_documents(documents.n_documents, options.split, seed)
-    return with_held_out(documents, load(options.heldout_path, options.heldout_tokens), seed)
+    held_out = load(options.heldout_path, options.heldout_tokens)
+    if options.heldout_document_tokens is not None:
+        held_out = shortened(held_out, options.heldout_document_tokens)
+    return with_held_out(documents, held_out, seed)
 
 
 def run_folder_of(path: Path) -> Path:

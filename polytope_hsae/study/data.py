@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ..config import Config, ConfigError
 from ..data.concepts import Concepts
-from ..data.corpus import Documents, contexts, load_documents, padded_contexts, split_documents
+from ..data.corpus import (
+    Documents,
+    contexts,
+    load_documents,
+    padded_contexts,
+    shortened,
+    split_documents,
+    with_held_out,
+)
 from ..data.harvest import harvest
 from ..data.store import ActivationStore, ResidentStore
 from ..evaluation.concepts import Label
@@ -83,13 +91,6 @@ def of_each_document(rows_n3: Tensor, most: int) -> Tensor:
     document_n = rows_n3[:, 0].contiguous()
     place_n = torch.arange(len(rows_n3)) - torch.searchsorted(document_n, document_n)
     return rows_n3[torch.argsort(place_n, stable=True)[:most]]
-
-
-def shortened(documents: Documents, most: int) -> Documents:
-    """Every document's first `most` tokens."""
-    length_D = documents.lengths.clamp_max(most)
-    parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
-    return Documents(torch.cat(parts), length_D.cumsum(0) - length_D, documents.start_id)
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,7 @@ class StudyData:
             raise ConfigError(
                 f"text: found {held_out.n_documents} held-out document, allowed: 2 or more, for val and test"
             )
-        order = torch.randperm(held_out.n_documents, generator=torch.Generator().manual_seed(self.config.run.seed))
-        val, test = (order + train.n_documents).tensor_split(2)
-        starts = torch.cat([train.starts, held_out.starts + train.n_tokens])
-        documents = Documents(torch.cat([train.tokens, held_out.tokens]), starts, train.start_id)
-        return documents, {"train": torch.arange(train.n_documents), "val": val, "test": test}
+        return with_held_out(train, held_out, self.config.run.seed)
 
     def _harvest(self, hook: str, documents: Documents, members: dict[str, Tensor]) -> ActivationStore:
         options = self.config.data

@@ -22,9 +22,8 @@ def _weighted_rows(coef, weight, parent, b, c, inside, R, d, M: tl.constexpr, RO
         r = at + tl.arange(0, ROWS)
         p = tl.load(parent + b * (R // M) + r // M, mask=r < R, other=0).to(tl.int64)
         scale = tl.load(coef + b * R + r, mask=r < R, other=0.0).to(tl.float32)
-        w = tl.load(
-            weight + (p * M + r % M)[:, None] * d + c[None, :], mask=(r < R)[:, None] & inside[None, :], other=0.0
-        )
+        used = (scale != 0)[:, None] & inside[None, :]
+        w = tl.load(weight + (p * M + r % M)[:, None] * d + c[None, :], mask=used, other=0.0)
         total += scale[:, None] * w.to(tl.float32)
     return tl.sum(total, 0)
 

@@ -36,11 +36,12 @@ class Plan:
     """Where every pair lies once the pairs are sorted by parent; int32 tensors.
 
     parent_Bk: the parents as they came. order [N]: pair numbers b*k + j, sorted by parent. start [P+1]: where each
-    parent's pairs begin in `order`. tiles, chunks: pieces of at most TILE and CHUNK pairs.
+    parent's pairs begin in `order`. tiles, chunks: pieces of at most TILE and CHUNK pairs. partial: whether pairs were
+    left out; these lie in `order` after start[P], belong to no piece, and products of pairs are 0 there.
     """
 
-    def __init__(self, parent_Bk: Tensor, order_N: Tensor, start: Tensor):
-        self.parent_Bk, self.order, self.start = parent_Bk, order_N, start
+    def __init__(self, parent_Bk: Tensor, order_N: Tensor, start: Tensor, partial: bool):
+        self.parent_Bk, self.order, self.start, self.partial = parent_Bk, order_N, start, partial
         self.k = parent_Bk.shape[1]
         self.n_parents = len(start) - 1
 
@@ -53,14 +54,17 @@ class Plan:
         return _pieces(self.start, len(self.order), CHUNK)
 
 
-def make_plan(parent_Bk: Tensor, n_parents: int) -> Plan:
-    """Group the pairs of int64 or int32 [B, k]."""
+def make_plan(parent_Bk: Tensor, n_parents: int, used_Bk: Tensor | None = None) -> Plan:
+    """Group the pairs of int64 or int32 [B, k], or those of them that are in use (bool)."""
     # Keys as narrow as they go: a radix sort's cost grows with the bytes of a key.
-    narrow = torch.int16 if n_parents < 2**15 else torch.int32
-    sorted_N, order_N = torch.sort(parent_Bk.flatten().to(narrow), stable=True)
+    narrow = torch.int16 if n_parents < 2**15 - 1 else torch.int32
+    key_Bk = parent_Bk.to(narrow)
+    if used_Bk is not None:
+        key_Bk = key_Bk.masked_fill(~used_Bk, n_parents)
+    sorted_N, order_N = torch.sort(key_Bk.flatten(), stable=True)
     edges = torch.arange(n_parents + 1, device=parent_Bk.device, dtype=narrow)
     start = torch.searchsorted(sorted_N, edges, out_int32=True)
-    return Plan(parent_Bk.to(torch.int32).contiguous(), order_N.to(torch.int32), start)
+    return Plan(parent_Bk.to(torch.int32).contiguous(), order_N.to(torch.int32), start, used_Bk is not None)
 
 
 def _pieces(start: Tensor, n_pairs: int, size: int) -> Pieces:

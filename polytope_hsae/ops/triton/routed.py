@@ -137,7 +137,7 @@ def _sum_kernel(coef, weight, parent, out, d, R, M: tl.constexpr, ROWS: tl.const
         r = at + tl.arange(0, ROWS)
         p = tl.load(parent + b * (R // M) + r // M, mask=r < R, other=0).to(tl.int64)
         scale = tl.load(coef + b * R + r, mask=r < R, other=0.0).to(tl.float32)
-        inside = (r < R)[:, None] & (c[None, :] < d)
+        inside = (scale != 0)[:, None] & (c[None, :] < d)  # pairs that are left out cost no weights
         w = tl.load(weight + (p * M + r % M)[:, None] * d + c[None, :], mask=inside, other=0.0)
         total += scale[:, None] * w.to(tl.float32)
     tl.store(out + b * d + c, tl.sum(total, 0), mask=c < d)
@@ -168,6 +168,12 @@ def _tile_sum_kernel(
         tl.store(out + pair[:, None] * d + c[None, :], total, mask=here[:, None] & (c[None, :] < d))
 
 
+def of_pairs(plan: Plan, like: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for a number or a row of every pair [N, width]: 0 where pairs are left out, as nothing else writes there."""
+    made = like.new_zeros if plan.partial else like.new_empty
+    return made(len(plan.order), width, dtype=dtype)
+
+
 def dot(
     rows: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, precision: str, bias_Pm: Tensor | None = None
 ) -> Tensor:
@@ -175,7 +181,7 @@ def dot(
     _, M, d = weight_Pmd.shape
     dtype, tiles = DTYPE[precision], plan.tiles
     rows, weight = rows.to(dtype).contiguous(), weight_Pmd.to(dtype).contiguous()
-    out = rows.new_empty(len(plan.order), M, dtype=torch.float32)
+    out = of_pairs(plan, rows, M)
     MB = _block(M, 256)
     D = _block(d, 64 if precision == "bf16" else 32)
     _dot_kernel[(len(tiles.parent), triton.cdiv(M, MB))](
@@ -221,7 +227,7 @@ def _sweep(
     dtype, tiles = DTYPE[precision], plan.tiles
     rows, coef_Nm = rows.to(dtype).contiguous(), coef_Nm.to(dtype).contiguous()
     weight = rows if weight_Pmd is None else weight_Pmd.to(dtype).contiguous()
-    out_dot = rows.new_empty(0 if weight_Pmd is None else len(plan.order), M, dtype=torch.float32)
+    out_dot = rows.new_empty(0, M, dtype=torch.float32) if weight_Pmd is None else of_pairs(plan, rows, M)
     out = rows.new_empty(len(tiles.place), M, d, dtype=torch.float32)  # from P on: later tiles
     D = _block(d, 64 if precision == "bf16" else 32)
     _sweep_kernel[(len(tiles.place),)](
@@ -264,7 +270,7 @@ def slot_sums(coef_Nm: Tensor, weight_Pmd: Tensor, plan: Plan, divisor: int, pre
     _, M, d = weight_Pmd.shape
     weight, coef_Nm = (x.to(DTYPE[precision]).contiguous() for x in (weight_Pmd, coef_Nm))
     tiles = plan.tiles
-    slots = weight.new_empty(len(plan.order), d, dtype=torch.float32 if divisor == 1 else DTYPE[precision])
+    slots = of_pairs(plan, weight, d, torch.float32 if divisor == 1 else DTYPE[precision])
     D = _block(d, 128 if precision == "bf16" else 64)
     grid = (len(tiles.parent), triton.cdiv(d, D))
     _tile_sum_kernel[grid](
