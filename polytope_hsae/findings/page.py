@@ -75,6 +75,8 @@ def _made_from(found: Summary) -> list[str]:
         " beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither. This page is written by `hsae findings"
         " write`, from the records alone.",
     ]
+    if len({record["code"]["sources_sha256"] for record in found.records.values()}) > 1:
+        lines += ["", "The records were made with more than one version of the code; each says which."]
     if found.left_out:
         lines += ["", f"Left out, because the study does not ask for them as they were made: {len(found.left_out)}."]
     return lines

@@ -161,27 +161,39 @@ def _arms(study: Findings) -> list[dict[str, Any]]:
 
 
 def settings_hash(config: Config, key: Key) -> str:
-    """SHA-256 of all that a model and its measuring depend on, but for the data (`data_identity`)."""
+    """SHA-256 of all that a model and its measuring depend on, but for the data (`data_identity`).
+
+    Only what differs from its default counts, so that records outlive new fields of the config; the records' `code` says
+    which defaults they were made with.
+    """
     arms = [config.arm(key.name)]
     arms += [config.arm(name) for name in set(arms[0].match.values())]
-    tree = config.model_dump(mode="json")
-    corpus = {name: value for name, value in tree["corpus"].items() if name not in ("source", "path", "heldout_path")}
+    tree = _set_fields(config)
+
+    def block(name: str, *left_out: str) -> dict[str, Any]:
+        return {field: value for field, value in tree.get(name, {}).items() if field not in left_out}
+
     return sha256_json(
         {
             "seed": config.run.seed,
-            "model": {name: tree["model"][name] for name in ("dtype", "hook")},
-            "corpus": corpus,
-            "concepts": {name: value for name, value in tree["concepts"].items() if name != "ontology"},
-            "data": {name: value for name, value in tree["data"].items() if name not in ("shard_rows", "batch_tokens")},
-            "geometry": tree["geometry"],
-            "arms": [arm.model_dump(mode="json") for arm in arms],
-            "hsae": [config.arm_hsae(arm).model_dump(mode="json") for arm in arms],
-            "teacher": [config.arm_teacher(arm).model_dump(mode="json") for arm in arms],
-            "stages": [[stage.model_dump(mode="json") for stage in config.arm_stages(arm)] for arm in arms],
-            "training": {name: value for name, value in tree["training"].items() if name not in _NO_RESULT},
-            "eval": {name: value for name, value in tree["eval"].items() if name not in ("targets", "latents")},
+            "hook": config.model.hook,
+            "dtype": config.model.dtype,
+            "corpus": block("corpus", "source", "path", "heldout_path"),
+            "concepts": block("concepts", "ontology"),
+            "data": block("data", "shard_rows", "batch_tokens"),
+            "geometry": block("geometry"),
+            "arms": [_set_fields(arm) for arm in arms],
+            "hsae": [_set_fields(config.arm_hsae(arm)) for arm in arms],
+            "teacher": [_set_fields(config.arm_teacher(arm)) for arm in arms],
+            "stages": [[_set_fields(stage) for stage in config.arm_stages(arm)] for arm in arms],
+            "training": block("training", *_NO_RESULT),
+            "eval": block("eval", "targets", "latents"),
         }
     )
+
+
+def _set_fields(block: Block) -> dict[str, Any]:
+    return block.model_dump(mode="json", exclude_defaults=True)
 
 
 def dump_findings(study: Findings) -> str:
