@@ -163,8 +163,8 @@ def _arms(study: Findings) -> list[dict[str, Any]]:
 def settings_hash(config: Config, key: Key) -> str:
     """SHA-256 of all that a model and its measuring depend on, but for the data (`data_identity`).
 
-    Only what differs from its default counts, so that records outlive new fields of the config; the records' `code` says
-    which defaults they were made with.
+    Only what differs from its default counts, so that records outlive new fields of the config; a record's `code` says
+    which defaults it was made with.
     """
     arms = [config.arm(key.name)]
     arms += [config.arm(name) for name in set(arms[0].match.values())]
