@@ -138,7 +138,7 @@ def _decisions(found: Summary) -> list[str]:
                 else f"calls them none, for want of {listed(failed)}"
             )
             others = len(decided) - 1
-            line += f"; of {counted(others, 'control or metric')} it calls {listed(calls) if calls else 'none'} so."
+            line += f"; of {counted(others, 'control or metric')} it calls {listed(calls) if calls else 'none'} one."
             said.setdefault(line, []).append(hook)
     return [f"- At {listed(hooks)}: {line}" for line, hooks in said.items()]
 
