@@ -8,7 +8,7 @@ from polytope_hsae.report.steering import interventions_table, steering_grid, st
 from polytope_hsae.report.summary import summary
 from polytope_hsae.report.tables import arms_table, concepts_table, differences_table, evidence_summary, parents_table
 from polytope_hsae.report.targets import informative_passes, target_rows
-from polytope_hsae.report.words import counted, interval, listed, number, percent
+from polytope_hsae.report.words import DASH, counted, interval, listed, number, percent
 
 
 @pytest.fixture
@@ -189,6 +189,14 @@ def test_concepts_are_listed_with_rows_and_the_arms_that_are_purer(files):
     assert table["arms"][0] == "teacher"
     assert table["rows"][0] == {"name": "animal", "rows": 30, "n_words": 2, "purity": ["0.50", "0.20", "0.60", "0.10"]}
     assert table["purer"] == ["baseline 0", "flat TopK 1 (animal)", "permuted teacher 0"]
+
+
+def test_a_concept_by_itself_has_no_purity(files):
+    concepts = files["phase4/ablations.json"]["concepts"]
+    for arm, measured in concepts.items():
+        concepts[arm] = [{key: value for key, value in one.items() if key != "purity"} for one in measured[:1]]
+    table = concepts_table(run_files(files))
+    assert [row["purity"] for row in table["rows"]] == [[DASH] * 4]
 
 
 def test_the_hierarchy_is_answered_part_by_part(files):

@@ -106,7 +106,9 @@ def concepts_table(run: RunFiles) -> dict[str, Any]:
     `purer`: by arm, the concepts that are purer in it than in the teacher.
     """
     arms = teacher_first(run.arms)
-    purity = {arm: {concept["parent"]: concept["purity"] for concept in run.ablations["concepts"][arm]} for arm in arms}
+    # Fewer than two concepts have no purity.
+    found = {arm: run.ablations["concepts"][arm] for arm in arms}
+    purity = {arm: {one["parent"]: one.get("purity") for one in concepts} for arm, concepts in found.items()}
     concepts = sorted(run.in_use, key=lambda concept: -(purity[arms[0]].get(concept["parent"]) or 0.0))
     rows = [
         {
