@@ -132,13 +132,10 @@ def _decisions(found: Summary) -> list[str]:
             main = decided["main"]
             failed = [name.replace("_", " ") for name, test in main["tests"].items() if not test["passes"]]
             line = f"the decision on the evidence, at alpha {main['alpha']}, "
-            line += (
-                "calls the concepts a hierarchy"
-                if main["hierarchy"]
-                else f"calls them none, for want of {listed(failed)}"
-            )
+            lacking = "" if main["hierarchy"] else f", for want of {listed(failed)}"
+            line += ("calls" if main["hierarchy"] else "does not call") + f" the concepts a hierarchy{lacking}"
             others = len(decided) - 1
-            line += f"; of {counted(others, 'control or metric')} it calls {listed(calls) if calls else 'none'} one."
+            line += f"; of {others} controls and metrics it calls {listed(calls) if calls else 'none'} one."
             said.setdefault(line, []).append(hook)
     return [f"- At {listed(hooks)}: {line}" for line, hooks in said.items()]
 
