@@ -217,7 +217,6 @@ def test_the_first_parents_rebuild_the_row_by_themselves():
     assert (model.D.grad[4:] == 0).all()
     assert "recon_prefixes" not in model.loss_terms(model(h_Bd), LossOverrides(top_level_beta=0.0))
     assert HSAEConfig.model_validate(config.model_dump()) == config
-    assert "parent_prefixes" not in HSAEConfig().model_dump()
     for wrong in ((0.5, 0.25), (0.0,), (1.0,)):
         with pytest.raises(ValueError, match="parent_prefixes"):
             HSAEConfig(parent_prefixes=wrong)

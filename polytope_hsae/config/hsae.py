@@ -1,9 +1,9 @@
 """The hierarchical SAE's own options (docs/method.md sections 1, 2 and 6)."""
 
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from .block import Block, Tie, Whole, require
 
@@ -147,12 +147,6 @@ class HSAEConfig(Block):
             biorth_lambda=0.1,
             use_offdiag_biorth="jax",
         )
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Prefixes are written only where there are some: hashes and records from before they existed stay valid."""
-        tree: dict[str, Any] = fields(self)
-        return tree if self.parent_prefixes else {key: tree[key] for key in tree if key != "parent_prefixes"}
 
     @property
     def active_children(self) -> int:

@@ -14,10 +14,9 @@ from pydantic import Field, ValidationError, model_validator
 from ..config import FOLDER_NAME, ArmConfig, Block, Config, ConfigError, Whole, apply_override, first_line, load_config
 from ..fileio import sha256_json
 from ..parsing import parse_yaml, shown
-from ..provenance import NOT_IN_RESULTS
+from ..study.plan import stated_config
 
 TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}
-_NO_RESULT = (*NOT_IN_RESULTS, "cuda_graph", "log_every", "val_every", "val_rows")
 
 
 class HookPlan(Block):
@@ -160,40 +159,17 @@ def _arms(study: Findings) -> list[dict[str, Any]]:
     return made
 
 
-def settings_hash(config: Config, key: Key) -> str:
-    """SHA-256 of all that a model and its measuring depend on, but for the data (`data_identity`).
+def settings_hash(study: Findings, key: Key) -> str:
+    """SHA-256 of all that the study's file says of a model and its measuring, but for the data (`data_identity`).
 
-    Only what differs from its default counts, so that records outlive new fields of the config; a record's `code` says
-    which defaults it was made with.
+    What the file does not say follows the library, whose version and commit every record has.
     """
-    arms = [config.arm(key.name)]
-    arms += [config.arm(name) for name in set(arms[0].match.values())]
-    tree = _set_fields(config)
-
-    def block(name: str, *left_out: str) -> dict[str, Any]:
-        return {field: value for field, value in tree.get(name, {}).items() if field not in left_out}
-
+    names = [key.arm, *sorted(set(study.arm(key.arm).match.values()))]
+    arms = [study.arm(name).model_dump(mode="json", exclude={"against"}, exclude_defaults=True) for name in names]
+    fields = {**study.set, **study.plan(key.hook).set}
     return sha256_json(
-        {
-            "seed": config.run.seed,
-            "hook": config.model.hook,
-            "dtype": config.model.dtype,
-            "corpus": block("corpus", "source", "path", "heldout_path"),
-            "concepts": block("concepts", "ontology"),
-            "data": block("data", "shard_rows", "batch_tokens"),
-            "geometry": block("geometry"),
-            "arms": [_set_fields(arm) for arm in arms],
-            "hsae": [_set_fields(config.arm_hsae(arm)) for arm in arms],
-            "teacher": [_set_fields(config.arm_teacher(arm)) for arm in arms],
-            "stages": [[_set_fields(stage) for stage in config.arm_stages(arm)] for arm in arms],
-            "training": block("training", *_NO_RESULT),
-            "eval": block("eval", "targets", "latents"),
-        }
+        {"hook": key.hook, "seed": key.seed, "arms": arms, "config": stated_config(study.config, fields)}
     )
-
-
-def _set_fields(block: Block) -> dict[str, Any]:
-    return block.model_dump(mode="json", exclude_defaults=True)
 
 
 def dump_findings(study: Findings) -> str:

@@ -178,7 +178,7 @@ def _kept(
     for key, record in read_records(folder).items():
         if key not in asked:
             continue
-        if record["settings_sha256"] != settings_hash(configs[key.hook], key):
+        if record["settings_sha256"] != settings_hash(study, key):
             say(f"findings: {key.file}: made with other settings, is made again")
         elif record["data_sha256"] != data_sha256:
             say(f"findings: {key.file}: made from other data, is made again")
@@ -276,7 +276,7 @@ class _Here(Executor):
 def _made(work: Work, configs: Mapping[str, Config], due: list[Key], options: Options) -> Iterator[Any]:
     """Phase 1 of every hook that is due (yields its name), then every model, as it is done (yields its record)."""
     splits = ["val", "test"] if options.test else ["val"]
-    hashes = {key: settings_hash(configs[key.hook], key) for key in due}
+    hashes = {key: settings_hash(work.study, key) for key in due}
     device = use_device(options.device)
     if options.workers == 1:
         pool: Executor = _Here()

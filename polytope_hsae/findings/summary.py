@@ -180,7 +180,7 @@ def read_summary(folder: Path, split: str) -> Summary:
     study, configs = load_findings(folder / "study.yaml")
     kept, left_out, asked = {}, [], set(study.keys)
     for key, record in read_records(folder).items():
-        if key in asked and record["settings_sha256"] == settings_hash(configs[key.hook], key):
+        if key in asked and record["settings_sha256"] == settings_hash(study, key):
             kept[key] = record
         else:
             left_out.append(key.file)

@@ -67,7 +67,7 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
     record: dict[str, Any] = {
         **run._asdict(),
         "kind": config.arms[0].kind,
-        "settings_sha256": settings_hash(study, base, run),
+        "settings_sha256": settings_hash(study, run),
         "data_sha256": data.sha256,
         "text_sha256": data.identity["text_sha256"],
         "code": {"version": __version__, "sources_sha256": sources_sha256(), **versions(data.device)},

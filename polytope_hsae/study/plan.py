@@ -5,6 +5,7 @@ line: field, found, allowed.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -21,15 +22,22 @@ from ..config import (
     HSAEConfig,
     Whole,
     apply_override,
+    config_identity,
     first_line,
     load_config,
 )
 from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
 from ..parsing import parse_yaml, shown
-from ..provenance import NOT_IN_RESULTS
 
-PLACES = ("text", "model.name", "corpus.path", "concepts.ontology", "run.", "data.batch_tokens", "tracking.")
+PLACES = (  # fields that say where something lies or runs, and change no result
+    *("text", "model.name", "corpus.path", "concepts.ontology", "data.batch_tokens", "tracking."),
+    *("run.name", "run.device", "run.threads"),
+)
+WATCHING = (  # other fields that change no result: how a run is watched and shown
+    *("training.cuda_graph", "training.log_every", "training.val_every", "training.val_rows"),
+    *("training.checkpoint_every", "training.allow_unequal_budget", "eval.targets", "eval.latents"),
+)
 GRAPHED = ("hsae", "topk")  # kinds whose step never waits for the GPU, so that it can be replayed as one graph
 
 
@@ -247,34 +255,38 @@ def model_config(study: Study, base: Config, run: RunKey, width: int) -> HSAECon
     return type(flat).model_validate({**flat.model_dump(), "n_latents": n_latents})
 
 
-def settings_hash(study: Study, base: Config, run: RunKey) -> str:
-    """SHA-256 of all that a run's result depends on, but for the data: two runs of one hash may stand in one table."""
-    config = run_config(study, base, run)
-    arm = config.arms[0]
-    tree = config.model_dump(mode="json")
-    other = study.arm(run.arm).size.params
+def settings_hash(study: Study, run: RunKey) -> str:
+    """SHA-256 of all that the study's file says of a run, but for the data: runs of one hash may stand in one table.
+
+    What the file does not say follows the library, whose version and commit every record has.
+    """
+    arm = study.arm(run.arm)
     matched = None
-    if other is not None:
-        hsae = {**tree["hsae"], **run_config(study, base, run._replace(arm=other)).arms[0].hsae}
-        matched = [hsae[key] for key in SHAPE]
-    made = config.arm_hsae(arm) if arm.kind == "hsae" else config.arm_flat(arm)
+    if arm.size.params is not None:
+        other = study.arm(arm.size.params)
+        stated = {**other.hsae, **other.l0[run.l0]}
+        matched = [other.size.atoms, {field: stated[field] for field in SHAPE if field in stated}]
     return sha256_json(
         {
-            "run": {"kind": arm.kind, "hook": run.hook, "l0": run.l0, "seed": run.seed},
-            "model": {**made.model_dump(mode="json"), **({} if other is None else {"n_latents": None})},
+            "run": [run.hook, run.l0, run.seed, run.lr],
+            "arm": [arm.kind, arm.size.atoms, arm.hsae, arm.flat, arm.training, arm.l0.get(run.l0)],
             "params": matched,
-            "training": {key: value for key, value in tree["training"].items() if key not in _NO_RESULT},
-            "steps": study.steps,
-            "data": [tree["data"][key] for key in ("normalize", "bias_rows")],
-            "geometry": tree["geometry"],
-            "concepts": {key: value for key, value in tree["concepts"].items() if key not in _OF_DATA},
-            "measure": study.measure.model_dump(mode="json", exclude={"context_batch"}),
+            "steps": [study.steps, study.batch_size],
+            "config": stated_config(study.config, study.set),
+            "measure": study.measure.model_dump(mode="json", exclude={"context_batch"}, exclude_defaults=True),
         }
     )
 
 
-SHAPE = (  # fields of hsae that decide its number of parameters
-    "n_parents",
+def stated_config(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study says of its config: the packaged name (or the file's hash) and the fields that it replaces, without
+    those that change no result.
+    """
+    kept = {key: value for key, value in fields.items() if not key.startswith((*PLACES, *WATCHING))}
+    return {"config": config_identity(name), "set": kept}
+
+
+SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters
     "n_children_per_parent",
     "subspace_dim",
     "child_encoder",
@@ -285,8 +297,6 @@ SHAPE = (  # fields of hsae that decide its number of parameters
     "use_tied_decoders_child",
     "tie_projectors",
 )
-_OF_DATA = ("label", "belief_threshold", "ontology")  # the label follows the hook, the ontology is known by its bytes
-_NO_RESULT = (*NOT_IN_RESULTS, "cuda_graph", "log_every", "val_every", "val_rows")
 
 
 def dump_study(study: Study) -> str:

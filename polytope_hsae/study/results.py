@@ -93,7 +93,7 @@ def _present(study: Study, base: Config, folder: Path) -> tuple[dict[RunKey, Any
     rates = {arm.name: study.rates(arm) for arm in study.arms}
     for run, record in read_records(folder).items():
         asked = Cell(*run[:3]) in study.cells and run.seed in study.seeds and run.lr in rates[run.arm]
-        if asked and record["settings_sha256"] == settings_hash(study, base, run):
+        if asked and record["settings_sha256"] == settings_hash(study, run):
             kept[run] = record
         else:
             left_out.append(run.file)

@@ -153,7 +153,7 @@ def _finished(
     for run, record in read_records(folder).items():
         if not (Cell(*run[:3]) in study.cells and run.seed in seeds and run.lr in rates[run.arm]):
             continue
-        if record["settings_sha256"] != settings_hash(study, base, run):
+        if record["settings_sha256"] != settings_hash(study, run):
             say(f"study: {run.file}: made with other settings, is made again")
         elif record["data_sha256"] != data_sha256:
             say(f"study: {run.file}: made from other data, is made again")

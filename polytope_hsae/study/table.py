@@ -79,6 +79,8 @@ def table(results: Results, split: str) -> str:
             "",
             f"Left out, because the study does not ask for them as they were made: {len(results.left_out)} runs.",
         ]
+    if len({record["code"]["sources_sha256"] for result in results.found for record in result.records.values()}) > 1:
+        lines += ["", "The runs were made with more than one version of the code; each says which."]
     for hook in study.hooks:
         for l0 in study.l0:
             found = [result for result in results.found if result.cell.hook == hook and result.cell.l0 == l0]

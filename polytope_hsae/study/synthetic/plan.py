@@ -22,7 +22,6 @@ from ...config import (
 from ...evaluation.synthetic.world import WorldConfig
 from ...fileio import sha256_json
 from ...parsing import parse_yaml
-from ...provenance import NOT_IN_RESULTS
 from ..plan import GRAPHED
 
 SET_HERE = ("batch_size", "log_every", "val_every", "checkpoint_every")  # of training: by the study
@@ -148,15 +147,20 @@ def stages(study: SyntheticStudy, arm: SyntheticArm) -> list[StageConfig]:
 
 
 def settings_hash(study: SyntheticStudy, run: SyntheticRun) -> str:
-    """SHA-256 of all that a run's result depends on: runs of one study may stand in one table."""
+    """SHA-256 of all that the study's file says of a run: runs of one study may stand in one table.
+
+    What the file does not say follows the library, whose version and commit every record has.
+    """
     arm = study.arm(run.arm)
-    training = training_config(study, arm).model_dump(mode="json")
+    training = {**study.training, **arm.training}
+    training.pop("cuda_graph", None)
     return sha256_json(
         {
-            "world": study.world.model_dump(mode="json"),
-            "model": [arm.kind, arm.chance, model_config(study, arm).model_dump(mode="json")],
-            "training": {key: value for key, value in training.items() if key not in (*NOT_IN_RESULTS, "cuda_graph")},
-            "rows": [study.rows, study.sample_rows, study.test_rows, study.l0],
+            "world": study.world.model_dump(mode="json", exclude_defaults=True),
+            "arm": [arm.kind, arm.chance, arm.flat if arm.kind != "hsae" else {**study.hsae, **arm.hsae}],
+            "training": training,
+            "rows": [study.rows, study.batch_size, study.sample_rows, study.test_rows],
+            "size": [study.n_latents, study.l0],
             "seed": run.seed,
         }
     )
