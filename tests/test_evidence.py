@@ -353,3 +353,18 @@ def test_noise_cross_fit_is_zero(noise: ConceptEstimator) -> None:
     products = (p_a * (c_b - p_b)).sum(1)
     assert abs(float(products.mean())) < 4 * float(products.std()) / math.sqrt(TRIALS)
     assert float(products.std()) < 3 * math.sqrt(NOISE_WIDTH / (N_P / 2) / (N_C / 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_covariance_from_the_cpu_serves_an_unembedding_on_a_gpu() -> None:
+    rows = world("hierarchy")
+    options = {"permutations": 50, "bootstrap": 20, "halvings": 4, "controls": ("residual_covariance",)}
+    places = {}
+    for device in ("cpu", "cuda"):
+        on_device = rows.to(device)
+        geometry = CausalGeometry(on_device, metric="identity")
+        arguments = (on_device, geometry, CHILD_WORDS, CHILD_PARENT, POOL)
+        places[device] = evidence.collect_evidence(
+            *arguments, **NAMES, **options, activation_covariance=rows.T @ rows / len(rows)
+        )["residual_covariance"]["median_z"]
+    assert places["cuda"] == pytest.approx(places["cpu"], rel=1e-3)

@@ -66,7 +66,8 @@ def variant(
     if name == "residual_covariance":
         if activation_covariance is None:
             return WHY_NO_COVARIANCE
-        other = CausalGeometry.from_activation_covariance(activation_covariance, geometry.shrinkage)
+        on_device_dd = activation_covariance.to(rows_Vd.device)
+        other = CausalGeometry.from_activation_covariance(on_device_dd, geometry.shrinkage)
         return Variant(ConceptEstimator(rows_Vd, other, method), main.child_words)
     if name in METRICS:
         other = CausalGeometry(rows_Vd, geometry.shrinkage, name, seed=seed)
