@@ -51,7 +51,7 @@ ConfigArgument = Annotated[
     str,
     typer.Argument(
         metavar="CONFIG",
-        help="A packaged config (quickstart, smoke, v2-focused, jax-compat) or a YAML file.",
+        help="A packaged config (quickstart, recommended, smoke, v2-focused, jax-compat) or a YAML file.",
         autocompletion=complete_config,
     ),
 ]

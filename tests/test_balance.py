@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from factored import factored
 from test_models import SHAPE, generator, normal, random_parameters
 from test_training import assert_same_run, planted_rows, train
 
-from polytope_hsae.config import HSAEConfig
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.hsae import HierarchicalSAE
 
@@ -13,7 +13,7 @@ WIDTH = 6
 
 
 def make_model(gate="hard", rate=0.1, **options):
-    return HierarchicalSAE(HSAEConfig(**{**SHAPE, "gate": gate, "router_balance_rate": rate, **options}), WIDTH, "none")
+    return HierarchicalSAE(factored(**{**SHAPE, "gate": gate, "router_balance_rate": rate, **options}), WIDTH, "none")
 
 
 def codes_of(index, value):

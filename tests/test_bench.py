@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factored import factored
 from running import hsae, refused, script
 
 from polytope_hsae.bench import jax_peer, run
@@ -25,7 +26,7 @@ TINY = {
     "training.batch_size": 16, "run.threads": 1,
 }  # fmt: skip
 SET = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
-PLAIN = HSAEConfig(
+PLAIN = factored(
     n_parents=8, topk_parent=2, n_children_per_parent=4, subspace_dim=2, gate="hard", child_input="input",
     child_budget="per_parent", use_encoder_bias=False, use_decoder_bias=False,
 )  # fmt: skip
@@ -84,7 +85,7 @@ def test_the_loop_has_our_loss_and_gradients(name):
     """In float64, with every loss of the config on; routing noise is off in eval mode."""
     shape = load_shape(name)
     sizes = {"n_parents": 12, "topk_parent": 3, "n_children_per_parent": 4, "subspace_dim": 3}
-    config = HSAEConfig(**{**shape.losses.model_dump(), **sizes, **VARIANTS[name]})
+    config = factored(**{**shape.losses.model_dump(), **sizes, **VARIANTS[name]})
     torch.manual_seed(1)
     model = HierarchicalSAE(config, 16, shape.normalize).double().eval()
     model.normalize_decoder_weights()

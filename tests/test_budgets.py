@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from factored import factored
 from test_models import LOSSES, SHAPE, WIDTH, copied_tensors, dense_loss, normal, random_parameters
 from test_training import assert_same_run, planted_rows, train
 
-from polytope_hsae.config import HSAEConfig, LossOverrides
+from polytope_hsae.config import LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.budget import Budget
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -16,7 +17,7 @@ HARD = {**SHAPE, "gate": "hard"}
 
 def make_model(parents, children, normalize="none", **options):
     options = {"parent_budget": parents, "child_budget": children, **HARD, **options}
-    return HierarchicalSAE(HSAEConfig(**options), WIDTH, normalize).double()
+    return HierarchicalSAE(factored(**options), WIDTH, normalize).double()
 
 
 def assert_dense(model, x, sigma=None):
@@ -99,7 +100,7 @@ def test_without_a_batch_budget_nothing_is_calibrated():
 @pytest.mark.parametrize("parents, children", BUDGETS)
 def test_resuming_is_exact(tmp_path, parents, children):
     def fresh():
-        return HierarchicalSAE(HSAEConfig(**{**HARD, "parent_budget": parents, "child_budget": children}), 6, seed=1)
+        return HierarchicalSAE(factored(**{**HARD, "parent_budget": parents, "child_budget": children}), 6, seed=1)
 
     straight = train(tmp_path / "straight", model=fresh())
     train(tmp_path / "killed", model=fresh(), kill_at=20)
@@ -132,7 +133,7 @@ def test_resuming_is_exact(tmp_path, parents, children):
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        HSAEConfig(**options)
+        factored(**options)
 
 
 # -- annealing
@@ -191,7 +192,7 @@ def test_a_budget_reads_its_progress_from_a_tensor():
 def test_annealing_resumes_exactly(tmp_path):
     def fresh():
         options = {"parent_budget": "batch", "topk_parent_start": 6, "active_children_start": 8, "k_anneal_steps": 25}
-        return HierarchicalSAE(HSAEConfig(**HARD, **options), 6, seed=1)
+        return HierarchicalSAE(factored(**HARD, **options), 6, seed=1)
 
     straight = train(tmp_path / "straight", model=fresh())
     train(tmp_path / "killed", model=fresh(), kill_at=20)
@@ -218,7 +219,7 @@ def test_annealing_resumes_exactly(tmp_path):
 )
 def test_annealing_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        HSAEConfig(**options)
+        factored(**options)
 
 
 # -- one budget for parents and children
@@ -257,7 +258,7 @@ def test_gradients_of_a_joint_budget_are_those_of_a_batch_with_the_same_numbers(
 def test_a_joint_budget_resumes_exactly_and_is_saved(tmp_path):
     def fresh():
         options = {"parent_budget": "joint", "child_budget": "batch", "k_anneal_steps": 9, "topk_parent_start": 4}
-        return HierarchicalSAE(HSAEConfig(**{**HARD, **options}), 6, seed=1)
+        return HierarchicalSAE(factored(**{**HARD, **options}), 6, seed=1)
 
     straight = train(tmp_path / "straight", model=fresh())
     train(tmp_path / "killed", model=fresh(), kill_at=20)
@@ -272,4 +273,4 @@ def test_a_joint_budget_resumes_exactly_and_is_saved(tmp_path):
 def test_a_joint_budget_needs_children_of_a_batch():
     message = "parent_budget: found joint, allowed: per_row or batch unless child_budget is batch"
     with pytest.raises(ValueError, match=message):
-        HSAEConfig(parent_budget="joint", gate="hard")
+        factored(parent_budget="joint", gate="hard")

@@ -101,7 +101,7 @@ def test_configs_and_fields_are_completed(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("run: {name: mine}\narms: [{name: baseline}, {name: other}]\n")
     (tmp_path / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    assert complete("hsae run ") == ["jax-compat", "quickstart", "smoke", "v2-focused", "mine.yaml"]
+    assert complete("hsae run ") == ["jax-compat", "quickstart", "recommended", "smoke", "v2-focused", "mine.yaml"]
     assert complete("hsae phase2 sm") == ["smoke"]
     assert complete(f"hsae concepts {tmp_path}/m") == [f"{tmp_path}/mine.yaml"]
     assert complete("hsae run smoke --set training.lo") == ["training.log_every="]
@@ -150,7 +150,7 @@ def test_the_schema_describes_every_field():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (["run", "no-such-config"], ["config: found 'no-such-config'", "quickstart, smoke, v2-focused"]),
+        (["run", "no-such-config"], ["config: found 'no-such-config'", "quickstart, recommended, smoke, v2-focused"]),
         (["run", "smoke", "--set", "training.lr"], ["--set: found 'training.lr', allowed: key.path=value"]),
         (["run", "smoke", "--set", "training.lrr=1"], ["training.lrr: found an unknown key, allowed: ", "lr"]),
         (["phase1", "smoke", "--set", "training.lr=.nan"], ["training.lr: found nan, allowed: "]),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from running import hsae
 
+from polytope_hsae.study.results import Results, mean, read_results
+
 STUDIES = Path(__file__).parents[1] / "studies"
 MADE = {"table.md": ("study", "table"), "results.md": ("findings", "write")}
 COMMITTED = sorted(folder for folder in STUDIES.iterdir() if any((folder / name).is_file() for name in MADE))
@@ -26,3 +28,32 @@ def test_a_committed_page_is_remade_from_its_records(folder, tmp_path):
     answer = hsae(*command, out, *split)
     assert answer.code == 0, answer.err
     assert (out / name).read_text() == text
+
+
+def ev_and_ce(results: Results, arm: str, hook: str, l0: int) -> str:
+    found = next(found for found in results.found if found.cell == (arm, hook, l0))
+    return " / ".join(f"{mean(found.spread('test', name)):.3f}" for name in ("ev", "ce_recovered"))
+
+
+def test_the_readme_says_what_the_records_say():
+    results = read_results(STUDIES / "win")
+    lines = iter((STUDIES.parent / "README.md").read_text().splitlines())
+    rows = []
+    for line in lines:
+        if line.startswith("| hook, L0 "):
+            next(lines)
+            rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in iter(lambda: next(lines), "")]
+    assert len(rows) == 8
+    for (first, *cells), (hook, l0) in zip(
+        rows, [(hook, l0) for hook in results.study.hooks for l0 in results.study.l0], strict=True
+    ):
+        assert first.split(",")[-1].strip().split()[-1] == str(l0)
+        flat = {"BatchTopK": "batchtopk", "JumpReLU": "jumprelu"}[cells[1].split()[-1]]
+        evs = {
+            found.cell.arm: mean(found.spread("test", "ev"))
+            for found in results.found
+            if found.cell[1:] == (hook, l0) and found.kind != "hsae"
+        }
+        assert flat == max(evs, key=evs.__getitem__)
+        cells[1] = cells[1].removesuffix(cells[1].split()[-1]).strip()
+        assert cells == [ev_and_ce(results, arm, hook, l0) for arm in ("recommended", flat, "matryoshka", "published")]

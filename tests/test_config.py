@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from factored import FACTORED
 
 from polytope_hsae.config import (
     PACKAGE,
@@ -94,14 +95,14 @@ def test_an_empty_file_gives_the_defaults(load):
         ({"training": {"teacher": {"stages": [{"steps": 2}]}}}, "training.teacher.stages.0.name", "nothing", "a value"),
         ({"hsae": 5}, "hsae", "5", "input should be a valid dictionary"),
         ({"hsae": {"n_parents": 4, "topk_parent": 5}}, "hsae.topk_parent", "5", "at most n_parents = 4"),
-        ({"hsae": {"topk_child": 9}}, "hsae.topk_child", "9", "at most n_children_per_parent = 8"),
+        ({"hsae": {"topk_child": 9}}, "hsae.topk_child", "9", "at most n_children_per_parent = 7"),
         (
             {"hsae": {"topk_child_total": 9, "child_budget": "per_parent"}},
             "hsae.topk_child_total",
             "9",
             "null unless child_budget is shared or batch",
         ),
-        ({"hsae": {"topk_parent": 2, "topk_child_total": 17}}, "hsae.topk_child_total", "17", "at most k * C = 16"),
+        ({"hsae": {"topk_parent": 2, "topk_child_total": 17}}, "hsae.topk_child_total", "17", "at most k * C = 14"),
         ({"corpus": {"split": [0.8, 0.1, 0.2]}}, "corpus.split", "[0.8, 0.1, 0.2]", "three shares above 0 with sum 1"),
         ({"concepts": {"split": [1.0, 0.0, 0.0]}}, "concepts.split", "[1.0, 0.0, 0.0]", "three shares above 0"),
         ({"run": {"name": ".."}}, "run.name", "'..'", "string should match pattern"),
@@ -109,7 +110,7 @@ def test_an_empty_file_gives_the_defaults(load):
         ({"run": {"seed": -1}}, "run.seed", "-1", "input should be greater than or equal to 0"),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms", "['a', 'a']", "names that differ"),
         ({"arms": [{"name": "."}]}, "arms.0.name", "'.'", "string should match pattern"),
-        ({"arms": [{"name": "a", "hsae": {"topk_parent": 999}}]}, "arms.a.hsae.topk_parent", "999", "at most n_p"),
+        ({"arms": [{"name": "a", "hsae": {"topk_parent": 9999}}]}, "arms.a.hsae.topk_parent", "9999", "at most n_p"),
         ({"arms": [{"name": "a", "hsae": {"topkparent": 1}}]}, "arms.a.hsae.topkparent", "an unknown key", "n_parents"),
         ({"arms": [{"name": "a", "teacher": {"anchor": 1}}]}, "arms.a.teacher.anchor", "1", "input should be 'none'"),
         ({"tracking": {"wandb": "maybe"}}, "tracking.wandb", "'maybe'", "input should be 'off', 'online' or 'offline'"),
@@ -121,10 +122,11 @@ def test_each_error_is_one_line_with_field_found_and_allowed(load, tree, field, 
 
 @pytest.mark.parametrize("key", ["use_tied_decoders_parent", "use_tied_decoders_child", "tie_projectors"])
 def test_one_tensor_cannot_read_and_write_apart(load, key):
-    message = refused(load, {"hsae": {key: True}})
+    hsae, dual = {**FACTORED, key: True}, {"init": "dual"}
+    message = refused(load, {"hsae": hsae, "teacher": dual})
     assert message == f"hsae.{key}: found true, allowed: false or init: the dual teacher reads and writes apart"
-    assert load({"hsae": {key: True}, "teacher": {"init": "literal"}}).teacher.init == "literal"
-    assert load({"hsae": {key: True}, "arms": [{"name": "baseline"}]}).arms[0].phase == 2
+    assert load({"hsae": hsae, "teacher": {"init": "literal"}}).teacher.init == "literal"
+    assert load({"hsae": hsae, "teacher": dual, "arms": [{"name": "baseline"}]}).arms[0].phase == 2
 
 
 def two_stages(first, **training):
@@ -386,7 +388,7 @@ def test_what_a_phase_does_not_depend_on_does_not_matter(tmp_path):
     assert done(changed(run={"seed": 1})) == dict.fromkeys((1, 2, 3, 4), "run.seed")
     assert done(changed(eval={"bootstrap": 200})) == {**skipped, 4: "eval.bootstrap"}
     assert done(changed(teacher={"energy": 0.5})) == {**skipped, 3: "teacher.energy"}
-    assert done(changed(hsae={"gate": "hard"})) == {**skipped, 2: "hsae.gate", 3: "hsae.gate"}
+    assert done(changed(hsae={"gram_lambda": 0.1})) == {**skipped, 2: "hsae.gram_lambda", 3: "hsae.gram_lambda"}
     assert done(changed(geometry={"shrinkage": 0.2})) == {**skipped, 1: "geometry.shrinkage"}
 
 

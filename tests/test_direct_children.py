@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from factored import factored
 from test_budgets import assert_dense
 from test_models import LOSSES, SHAPE, WIDTH, Roots, child_inits, generator, normal, random_parameters
 
-from polytope_hsae.config import HSAEConfig, LossOverrides
+from polytope_hsae.config import LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.flops import training_flops
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -16,7 +17,7 @@ KINDS = ["factored", "direct"]
 
 def make_model(child_decoder, **options):
     options = {**SHAPE, "gate": "hard", "child_encoder": "direct", "child_decoder": child_decoder, **options}
-    return HierarchicalSAE(HSAEConfig(**options), WIDTH, "none").double()
+    return HierarchicalSAE(factored(**options), WIDTH, "none").double()
 
 
 @pytest.mark.parametrize("child_decoder, tie", [("factored", False), ("factored", "init"), ("direct", True)])
@@ -107,9 +108,9 @@ def test_flops_by_hand():
     shape = {"n_parents": 10, "topk_parent": 2, "n_children_per_parent": 3, "subspace_dim": 4, "gate": "hard"}
     parents = 2 * 10 * 5 + 2 * (10 + 10) + 2 * 3 * 10
     encode = 2 * 3 * 10 + 2 * (10 + 10)  # 2 parents' 3 rows of width 5; gradients of 2 rows and of their input
-    direct = HSAEConfig(**shape, child_encoder="direct", child_decoder="direct")
+    direct = factored(**shape, child_encoder="direct", child_decoder="direct")
     assert training_flops(direct, 5) == parents + encode + 3 * 2 * 10
-    half = HSAEConfig(**shape, child_encoder="direct")
+    half = factored(**shape, child_encoder="direct")
     assert training_flops(half, 5) == parents + encode + 3 * (2 * 8 + 2 * 40)
 
 
@@ -129,4 +130,4 @@ def test_flops_by_hand():
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        HSAEConfig(**options)
+        factored(**options)

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from factored import factored
 from running import contents, hsae
 from test_models import step_flops
 from test_phases import small
 from torch.utils.flop_counter import FlopCounterMode
 
-from polytope_hsae.config import FLAT_KINDS, Config, ConfigError, HSAEConfig, load_config
+from polytope_hsae.config import FLAT_KINDS, Config, ConfigError, load_config
 from polytope_hsae.fileio import read_json, write_json
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.flops import latents_for, parameter_count, training_flops
@@ -138,7 +139,7 @@ def test_flops_of_an_hsae_by_hand():
     decode = 3 * (2 * 8 + 2 * 40)  # codes times G, Up; both gradients of each
 
     def flops(**options):
-        return training_flops(HSAEConfig(**shape, **options), 5)
+        return training_flops(factored(**shape, **options), 5)
 
     assert flops() == parents + children + decode
     assert flops(l1_parent=1, l1_child=1) == flops()  # only what is selected is touched
@@ -156,7 +157,7 @@ def test_flops_agree_with_pytorchs_counter():
     """An H-SAE's are counted but for children whose code is 0, of which no gradient is taken; a flat model's logits."""
     total, _, _ = step_flops(64, "per_parent")
     shape = {"n_parents": 64, "topk_parent": 4, "n_children_per_parent": 4, "subspace_dim": 3}
-    expected = 512 * training_flops(HSAEConfig(**shape, child_budget="per_parent", l1_parent=0.1), 16)
+    expected = 512 * training_flops(factored(**shape, child_budget="per_parent", l1_parent=0.1), 16)
     assert 0.97 * expected < total <= expected
     model = MODELS["topk"](make_config("topk"), 10)
     with FlopCounterMode(display=False) as counter:
@@ -208,7 +209,7 @@ def test_match_sizes_k_and_latents(trained):
     sized = flat_config(*trained({"kind": "jumprelu", "match": {"l0": "base", "flops": "base"}}, flops=20_010))
     assert (sized.k, sized.n_latents) == (6.3, round((20_010 - 10 * 6.3 * 16) / 32))
     unmatched = flat_config(*trained({"kind": "topk"}))
-    assert (unmatched.k, unmatched.n_latents) == (32, 2304)
+    assert (unmatched.k, unmatched.n_latents) == (32, 8192)
 
 
 def test_a_match_that_no_size_reaches_is_one_line(trained):

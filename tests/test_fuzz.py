@@ -19,6 +19,7 @@ import tiny
 import torch
 import yaml
 from breaking import ODD, TEXTS, broken_bytes, broken_json, broken_lines, broken_tensors, broken_yaml
+from factored import factored
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -27,7 +28,6 @@ from polytope_hsae.config import (
     FLAT_KINDS,
     Config,
     ConfigError,
-    HSAEConfig,
     StageConfig,
     TrainingConfig,
     dump_yaml,
@@ -52,7 +52,7 @@ from polytope_hsae.training.trainer import HSAETrainer
 
 WIDTH = 5
 ROWS = {"train": 12, "val": 3, "test": 4}
-SHAPE = HSAEConfig(n_parents=4, topk_parent=2, n_children_per_parent=2, subspace_dim=2, causal_ortho_lambda=0.1)
+SHAPE = factored(n_parents=4, topk_parent=2, n_children_per_parent=2, subspace_dim=2, causal_ortho_lambda=0.1)
 SLOW = 10.0  # seconds; these small files take milliseconds
 LONG = 2000  # characters of an error
 

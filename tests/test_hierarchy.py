@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from factored import factored
 from tiny import concepts
 
-from polytope_hsae.config import HSAEConfig, TopKConfig
+from polytope_hsae.config import TopKConfig
 from polytope_hsae.data.store import ActivationStore, ResidentStore
 from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics, sampled_rows
 from polytope_hsae.evaluation.hierarchy import Probes, make_probes, probe_metrics
@@ -96,7 +97,7 @@ def planted(angle: float) -> tuple[HierarchicalSAE, Rows, Probes]:
     A probe lies between the child's atom and the parent's direction, `angle` degrees from the atom.
     """
     d = 12
-    model = HierarchicalSAE(HSAEConfig(
+    model = HierarchicalSAE(factored(
         n_parents=2, topk_parent=1, n_children_per_parent=2, topk_child_total=1, subspace_dim=2, gate="hard"
     ), d, "none")  # fmt: skip
     eye = torch.eye(d)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from factored import factored
 
-from polytope_hsae.config import HSAEConfig, LatentsConfig
+from polytope_hsae.config import LatentsConfig
 from polytope_hsae.evaluation import words as words_module
 from polytope_hsae.evaluation.latents import UNNAMED, Names, describe_latents
 from polytope_hsae.evaluation.words import Lexicon, TokenTexts, Words, significant
@@ -71,7 +72,7 @@ OPTIONS = LatentsConfig(parents=3, contexts=4, window=2, words=3)
 
 def planted():
     """An H-SAE of 3 parents with 2 children each whose codes on row r are those of PARENT and CHILD."""
-    config = HSAEConfig(n_parents=3, topk_parent=2, n_children_per_parent=2, subspace_dim=2)
+    config = factored(n_parents=3, topk_parent=2, n_children_per_parent=2, subspace_dim=2)
     sae = HierarchicalSAE(config, 4, seed=3).eval()
     dense_P, dense_R = torch.zeros(13, 3), torch.zeros(13, 6)
     for dense, codes in ((dense_P, PARENT), (dense_R, CHILD)):

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from factored import factored
 from scipy.optimize import minimize
 
 from polytope_hsae.config import HSAEConfig, LossOverrides
@@ -35,7 +36,7 @@ def normal(*shape, seed=0):
 def hierarchical(width=6, **options):
     """A float64 model of 5 parents with 3 children, in training mode, and rows for it."""
     shape = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 3, "subspace_dim": 2, "gate": "hard"}
-    return HierarchicalSAE(HSAEConfig(**{**shape, **options}), width, seed=3).double(), normal(40, width, seed=4)
+    return HierarchicalSAE(factored(**{**shape, **options}), width, seed=3).double(), normal(40, width, seed=4)
 
 
 def spd(d, seed=9):
@@ -132,7 +133,7 @@ def test_a_literal_penalty_uses_the_inverse_metric_in_training_too():
 
     h = normal(5, 6)
     for form in ("atom", "literal"):
-        config = HSAEConfig(
+        config = factored(
             n_parents=4,
             topk_parent=2,
             n_children_per_parent=3,
@@ -171,7 +172,7 @@ def output_of_known_codes():
     [("selected", 3.5 / 2, 3.25 / 2), ("all", (3.5 + 0.75) / 2, (3.5 + 7.375) / 2)],
 )
 def test_l1_is_the_sum_per_row_over_its_scope(scope, parents, children):
-    config = HSAEConfig(l1_parent=0.1, l1_child=0.2, l1_scope=scope, top_level_beta=0.5)
+    config = factored(l1_parent=0.1, l1_child=0.2, l1_scope=scope, top_level_beta=0.5)
     terms = loss_terms(output_of_known_codes(), config, {}, None)
     assert {name: (weight, value.item()) for name, (weight, value) in terms.items()} == {
         "recon": (1.0, 3.0),
@@ -182,7 +183,7 @@ def test_l1_is_the_sum_per_row_over_its_scope(scope, parents, children):
 
 
 def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
-    config = HSAEConfig(
+    config = factored(
         n_parents=3, topk_parent=1, n_children_per_parent=2, subspace_dim=2, top_level_beta=0.1, causal_ortho_lambda=0.3
     )
     model = HierarchicalSAE(config, 4)
@@ -204,7 +205,7 @@ def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
 
 def test_the_first_parents_rebuild_the_row_by_themselves():
     shares = (0.25, 0.5)
-    config = HSAEConfig(n_parents=8, topk_parent=4, n_children_per_parent=2, subspace_dim=2, gate="hard")
+    config = factored(n_parents=8, topk_parent=4, n_children_per_parent=2, subspace_dim=2, gate="hard")
     config = config.model_copy(update={"parent_prefixes": shares, "top_level_beta": 0.5})
     model = HierarchicalSAE(config, 6, "none", seed=1)
     h_Bd = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
@@ -219,7 +220,7 @@ def test_the_first_parents_rebuild_the_row_by_themselves():
     assert HSAEConfig.model_validate(config.model_dump()) == config
     for wrong in ((0.5, 0.25), (0.0,), (1.0,)):
         with pytest.raises(ValueError, match="parent_prefixes"):
-            HSAEConfig(parent_prefixes=wrong)
+            factored(parent_prefixes=wrong)
 
 
 def test_norms_in_a_metric():
@@ -310,7 +311,7 @@ def test_geometric_median_known_answers():
 
 def small_model(width=6, metric=None, **options):
     shape = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 4, "subspace_dim": 3}
-    model = HierarchicalSAE(HSAEConfig(**{**shape, **options}), width, seed=3)
+    model = HierarchicalSAE(factored(**{**shape, **options}), width, seed=3)
     if metric is not None:
         model.set_metric(metric.float())
     return model

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from factored import factored
 
-from polytope_hsae.config import HSAEConfig, TopKConfig
+from polytope_hsae.config import TopKConfig
 from polytope_hsae.evaluation.absorption import ParentProbes, absorption_metrics, parent_probes
 from polytope_hsae.evaluation.bootstrap import bootstrap_quantile
 from polytope_hsae.evaluation.concepts import concept_metrics, evaluate_concepts
@@ -63,7 +64,7 @@ def flat(reads, writes) -> TopKSAE:
 def hierarchical(reads, writes, spaces, children) -> HierarchicalSAE:
     """An H-SAE with these rows of E and D, subspaces [P, s, d], and coordinates of the children's atoms [P, C, s]."""
     P, C, s = children.shape
-    config = HSAEConfig(
+    config = factored(
         n_parents=P, topk_parent=2, n_children_per_parent=C, topk_child_total=2, subspace_dim=s, gate="hard"
     )
     model = HierarchicalSAE(config, D, "none")

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from factored import factored
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import polytope_hsae.ops
-from polytope_hsae.config import HSAEConfig, LossOverrides
+from polytope_hsae.config import LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
@@ -179,7 +180,7 @@ def dense_soft_mask(logits, mask, temperature):
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_binary_router_gradient_is_that_of_the_soft_mask_alone(k):
     B, P, d = 9, 8, 6
-    config = HSAEConfig(
+    config = factored(
         n_parents=P,
         topk_parent=k,
         n_children_per_parent=2,
@@ -210,7 +211,7 @@ def test_binary_router_gradient_is_that_of_the_soft_mask_alone(k):
 
 @pytest.mark.parametrize("magnitude", ["relu", "binary"])
 def test_a_hard_gate_passes_no_gradient_through_the_choice(magnitude):
-    config = HSAEConfig(
+    config = factored(
         n_parents=6, topk_parent=2, n_children_per_parent=2, subspace_dim=2, gate="hard", magnitude=magnitude
     )
     model = HierarchicalSAE(config, 6).double()
@@ -273,7 +274,7 @@ def test_noise_scales_with_the_temperature_and_one_parent_has_none_to_choose():
 
 
 def test_temperature_runs_over_all_stages_together():
-    model = HierarchicalSAE(HSAEConfig(router_temp_start=1.5, router_temp_end=0.7), 16)
+    model = HierarchicalSAE(factored(router_temp_start=1.5, router_temp_end=0.7), 16)
     assert model.router_temperature == 1.5
     values = []
     for step in range(100):
@@ -297,7 +298,7 @@ LOSSES = {
 
 
 def make_model(width=WIDTH, normalize="none", seed=0, **options):
-    return HierarchicalSAE(HSAEConfig(**{**SHAPE, **options}), width, normalize, seed=seed).double().eval()
+    return HierarchicalSAE(factored(**{**SHAPE, **options}), width, normalize, seed=seed).double().eval()
 
 
 def random_parameters(model, seed=1):
@@ -500,7 +501,7 @@ def test_codes_contract(budget, k, topk_child, C):
 
 def test_known_answer_by_hand():
     """Two parents along the axes; the second opens one child along the third axis."""
-    config = HSAEConfig(
+    config = factored(
         n_parents=2, topk_parent=1, n_children_per_parent=2, subspace_dim=1, use_decoder_bias=False, gate="hard"
     )
     model = HierarchicalSAE(config, 3, "none").eval()
@@ -613,7 +614,7 @@ def step_flops(P, budget):
     Parents stand on a circle and row i points at the middle of parents i k to i k + k - 1, so these are its largest.
     """
     B, k, C, s, d = 512, 4, 4, 3, 16
-    config = HSAEConfig(
+    config = factored(
         n_parents=P, topk_parent=k, n_children_per_parent=C, subspace_dim=s, child_budget=budget, l1_parent=0.1
     )
     model = HierarchicalSAE(config, d, "none").eval()
@@ -789,12 +790,12 @@ def test_teachers_that_do_not_fit_are_refused():
 def saved_models():
     tied = {"use_tied_decoders_parent": True, "use_tied_decoders_child": True, "tie_projectors": True}
     return {
-        "plain": HierarchicalSAE(HSAEConfig(**SHAPE), WIDTH),
+        "plain": HierarchicalSAE(factored(**SHAPE), WIDTH),
         "tied, causal, without bias": HierarchicalSAE(
-            HSAEConfig(**SHAPE, **tied, use_decoder_bias=False, causal_ortho_lambda=0.1), WIDTH, "unit_row"
+            factored(**SHAPE, **tied, use_decoder_bias=False, causal_ortho_lambda=0.1), WIDTH, "unit_row"
         ),
         "literal penalty": HierarchicalSAE(
-            HSAEConfig(**SHAPE, causal_orth_form="literal", causal_ortho_lambda=0.1), WIDTH, "none"
+            factored(**SHAPE, causal_orth_form="literal", causal_ortho_lambda=0.1), WIDTH, "none"
         ),
         "flat": TopKSAE(TopKConfig(n_latents=9, k=3), WIDTH),
     }
@@ -839,7 +840,7 @@ def one_line(error):
 
 @pytest.fixture
 def folder(tmp_path):
-    HierarchicalSAE(HSAEConfig(**SHAPE), WIDTH).save_pretrained(tmp_path / "model")
+    HierarchicalSAE(factored(**SHAPE), WIDTH).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -913,7 +914,7 @@ def test_loading_a_truncated_or_misshapen_file(folder):
     for size in (0, 4, 100, len(whole) - 1):
         tensors.write_bytes(whole[:size])
         assert "model.safetensors: not a complete safetensors file" in load_error(folder)
-    HierarchicalSAE(HSAEConfig(**{**SHAPE, "n_parents": 7}), WIDTH).save_pretrained(folder.parent / "other")
+    HierarchicalSAE(factored(**{**SHAPE, "n_parents": 7}), WIDTH).save_pretrained(folder.parent / "other")
     shutil.copy(folder.parent / "other" / "model.safetensors", tensors)
     message = load_error(folder)
     assert "D: found float32 [7, 5], allowed: float32 or float64 or float16 or bfloat16 [6, 5]" in message
@@ -956,7 +957,7 @@ def test_a_tensor_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_parameters_from_the_shape_are_the_models(form, tie, bias):
     encoder, decoder = form
-    config = HSAEConfig(
+    config = factored(
         n_parents=7,
         topk_parent=2,
         n_children_per_parent=3,

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from factored import factored
 
 from polytope_hsae import ops
 from polytope_hsae.config import HSAEConfig, LossOverrides
@@ -372,21 +373,21 @@ def test_adam_is_torchs_and_a_nan_scale_changes_nothing():
 CONFIGS = {
     "jax": (HSAEConfig.jax_compat(n_parents=96, n_children_per_parent=8, topk_parent=6), "unit_row"),
     "wide subspace": (
-        HSAEConfig(
+        factored(
             n_parents=24, topk_parent=4, subspace_dim=20, child_input="input", child_budget="per_parent",
             l1_parent=1e-3, l1_child=1e-3, biorth_lambda=1e-3, recon_reduction="mean",
         ),
         "rms",
     ),
-    "shared": (HSAEConfig(n_parents=64, topk_parent=5, topk_child_total=7, l1_parent=0.01, l1_child=0.01), "rms"),
+    "shared": (factored(n_parents=64, topk_parent=5, topk_child_total=7, l1_parent=0.01, l1_child=0.01), "rms"),
     "all codes": (
-        HSAEConfig(n_parents=64, topk_parent=5, topk_child=2, gate="hard", l1_scope="all", l1_parent=0.1, l1_child=0.1),
+        factored(n_parents=64, topk_parent=5, topk_child=2, gate="hard", l1_scope="all", l1_parent=0.1, l1_child=0.1),
         "rms",
     ),
-    "one parent": (HSAEConfig(n_parents=24, topk_parent=1), "rms"),
-    "auxiliary": (HSAEConfig(n_parents=24, topk_parent=3, aux_weight=0.1), "rms"),
+    "one parent": (factored(n_parents=24, topk_parent=1), "rms"),
+    "auxiliary": (factored(n_parents=24, topk_parent=3, aux_weight=0.1), "rms"),
     "tied": (
-        HSAEConfig(
+        factored(
             n_parents=24, topk_parent=3, topk_child=2, child_input_detach=True, child_budget="per_parent",
             tie_projectors=True, use_tied_decoders_parent=True, use_tied_decoders_child=True,
         ),

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from factored import factored
 from test_ops import CUDA, DEVICE, assert_close, normal, poisoned_memory  # noqa: F401  # the last is a fixture
 
 from polytope_hsae import ops
-from polytope_hsae.config import HSAEConfig, LossOverrides
+from polytope_hsae.config import LossOverrides
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 HARD = {"n_parents": 24, "topk_parent": 3, "gate": "hard"}
@@ -37,7 +38,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_model_is_the_reference(name, monkeypatch):
     monkeypatch.setattr("polytope_hsae.models.hsae.routing_noise", lambda logits, *_: torch.zeros_like(logits))
-    model = HierarchicalSAE(HSAEConfig(**{**HARD, **OPTIONS[name]}), 48, "rms", seed=1).train()
+    model = HierarchicalSAE(factored(**{**HARD, **OPTIONS[name]}), 48, "rms", seed=1).train()
     with torch.no_grad():  # away from the start, where reading and writing agree and some gradients vanish
         for parameter in model.parameters():
             parameter += 0.05 * normal(*parameter.shape).float()

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from factored import factored
 from test_models import SHAPE, WIDTH, generator, normal, random_parameters
 from test_training import assert_same_run, make_trainer, stages, train
 
-from polytope_hsae.config import HSAEConfig, TeacherConfig
+from polytope_hsae.config import TeacherConfig
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.recycle import SPLIT, recycle
 
 
 def make_model(width=WIDTH, **options):
-    config = HSAEConfig(**{**SHAPE, "gate": "hard", "n_children_per_parent": 4, **options})
+    config = factored(**{**SHAPE, "gate": "hard", "n_children_per_parent": 4, **options})
     return HierarchicalSAE(config, width, "none").double()
 
 
@@ -136,4 +137,4 @@ def test_an_anchor_holds_its_rows_against_recycling():
 def test_what_cannot_be_is_refused():
     for field in ("recycle_until", "split_above"):
         with pytest.raises(ValueError, match=f"{field}: found 1.*, allowed: null unless recycle_every is above 0"):
-            HSAEConfig(**{field: 1})
+            factored(**{field: 1})

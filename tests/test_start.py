@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from factored import factored
 from test_models import generator, normal
 
-from polytope_hsae.config import HSAEConfig
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.start import centres, principal_rows
 
@@ -13,7 +13,7 @@ WIDTH = 8
 
 def make_model(**options):
     shape = {"n_parents": 2, "topk_parent": 1, "n_children_per_parent": 3, "subspace_dim": 2, "gate": "hard"}
-    return HierarchicalSAE(HSAEConfig(**{**shape, **options}), WIDTH, "none").double()
+    return HierarchicalSAE(factored(**{**shape, **options}), WIDTH, "none").double()
 
 
 def planted(n=60):

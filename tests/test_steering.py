@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from factored import factored
 
-from polytope_hsae.config import HSAEConfig, TopKConfig
+from polytope_hsae.config import TopKConfig
 from polytope_hsae.evaluation.child_latents import map_children
 from polytope_hsae.evaluation.concepts import LabelledChildren
 from polytope_hsae.evaluation.latent_moves import directions, overrides
@@ -22,7 +23,7 @@ P, C, D_MODEL = 4, 3, tiny.WIDTH
 
 def hierarchical(normalize: str = "rms") -> HierarchicalSAE:
     torch.manual_seed(0)
-    config = HSAEConfig(n_parents=P, topk_parent=2, n_children_per_parent=C, topk_child_total=2, subspace_dim=3)
+    config = factored(n_parents=P, topk_parent=2, n_children_per_parent=C, topk_child_total=2, subspace_dim=3)
     model = HierarchicalSAE(config, D_MODEL, normalize)
     model.set_normalization(torch.randn(D_MODEL) * 0.3, 2.5)
     model.normalize_decoder_weights()

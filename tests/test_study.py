@@ -12,7 +12,7 @@ import yaml
 from running import Answer, files, hsae, refused
 from tiny import save_family
 
-from polytope_hsae.config import ConfigError
+from polytope_hsae.config import ConfigError, HSAEConfig, load_config
 from polytope_hsae.data.corpus import Documents, shortened
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.study.data import of_each_document
@@ -340,3 +340,13 @@ def test_held_out_documents_are_shortened():
     assert short.tokens.tolist() == [0, 1, 2, 3, 4, 8, 9]
     assert short.starts.tolist() == [0, 2, 5]
     assert short.lengths.tolist() == [2, 3, 2]
+
+
+def test_the_recommended_config_and_the_defaults_are_the_arm_of_the_committed_study():
+    study, base = load_study(Path(__file__).parents[1] / "studies" / "win" / "study.yaml")
+    run = RunKey("recommended", study.hooks[0], 32, 0, study.lr[1])
+    winner, recommended = model_config(study, base, run, 256), load_config("recommended")
+    assert recommended.hsae == winner
+    assert HSAEConfig(n_parents=winner.n_parents) == winner
+    assert (recommended.training.lr, recommended.training.baseline.steps) == (run.lr, study.steps)
+    assert recommended.training.batch_size == study.batch_size

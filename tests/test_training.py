@@ -6,8 +6,9 @@ import signal
 
 import pytest
 import torch
+from factored import factored
 
-from polytope_hsae.config import HSAEConfig, LossOverrides, StageConfig, TeacherConfig, TrainingConfig
+from polytope_hsae.config import LossOverrides, StageConfig, TeacherConfig, TrainingConfig
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
@@ -82,7 +83,7 @@ def make_model(kind="hsae", **options):
         return TopKSAE(TopKConfig(n_latents=12, k=3, **options), WIDTH)
     losses = {"l1_parent": 0.01, "l1_child": 0.01, "biorth_lambda": 0.01, "causal_ortho_lambda": 0.1}
     shape = {"n_parents": 8, "topk_parent": 3, "n_children_per_parent": 3, "subspace_dim": 2}
-    model = HierarchicalSAE(HSAEConfig(**{**shape, **losses, **options}), WIDTH, seed=1)
+    model = HierarchicalSAE(factored(**{**shape, **losses, **options}), WIDTH, seed=1)
     root = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
     model.set_metric(root @ root.T / WIDTH + 0.2 * torch.eye(WIDTH))
     return model

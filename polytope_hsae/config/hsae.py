@@ -9,17 +9,17 @@ from .block import Block, Tie, Whole, require
 
 
 class HSAEConfig(Block):
-    """Shape and losses of an H-SAE (docs/method.md sections 1 and 2)."""
+    """Shape and losses of an H-SAE (docs/method.md sections 1 and 2). The defaults are what won in `studies/win`."""
 
-    n_parents: Whole = Field(256, ge=1, description="P: parents (experts).")
-    topk_parent: Whole = Field(16, ge=1, description="k: active parents per row.")
-    n_children_per_parent: Whole = Field(8, ge=1, description="C: children per parent.")
+    n_parents: Whole = Field(1024, ge=1, description="P: parents (experts).")
+    topk_parent: Whole = Field(24, ge=1, description="k: active parents per row.")
+    n_children_per_parent: Whole = Field(7, ge=1, description="C: children per parent.")
     topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
     topk_child_total: Whole | None = Field(
-        None, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
+        8, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
     )
     subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
-    gate: Literal["hard", "straight_through"] = Field("straight_through", description="Gradient of the choice.")
+    gate: Literal["hard", "straight_through"] = Field("hard", description="Gradient of the choice.")
     magnitude: Literal["relu", "binary", "leaky_offset"] = Field(
         "relu",
         description="Size of a code: relu; binary = the gate alone; leaky_offset = the logit from 1/sqrt(d) up, "
@@ -45,12 +45,12 @@ class HSAEConfig(Block):
     )
     child_input_detach: bool = Field(False, description="Stop the residual's gradient at the parents.")
     parent_budget: Literal["per_row", "batch", "joint"] = Field(
-        "per_row",
+        "joint",
         description="k parents for each row; B k for a batch of B rows; or B (k + K_c) for parents and children, which "
         "share them so that the smallest code of both is the same.",
     )
     child_budget: Literal["per_parent", "shared", "batch"] = Field(
-        "shared", description="k_c children for each active parent, K_c for all of a row's, or B K_c for a batch."
+        "batch", description="k_c children for each active parent, K_c for all of a row's, or B K_c for a batch."
     )
     budget_slots: float = Field(
         2.0, ge=1, description="Codes that a row may have under a batch's budget, as a multiple of k, or of K_c."
@@ -64,13 +64,13 @@ class HSAEConfig(Block):
         0.99, ge=0, lt=1, description="Memory of a batch budget's running mean of its smallest code, per batch."
     )
     child_encoder: Literal["factored", "direct"] = Field(
-        "factored", description="Children read through Down_p and F_p of rank s, or each has a row of width d for F."
+        "direct", description="Children read through Down_p and F_p of rank s, or each has a row of width d for F."
     )
     child_decoder: Literal["factored", "direct"] = Field(
-        "factored", description="Atoms are Up_p^T G_pj of rank s, or each is a row of width d of G."
+        "direct", description="Atoms are Up_p^T G_pj of rank s, or each is a row of width d of G."
     )
     use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
-    use_tied_decoders_child: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    use_tied_decoders_child: Tie = Field(True, description="false, true (one tensor), init (equal at the start).")
     tie_projectors: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
     use_encoder_bias: bool = Field(True, description="Learn b_E and b_F, started at 0.")
     use_decoder_bias: bool = Field(True, description="Learn b_dec, started at the geometric median.")
@@ -127,11 +127,15 @@ class HSAEConfig(Block):
             topk_parent=topk_parent,
             n_children_per_parent=n_children_per_parent,
             topk_child=1,
+            topk_child_total=None,
             subspace_dim=subspace_dim,
             gate="hard",
             magnitude="leaky_offset",
             child_input="input",
+            parent_budget="per_row",
             child_budget="per_parent",
+            child_encoder="factored",
+            child_decoder="factored",
             use_tied_decoders_parent=tied,
             use_tied_decoders_child=tied,
             tie_projectors=tied,

@@ -9,7 +9,7 @@ from .hsae import HSAEConfig
 
 
 class TeacherConfig(Block):
-    init: Literal["dual", "literal"] = Field("dual", description="Read and write directions apart, or one for both.")
+    init: Literal["dual", "literal"] = Field("literal", description="Read and write directions apart, or one for both.")
     energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
     anchor: Literal["none", "frozen", "pull", "slow"] = Field(
         "none", description="What holds the teacher's rows of E and D (b_E stays free), in every stage."

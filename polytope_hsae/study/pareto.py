@@ -3,6 +3,7 @@
 from html import escape
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from ..report.palette import LIGHT, LINE_STYLES, SERIES, css_variables
 from ..report.svg import BOTTOM, TOP, WIDTH, Drawing, Frame, draw
@@ -41,6 +42,12 @@ def _drawing(results: Results, split: str, number: int, hook: str, cost: str, ke
             axes.errorbar(x, y, yerr=error, color=colour, linestyle=style, marker="o", markersize=3.5, label=arm)
         if lines:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            if cost == "l0":
+                axes.set_xticks(results.study.l0, labels=[str(l0) for l0 in results.study.l0])
+            else:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.42 / HEIGHT), ncols=2, borderaxespad=0)
         axes.grid()
         axes.set_xlabel(COSTS[cost])
