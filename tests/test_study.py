@@ -244,6 +244,12 @@ def test_text_from_a_folder_and_test_values(fixtures, tmp_path):
         ({"colour": "red"}, ["colour", "allowed: name, config"]),
         ({"hooks": []}, ["hooks"]),
         ({"lr": [1e-3, 1e-3]}, ["lr", "allowed: values that differ"]),
+        (
+            {"lr": [1e-3, 1.0000001e-3]},
+            [": lr: found [0.001, 0.0010000001]", "allowed: rates that differ in their first"],
+        ),
+        ({"arms": with_arm(1, lr=[2e-3, 2.0000001e-3])}, ["arms.topk.lr: found [0.002, 0.0020000001]", "six digits"]),
+        ({"arms": with_arm(1, lr=[1e-3, 2e-3, 2e-3])}, ["arms.topk.lr", "six digits"]),
         ({"arms": with_arm(0, size={"atoms": 65})}, ["arms.nested.size.atoms: found 65"]),
         ({"arms": with_arm(0, size={"params": "topk"})}, ["allowed: atoms for an H-SAE"]),
         ({"arms": with_arm(0, size={})}, ["allowed: one of atoms and params"]),

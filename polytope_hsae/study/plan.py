@@ -109,6 +109,10 @@ class Study(Block):
                 raise ValueError(
                     f"{where}.lr: found {arm.lr}, allowed: {len(self.lr)} rates, as many as every arm tries"
                 )
+            rates = self.rates(arm)
+            if len({f"{lr:g}" for lr in rates}) != len(rates):  # the name of a run's file has so much of its rate
+                field = "lr" if arm.lr is None else f"{where}.lr"
+                raise ValueError(f"{field}: found {rates}, allowed: rates that differ in their first six digits")
             if arm.kind == "hsae":
                 lacking = [l0 for l0 in self.l0 if l0 not in arm.l0]
                 if lacking:
