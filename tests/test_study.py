@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from polytope_hsae.study.data import of_each_document
 from polytope_hsae.study.plan import RunKey, load_study, model_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
+from polytope_hsae.study.workers import results, worker_pool
 
 HOOK = "final_residual_pre_unembed"
 TINY: dict[str, Any] = {
@@ -324,6 +326,29 @@ def test_rates_come_first_and_failed_ones_lose(tmp_path):
     found[one] = {"failed": "the loss is nan"}
     assert best_trial([one, two], found) is None
     assert not [run for run in due(study, found) if run.arm == "topk"]
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with (
+        pytest.raises(OSError, match=r"^study: a worker was killed .*, try fewer --workers; runs are kept$"),
+        worker_pool(2, print, (), "study", "; runs are kept") as pool,
+    ):
+        pool.submit(os._exit, 1).result()
+
+
+def test_calls_that_follow_from_results_are_made_too():
+    waiting = [(2,), (3,)]
+
+    def ready() -> list[tuple[int, ...]]:
+        return [waiting.pop(0)] if waiting else []
+
+    found = []
+    with worker_pool(1, print, (), "study") as pool:
+        for result in results(pool, abs, ready):
+            found.append(result)
+            if result == 3:
+                waiting.append((-5,))
+    assert found == [2, 3, 5]
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):
