@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -328,12 +329,14 @@ def test_rates_come_first_and_failed_ones_lose(tmp_path):
     assert not [run for run in due(study, found) if run.arm == "topk"]
 
 
-def test_a_worker_that_is_killed_is_one_line():
-    with (
-        pytest.raises(OSError, match=r"^study: a worker was killed .*, try fewer --workers; runs are kept$"),
-        worker_pool(2, print, (), "study", "; runs are kept") as pool,
-    ):
-        pool.submit(os._exit, 1).result()
+def test_a_worker_that_is_killed_is_one_line_at_once():
+    def work() -> None:
+        with worker_pool(2, print, (), "study", "; runs are kept") as pool:
+            pool.submit(time.sleep, 600)  # which nobody waits for
+            pool.submit(os._exit, 1).result()
+
+    with pytest.raises(OSError, match=r"^study: a worker was killed .*, try fewer --workers; runs are kept$"):
+        work()
 
 
 def test_calls_that_follow_from_results_are_made_too():

@@ -54,11 +54,11 @@ def worker_pool(
     with ProcessPoolExecutor(workers, context, _begin, (start, arguments)) as pool:
         try:
             yield pool
-        except BrokenProcessPool as error:
-            raise OSError(f"{name}: a worker was killed (out of memory?), try fewer --workers{kept}") from error
-        except BaseException:
+        except BaseException as error:
             for process in multiprocessing.active_children():
-                process.kill()
+                process.kill()  # they ignore signals that ask, so that the pool would wait for the end of their runs
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(f"{name}: a worker was killed (out of memory?), try fewer --workers{kept}") from error
             raise
 
 
