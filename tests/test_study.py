@@ -332,6 +332,7 @@ def test_rates_come_first_and_failed_ones_lose(tmp_path):
 def test_a_worker_that_is_killed_is_one_line_at_once():
     def work() -> None:
         with worker_pool(2, print, (), "study", "; runs are kept") as pool:
+            assert list(pool.map(abs, (-1, -2))) == [1, 2]  # both are there
             pool.submit(time.sleep, 600)  # which nobody waits for
             pool.submit(os._exit, 1).result()
 
