@@ -2,7 +2,9 @@
 
 import json
 import lzma
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from polytope_hsae.study.data import of_each_document
 from polytope_hsae.study.plan import RunKey, load_study, model_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
+from polytope_hsae.study.workers import results, worker_pool
 
 HOOK = "final_residual_pre_unembed"
 TINY: dict[str, Any] = {
@@ -244,6 +247,12 @@ def test_text_from_a_folder_and_test_values(fixtures, tmp_path):
         ({"colour": "red"}, ["colour", "allowed: name, config"]),
         ({"hooks": []}, ["hooks"]),
         ({"lr": [1e-3, 1e-3]}, ["lr", "allowed: values that differ"]),
+        (
+            {"lr": [1e-3, 1.0000001e-3]},
+            [": lr: found [0.001, 0.0010000001]", "allowed: rates that differ in their first"],
+        ),
+        ({"arms": with_arm(1, lr=[2e-3, 2.0000001e-3])}, ["arms.topk.lr: found [0.002, 0.0020000001]", "six digits"]),
+        ({"arms": with_arm(1, lr=[1e-3, 2e-3, 2e-3])}, ["arms.topk.lr", "six digits"]),
         ({"arms": with_arm(0, size={"atoms": 65})}, ["arms.nested.size.atoms: found 65"]),
         ({"arms": with_arm(0, size={"params": "topk"})}, ["allowed: atoms for an H-SAE"]),
         ({"arms": with_arm(0, size={})}, ["allowed: one of atoms and params"]),
@@ -318,6 +327,32 @@ def test_rates_come_first_and_failed_ones_lose(tmp_path):
     found[one] = {"failed": "the loss is nan"}
     assert best_trial([one, two], found) is None
     assert not [run for run in due(study, found) if run.arm == "topk"]
+
+
+def test_a_worker_that_is_killed_is_one_line_at_once():
+    def work() -> None:
+        with worker_pool(2, print, (), "study", "; runs are kept") as pool:
+            assert list(pool.map(abs, (-1, -2))) == [1, 2]  # both are there
+            pool.submit(time.sleep, 600)  # which nobody waits for
+            pool.submit(os._exit, 1).result()
+
+    with pytest.raises(OSError, match=r"^study: a worker was killed .*, try fewer --workers; runs are kept$"):
+        work()
+
+
+def test_calls_that_follow_from_results_are_made_too():
+    waiting = [(2,), (3,)]
+
+    def ready() -> list[tuple[int, ...]]:
+        return [waiting.pop(0)] if waiting else []
+
+    found = []
+    with worker_pool(1, print, (), "study") as pool:
+        for result in results(pool, abs, ready):
+            found.append(result)
+            if result == 3:
+                waiting.append((-5,))
+    assert found == [2, 3, 5]
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):

@@ -74,63 +74,72 @@ def evaluate_interventions(
         return {"why": NO_HEAD}
     contexts = Contexts(lm, hook, ids_MT)
     search = Search(target_nats, tolerance, max_norms * contexts.typical_norm, max_evaluations)
-    random = teacher.random_like(seed)
-    row_of_parent = {parent.name: row for row, parent in enumerate(concepts.parents)}
-    pairs = [(parent.name, child.name) for parent in concepts.parents for child in parent.children]
-    row_of_child = {pair: row for row, pair in enumerate(pairs)}
-    parent_Q = [row_of_parent[name] for name in teacher.parent_names]
-    owners_R = teacher.child_parent.tolist()
-    known_R = teacher.child_delta_unified.any(dim=1).tolist()  # a child that was not seen has no direction
+    parents, children = _chosen(teacher, max_concepts, max_children)
+    parent_rows, child_rows = _rows_in(concepts, teacher, parents, children)
+    device, random = contexts.before_MV.device, teacher.random_like(seed)
 
-    taken = evenly_spaced(range(len(parent_Q)), max_concepts)
-    children = [row for row, owner in enumerate(owners_R) if known_R[row] and owner in set(taken)]
-    children = evenly_spaced(children, max_children)
-    child_rows = [row_of_child[teacher.parent_names[owners_R[row]], teacher.child_names[row]] for row in children]
-    device = contexts.before_MV.device
-    parent_rows = [parent_Q[row] for row in taken]
+    def pushed(targets: Sequence[Target], own_Gd: Tensor, random_Gd: Tensor, owners: Sequence[int]) -> Pushed:
+        along = {"own": own_Gd, "other": own_Gd[next_of_another(owners)], "random": random_Gd}
+        return {name: _push(contexts, targets, along[name], search, per_forward, name != "own") for name in ALONG}
 
-    def along(targets: Sequence[Target], own_Gd: Tensor, random_Gd: Tensor, owners: Sequence[int]) -> Pushed:
-        values = {}
-        for name in ALONG:
-            rows_Gd = {"own": own_Gd, "other": own_Gd[next_of_another(owners)], "random": random_Gd}[name]
-            moves, signs = Moves.along(rows_Gd.to(contexts.last_Md)), name != "own"
-            n_measured, measure = len(MEASURED), _measure_in(contexts)
-            found = push(
-                contexts, targets, moves, search, measure, n_measured, per_forward=per_forward, either_sign=signs
-            )
-            values[name] = np.column_stack([found.alpha_G, found.measured_GK])
-        return values
-
-    parents = along(
-        parent_targets(concepts, parent_rows, device), teacher.parent_write[taken], random.parent_write[taken], taken
+    of_parents = pushed(
+        parent_targets(concepts, parent_rows, device),
+        teacher.parent_write[parents],
+        random.parent_write[parents],
+        parents,
     )
-    of_children = along(
+    of_children = pushed(
         child_targets(concepts, child_rows, device),
         teacher.child_delta_write[children],
         random.child_delta_write[children],
-        [owners_R[row] for row in children],
+        teacher.child_parent[children].tolist(),
     )
-    options = {"bootstrap": bootstrap, "seed": seed}
     return {
         "hook": hook,
         "source": teacher.metadata.get("source"),
         "target_nats": target_nats,
         "contexts": len(ids_MT),
-        "ratio_invariance": {
-            "thresholds": {"median": MEDIAN_KL, "p90": P90_KL},
-            **{name: _ratio_invariance(parents[name], **options) for name in ALONG},
-        },
-        "targeting": {
-            "threshold": TARGETING,
-            "parents": {name: _targeting(parents[name], **options) for name in ALONG},
-            "children": {name: _targeting(of_children[name], **options) for name in ALONG},
-        },
-        "parents": _records("parent", parent_rows, parents),
+        **_summaries(of_parents, of_children, bootstrap, seed),
+        "parents": _records("parent", parent_rows, of_parents),
         "children": _records("child", child_rows, of_children),
     }
 
 
+def _chosen(teacher: Teacher, max_concepts: int | None, max_children: int | None) -> tuple[list[int], list[int]]:
+    """The teacher's rows that are pushed: of parents, and of those parents' children that have a direction."""
+    parents = evenly_spaced(range(len(teacher.parent_names)), max_concepts)
+    known_R = teacher.child_delta_unified.any(dim=1).tolist()  # a child that was not seen has no direction
+    owners_R = teacher.child_parent.tolist()
+    children = [row for row, owner in enumerate(owners_R) if known_R[row] and owner in set(parents)]
+    return parents, evenly_spaced(children, max_children)
+
+
+def _rows_in(
+    concepts: Concepts, teacher: Teacher, parents: Sequence[int], children: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The rows that parents and children of the teacher have among those of `concepts`, by their names."""
+    row_of_parent = {parent.name: row for row, parent in enumerate(concepts.parents)}
+    pairs = [(parent.name, child.name) for parent in concepts.parents for child in parent.children]
+    row_of_child = {pair: row for row, pair in enumerate(pairs)}
+    owners_R = teacher.child_parent.tolist()
+    return (
+        [row_of_parent[teacher.parent_names[row]] for row in parents],
+        [row_of_child[teacher.parent_names[owners_R[row]], teacher.child_names[row]] for row in children],
+    )
+
+
 Pushed = dict[str, FloatArray]  # by ALONG, COLUMNS of every push [G, 1 + K]; NaN where it was not reached
+
+
+def _push(
+    contexts: Contexts, targets: Sequence[Target], rows_Gd: Tensor, search: Search, per_forward: int, either_sign: bool
+) -> FloatArray:
+    """COLUMNS of a push along every row [G, 1 + K]; NaN where the target was not reached."""
+    moves, measure = Moves.along(rows_Gd.to(contexts.last_Md)), _measure_in(contexts)
+    found = push(
+        contexts, targets, moves, search, measure, len(MEASURED), per_forward=per_forward, either_sign=either_sign
+    )
+    return np.column_stack([found.alpha_G, found.measured_GK])
 
 
 def _measure_in(contexts: Contexts) -> Measure:
@@ -154,6 +163,21 @@ def _column(values_GK: FloatArray, name: str) -> FloatArray:
 def _share(values_G: FloatArray, holds_G: NDArray[np.bool_]) -> FloatArray:
     """1 where it holds, 0 where not, NaN where there is no value."""
     return np.where(np.isfinite(values_G), holds_G, np.nan)
+
+
+def _summaries(of_parents: Pushed, of_children: Pushed, bootstrap: int, seed: int) -> dict[str, Any]:
+    """What is said over all concepts, by direction."""
+    return {
+        "ratio_invariance": {
+            "thresholds": {"median": MEDIAN_KL, "p90": P90_KL},
+            **{name: _ratio_invariance(of_parents[name], bootstrap, seed) for name in ALONG},
+        },
+        "targeting": {
+            "threshold": TARGETING,
+            "parents": {name: _targeting(of_parents[name], bootstrap, seed) for name in ALONG},
+            "children": {name: _targeting(of_children[name], bootstrap, seed) for name in ALONG},
+        },
+    }
 
 
 def _ratio_invariance(values_GK: FloatArray, bootstrap: int, seed: int) -> dict[str, Any]:

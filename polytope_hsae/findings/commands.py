@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Evidence and controls over hooks, seeds and arms: a JSON record per arm, a page from those.")
+from ..study.commands import Device, Folder, Out, Overrides, Packed, Quiet, teller
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")]
+app = typer.Typer(help="Evidence and controls over hooks, seeds and arms: a JSON record per arm, a page from those.")
 
 
 @app.command("run")
@@ -15,29 +15,24 @@ def run_command(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="The study's YAML file, e.g. studies/evidence-small/study.yaml.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="key.path=value: a field of the study (text=FOLDER), or else of its config; repeatable."
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Study folder; default studies/NAME.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
     only: Annotated[str | None, typer.Option("--only", help="Only this arm, or a glob of HOOK-sSEED/ARM.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Records made now, at most.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Arms at once, each in a process.")] = 1,
     test: Annotated[bool, typer.Option("--test", help="Measure on test documents and words, too.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     cache: Annotated[Path, typer.Option("--cache", help="Where activations and models are kept.")] = Path(
         "runs/findings-cache"
     ),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make the records that are not there yet; one that is stopped goes on where it was."""
-    from .run import Options, run_findings
+    from ..study.workers import Options
+    from .run import run_findings
 
     options = Options(only, limit, workers, test, device, cache)
-    say = (lambda message: None) if quiet else (lambda message: typer.echo(message))
-    run_findings(file, overrides or [], out, options, say)
+    run_findings(file, overrides or [], out, options, teller("findings", quiet))
 
 
 @app.command("write")
@@ -64,9 +59,7 @@ def pack_command(
 
 
 @app.command("unpack")
-def unpack_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `pack` wrote.")], folder: Folder
-) -> None:
+def unpack_command(file: Packed, folder: Folder) -> None:
     """Write the records of a packed file as files of a study folder."""
     from .pack import unpack
 

@@ -7,7 +7,9 @@ from typing_extensions import TypedDict
 
 from ..fileio import write_json, write_text
 from ..parsing import checked, parse_json
-from .run import key_of, read_hooks, read_records
+from ..study.files import key_of
+from .plan import Key
+from .run import read_hooks, records_in
 
 
 class Line(TypedDict):
@@ -20,7 +22,7 @@ class Line(TypedDict):
 def pack(folder: Path, file: Path) -> int:
     """Write every record of a study folder, and what is kept of its hooks, as one line of `file`; returns how many."""
     contents = {f"{hook}.json": content for hook, content in read_hooks(folder).items()}
-    contents |= {key.file: record for key, record in read_records(folder).items()}
+    contents |= {key.file: record for key, record in records_in(folder).items()}
     lines = [json.dumps({"file": name, "content": content}, ensure_ascii=False) for name, content in contents.items()]
     write_text(file, "".join(f"{line}\n" for line in lines))
     return len(lines)
@@ -36,7 +38,7 @@ def unpack(file: Path, folder: Path) -> int:
         try:
             found = checked(parse_json(line), Line, "not a record")
             content = found["content"]
-            own = f"{content.get('hook')}.json" if "arm" not in content else key_of(content).file
+            own = f"{content.get('hook')}.json" if "arm" not in content else key_of(Key, content).file
             if found["file"] != own or ".." in Path(own).parts or Path(own).is_absolute():
                 raise ValueError(f"file: found {found['file']!r}, allowed: its record's own name, {own!r}")
         except (ValueError, KeyError) as error:

@@ -8,15 +8,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ..config import FOLDER_NAME, ArmConfig, Block, Config, ConfigError, Whole, apply_override, first_line, load_config
+from ..config import FOLDER_NAME, ArmConfig, Block, Config, Whole, apply_override, load_config
 from ..fileio import sha256_json
-from ..parsing import parse_yaml, shown
-from ..study.plan import stated_config
-
-TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}
+from ..parsing import shown
+from ..study.files import read_study, validated
+from ..study.plan import TEXTS, require_unique, stated_config
 
 
 class HookPlan(Block):
@@ -54,10 +52,9 @@ class Findings(Block):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [arm.name for arm in self.arms]
-        hooks = [plan.hook for plan in self.hooks]
-        for field, values in (("seeds", self.seeds), ("hooks", hooks), ("arms", names)):
-            if len(set(values)) != len(values):
-                raise ValueError(f"{field}: found {values}, allowed: values that differ")
+        require_unique("seeds", self.seeds)
+        require_unique("hooks", [plan.hook for plan in self.hooks])
+        require_unique("arms", names)
         for arm in self.arms:
             if arm.seed is not None:
                 raise ValueError(f"arms.{arm.name}.seed: found {arm.seed}, allowed: null, because seeds says which")
@@ -108,14 +105,7 @@ def load_findings(path: Path, overrides: list[str] | None = None) -> tuple[Findi
     """Read a study and the config of every hook; `overrides` ("key.path=value") go to the study's field of that name,
     or else to the config. Raises ConfigError naming the field, what was found and what is allowed.
     """
-    if not path.is_file():
-        raise ConfigError(f"study: found {str(path)!r}, allowed: a YAML file")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of a study's fields")
+    tree = read_study(path)
     replaced: dict[str, Any] = {}
     for override in overrides or []:
         if override.split("=")[0].split(".")[0] in Findings.model_fields:
@@ -124,10 +114,7 @@ def load_findings(path: Path, overrides: list[str] | None = None) -> tuple[Findi
             key, _, value = override.partition("=")
             apply_override(replaced, f"{key.replace('.', ' ')}={value}")
     replaced = {key.replace(" ", "."): value for key, value in replaced.items()}
-    try:
-        study = Findings.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_line(error, Findings)}") from error
+    study = validated(Findings, tree, f"{path}: ")
     study = study.model_copy(
         update={"set": {**study.set, **replaced}, "hooks": [_without(plan, set(replaced)) for plan in study.hooks]}
     )
@@ -170,8 +157,3 @@ def settings_hash(study: Findings, key: Key) -> str:
     return sha256_json(
         {"hook": key.hook, "seed": key.seed, "arms": arms, "config": stated_config(study.config, fields)}
     )
-
-
-def dump_findings(study: Findings) -> str:
-    """The study as YAML."""
-    return yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)

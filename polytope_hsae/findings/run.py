@@ -10,16 +10,13 @@ has a run folder in the cache: phase 1 is made there once, then every arm with e
     FOLDER/runs/HOOK.json             the hook's evidence, without long columns
 """
 
-import multiprocessing
-import os
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +26,19 @@ from typing_extensions import TypedDict
 
 from ..config import Config, ConfigError
 from ..data.corpus import load_documents
-from ..fileio import read_json, sha256_file, sha256_json, update_text, write_json, write_tensors
+from ..fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
 from ..lm import LanguageModel
 from ..phases.phase1_teacher import run_phase1
-from ..phases.run import Run, keep_freed_memory, remove_leftovers, use_device
+from ..phases.run import Run, remove_leftovers, use_device
 from ..provenance import dependencies
 from ..report.words import number
+from ..study.data import text_hashes
+from ..study.files import claim, key_of, read_records, still_valid, study_yaml
 from ..study.plan import places_removed
+from ..study.workers import Options, Say, results, threads_each, worker_pool
 from ..training.trainer import Interrupted
-from .plan import TEXTS, Findings, Key, dump_findings, load_findings, settings_hash
+from .plan import Findings, Key, load_findings, settings_hash
 from .record import Bench, make_record, short_evidence
-
-Say = Callable[[str], None]
 
 
 class Record(TypedDict):
@@ -63,23 +61,14 @@ class OfHook(TypedDict):
     evidence: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a study is run; nothing of it changes a result."""
-
-    only: str | None = None
-    limit: int | None = None
-    workers: int = 1
-    test: bool = False
-    device: str = "auto"
-    cache: Path = Path("runs/findings-cache")
-
-
 def run_findings(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
     """Make all records of a study that are due; returns the study's folder."""
     study, configs = load_findings(path, overrides)
     folder = Path("studies") / study.name if out is None else out
-    _claim(folder, path, overrides)
+    remove_leftovers(folder, deep=True)
+    lasting = places_removed(overrides)
+    refusal = f"a study's own folder, allowed: --out FOLDER, or a change of {folder / 'study.yaml'}"
+    claim(folder, path, lasting, lambda: study_yaml(load_findings(path, lasting)[0], "json"), refusal)
     if not any(wanted(key, options.only) for key in study.keys):
         names = ", ".join(arm.name for arm in study.arms)
         raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of HOOK-sSEED/ARM")
@@ -87,8 +76,11 @@ def run_findings(path: Path, overrides: list[str], out: Path | None, options: Op
     first = next(iter(configs.values()))
     lm = LanguageModel.load(first.model.name, revision=first.model.revision, dtype=first.model.dtype)
     inputs = data_identity(first, lm)
-    kept = _kept(study, configs, inputs["data_sha256"], folder, options.test, say)
-    say(f"findings: {len(kept)} of {len(study.keys)} records are there")
+    keys = set(study.keys)
+    asked = {key: record for key, record in records_in(folder).items() if key in keys}
+    untested = "has no test values, is measured again" if options.test else None
+    kept = still_valid(asked, partial(settings_hash, study), inputs["data_sha256"], untested, say)
+    say(f"{len(kept)} of {len(study.keys)} records are there")
     due = [key for key in study.keys if key not in kept and wanted(key, options.only)][: options.limit]
     if not due:
         return folder
@@ -100,12 +92,12 @@ def run_findings(path: Path, overrides: list[str], out: Path | None, options: Op
         for made in _made(work, placed, due, options):
             if isinstance(made, str):
                 write_json(folder / "runs" / f"{made}.json", _of_hook(made, work))
-                say(f"findings: {made}: phase 1 is done")
+                say(f"{made}: phase 1 is done")
                 continue
-            key = key_of(made)
+            key = key_of(Key, made)
             kept[key] = made
             write_json(folder / "runs" / key.file, made)
-            say(f"findings: {len(kept)} of {len(study.keys)}: {key.file.removesuffix('.json')}: {_line(made)}")
+            say(f"{len(kept)} of {len(study.keys)}: {key.file.removesuffix('.json')}: {_line(made)}")
     except Interrupted as error:
         raise InterruptedError("the same command goes on; records that are written are kept") from error
     return folder
@@ -116,21 +108,9 @@ def wanted(key: Key, only: str | None) -> bool:
     return only is None or any(fnmatchcase(name, only) for name in (key.arm, key.file.removesuffix(".json")))
 
 
-def key_of(record: Mapping[str, Any]) -> Key:
-    """Which model a record is of."""
-    return Key(*(record[field] for field in Key._fields))
-
-
-def read_records(folder: Path) -> dict[Key, Any]:
+def records_in(folder: Path) -> dict[Key, Any]:
     """All records of a study's folder. Raises ValueError for a file that is none, or has another model's name."""
-    found = {}
-    for path in sorted((folder / "runs").glob("*/*.json")):
-        record = read_json(path, Record)
-        key = key_of(record)
-        if path != folder / "runs" / key.file:
-            raise ValueError(f"{path}: found the record of {key.file}, allowed: a file of its own name")
-        found[key] = record
-    return found
+    return read_records(folder, "*/*.json", Record, Key)
 
 
 def read_hooks(folder: Path) -> dict[str, Any]:
@@ -141,15 +121,9 @@ def read_hooks(folder: Path) -> dict[str, Any]:
 
 def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
     """What every record says of its text, language model and ontology; nothing in it names a place."""
-    paths = {"train": config.corpus.path, "heldout": config.corpus.heldout_path}
-    for path in paths.values():
-        if path is not None and not Path(path).is_file():
-            raise ConfigError(
-                f"text: found no file {path!r}, allowed: --set text=FOLDER with {', '.join(TEXTS.values())}"
-            )
     ontology = config.concepts.ontology
     known = {
-        "text_sha256": {name: "packaged" if path is None else sha256_file(path) for name, path in paths.items()},
+        "text_sha256": text_hashes({"train": config.corpus.path, "heldout": config.corpus.heldout_path}),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "ontology": ontology if ontology == "wordnet" else sha256_file(ontology),
@@ -157,43 +131,10 @@ def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
     return {**known, "data_sha256": sha256_json(known)}
 
 
-def _claim(folder: Path, path: Path, overrides: list[str]) -> None:
-    """Write the study's file into its folder, unless it is the one that was read. Raises ConfigError."""
-    remove_leftovers(folder, deep=True)
-    lasting = places_removed(overrides)
-    target = folder / "study.yaml"
-    if target.is_file() and target.samefile(path):
-        if lasting:
-            allowed = f"--out FOLDER, or a change of {target}"
-            raise ConfigError(f"--set: found {lasting[0]!r} for a study's own folder, allowed: {allowed}")
-        return
-    update_text(target, dump_findings(load_findings(path, lasting)[0]))
-
-
-def _kept(
-    study: Findings, configs: Mapping[str, Config], data_sha256: str, folder: Path, test: bool, say: Say
-) -> dict[Key, Any]:
-    """Records with the present settings and data; says which others of the study are made again."""
-    kept, asked = {}, set(study.keys)
-    for key, record in read_records(folder).items():
-        if key not in asked:
-            continue
-        if record["settings_sha256"] != settings_hash(study, key):
-            say(f"findings: {key.file}: made with other settings, is made again")
-        elif record["data_sha256"] != data_sha256:
-            say(f"findings: {key.file}: made from other data, is made again")
-        elif test and record["failed"] is None and "test" not in record:
-            say(f"findings: {key.file}: has no test values, is measured again")
-        else:
-            kept[key] = record
-    return kept
-
-
 def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Config:
     """The config with the device and threads of its workers, and its text as a file of tokens in the cache."""
     tree = config.model_dump(mode="json")
-    threads = max(1, (os.cpu_count() or 1) // options.workers)
-    tree["run"] |= {"device": use_device(options.device), "threads": threads}
+    tree["run"] |= {"device": use_device(options.device), "threads": threads_each(options.workers)}
     corpus = tree["corpus"]
     if corpus["source"] == "text":
         for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
@@ -211,7 +152,7 @@ def _tokens(config: Config, text: str, max_tokens: int, lm: LanguageModel, cache
         documents = load_documents("text", text, lm.tokenizer, max_tokens=max_tokens, context_length=length)
         tensors = {"tokens": documents.tokens, "doc_start": documents.starts}
         write_tensors(path, tensors, {"tokenizer_sha256": str(lm.tokenizer_sha256)})
-        say(f"findings: {Path(text).name}: {documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
+        say(f"{Path(text).name}: {documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
     return path
 
 
@@ -264,82 +205,52 @@ class Work:
     inputs: Mapping[str, Any]
 
 
-class _Here(Executor):
-    """Does what is submitted at once, in this process."""
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
 def _made(work: Work, configs: Mapping[str, Config], due: list[Key], options: Options) -> Iterator[Any]:
     """Phase 1 of every hook that is due (yields its name), then every model, as it is done (yields its record)."""
-    splits = ["val", "test"] if options.test else ["val"]
-    hashes = {key: settings_hash(work.study, key) for key in due}
-    device = use_device(options.device)
+    of_worker = (work, use_device(options.device))
     if options.workers == 1:
-        pool: Executor = _Here()
-        _start(work, device)
-    else:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(options.workers, context, _start_process, (work, device))
-    with pool:
-        try:
-            hooks = dict.fromkeys(key.hook for key in due)
-            threads = max(1, (os.cpu_count() or 1) // min(options.workers, len(hooks)))
-            for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook], threads)) for hook in hooks]:
-                future.result()
-                yield hook
-            at_once = 1 if options.workers == 1 else 2 * options.workers
-            yield from _records(pool, at_once, configs, due, hashes, splits)
-        except BrokenProcessPool as error:
-            raise OSError(
-                "findings: a worker was killed (out of memory?), try fewer --workers; records are kept"
-            ) from error
-        except BaseException:
-            # Only this process writes records; what a worker leaves half made in the cache is made again.
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
+        _open(*of_worker)
+    with worker_pool(options.workers, _start, of_worker, "findings", "; records are kept") as pool:
+        hooks = dict.fromkeys(key.hook for key in due)
+        threads = threads_each(min(options.workers, len(hooks)))
+        for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook], threads)) for hook in hooks]:
+            future.result()
+            yield hook
+        yield from _records(pool, work.study, configs, due, options)
 
 
 def _records(
-    pool: Executor,
-    at_once: int,
-    configs: Mapping[str, Config],
-    due: list[Key],
-    hashes: Mapping[Key, str],
-    splits: list[str],
+    pool: Executor, study: Findings, configs: Mapping[str, Config], due: list[Key], options: Options
 ) -> Iterator[Any]:
     """The records of the models that are due, each started after the one that it is matched with."""
-    waiting, pending = list(due), set[Future[Any]]()
-    open_keys = set(due)
-    while waiting or pending:
-        ready = [key for key in waiting if not open_keys.intersection(_matched(configs[key.hook], key))]
-        for key in ready[: at_once - len(pending)]:
+    waiting, missing = list(due), set(due)
+    at_once = 1 if options.workers == 1 else 2 * options.workers
+    splits = ["val", "test"] if options.test else ["val"]
+
+    def ready() -> list[tuple[Key, str, list[str]]]:
+        free = [key for key in waiting if not missing.intersection(_matched(configs[key.hook], key))]
+        started = len(missing) - len(waiting)
+        keys = free[: at_once - started]
+        for key in keys:
             waiting.remove(key)
-            pending.add(pool.submit(_record, key, hashes[key], splits))
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            open_keys.discard(key_of(future.result()))
-            yield future.result()
+        return [(key, settings_hash(study, key), splits) for key in keys]
+
+    for record in results(pool, _record, ready):
+        missing.discard(key_of(Key, record))
+        yield record
 
 
 _state: dict[str, Any] = {}  # of a process: its work and what it has opened
 
 
-def _start_process(work: Work, device: str) -> None:
+def _start(work: Work, device: str) -> None:
     """Begin a worker process."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
-    _start(work, device)
-
-
-def _start(work: Work, device: str) -> None:
-    keep_freed_memory()
     disable_progress_bar()
+    _open(work, device)
+
+
+def _open(work: Work, device: str) -> None:
     _state.update(work=work, bench=Bench(work.folders, device))
 
 

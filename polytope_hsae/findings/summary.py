@@ -18,7 +18,7 @@ from ..evaluation.targets import Thresholds, assess_targets
 from ..study.results import Spread, spread
 from .plan import Findings, Key, load_findings, settings_hash
 from .record import unpack_units
-from .run import read_hooks, read_records
+from .run import read_hooks, records_in
 
 TOGETHER = ("purity_gain_pp", "leakage_reduction", "steering_leakage_reduction", "reconstruction_parity")
 OF_CONCEPTS = TOGETHER[:3]
@@ -178,12 +178,12 @@ def read_summary(folder: Path, split: str) -> Summary:
     Raises ValueError when the records that are left come from different data, or none is left.
     """
     study, configs = load_findings(folder / "study.yaml")
-    kept, left_out, asked = {}, [], set(study.keys)
-    for key, record in read_records(folder).items():
-        if key in asked and record["settings_sha256"] == settings_hash(study, key):
-            kept[key] = record
-        else:
-            left_out.append(key.file)
+    there, asked = records_in(folder), set(study.keys)
+    kept = {
+        key: record
+        for key, record in there.items()
+        if key in asked and record["settings_sha256"] == settings_hash(study, key)
+    }
     hashes = sorted({record["data_sha256"] for record in kept.values()})
     if len(hashes) > 1:
         raise ValueError(f"{folder}: found records from different data, {hashes[0]} and {hashes[1]}, allowed: one")
@@ -191,6 +191,7 @@ def read_summary(folder: Path, split: str) -> Summary:
         raise ValueError(
             f"{folder}: found no {split} values, allowed: hsae findings run{' --test' * (split == 'test')}"
         )
+    left_out = [key.file for key in there if key not in kept]
     return Summary(study, configs, kept, read_hooks(folder), left_out, split)
 
 

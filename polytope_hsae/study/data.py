@@ -5,6 +5,7 @@ It lies in a cache folder outside the study, is made once, and is known by the h
     CACHE/<hash>/contexts.safetensors, concepts.json, <hook>/ (a store), <hook>.safetensors (moments and probes)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +33,9 @@ from ..fileio import read_tensors, sha256_file, sha256_json, write_json, write_t
 from ..geometry.causal import CausalGeometry
 from ..lm import FINAL_HOOK, LanguageModel
 from ..phases.phase1_teacher import make_concepts
-from .plan import Study
+from .plan import TEXTS, Study
 
 SPLITS = ("train", "val", "test")
-TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}
 
 
 def load_lm(config: Config, device: str) -> LanguageModel:
@@ -44,12 +44,8 @@ def load_lm(config: Config, device: str) -> LanguageModel:
     return LanguageModel.load(model.name, revision=model.revision, dtype=model.dtype, device=device)
 
 
-def text_hashes(study: Study, config: Config) -> dict[str, str]:
-    """sha256 of the text files, by what they are. Raises ConfigError naming one that is missing."""
-    if study.text is None:
-        files = {"corpus": config.corpus.path}
-    else:
-        files = {name: str(Path(study.text) / file) for name, file in TEXTS.items()}
+def text_hashes(files: Mapping[str, str | None]) -> dict[str, str]:
+    """sha256 of text files, by what they are; None: the packaged one. Raises ConfigError naming one that is missing."""
     for path in files.values():
         if path is not None and not Path(path).is_file():
             raise ConfigError(
@@ -66,8 +62,11 @@ def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, 
     # what studies did not have from the start counts where it is used, so that older records stay valid
     left_out = {"label", "belief_threshold", "ontology", "prompts", "nltk_data"}
     left_out |= {name for name in ("parts_of_speech", "wordnet") if name not in options.model_fields_set}
+    files: dict[str, str | None] = {"corpus": config.corpus.path}
+    if study.text is not None:
+        files = {name: str(Path(study.text) / file) for name, file in TEXTS.items()}
     return {
-        "text_sha256": text_hashes(study, config),
+        "text_sha256": text_hashes(files),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "max_tokens": config.corpus.max_tokens,
@@ -124,7 +123,7 @@ class StudyData:
         if all(path.is_file() for path in files):
             return
         documents, members = self._documents()
-        say(f"study: {documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
+        say(f"{documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
         tensors = {}
         for split in ("val", "test"):
             rows = contexts(documents, members[split], self.config.corpus.context_length)
@@ -137,7 +136,7 @@ class StudyData:
         for hook in self.study.hooks:
             opened = self._harvest(hook, documents, members)
             store = ResidentStore(opened.folder, opened.manifest, self.device)
-            say(f"study: {hook}: {', '.join(f'{store.n_rows(split):,} {split}' for split in SPLITS)} rows")
+            say(f"{hook}: {', '.join(f'{store.n_rows(split):,} {split}' for split in SPLITS)} rows")
             self._write_probes(hook, store, concepts)
         write_json(self.folder / "identity.json", self.identity)
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from ..fileio import write_json, write_text
 from ..parsing import checked, parse_json
-from .run import Record, key_of, read_records
+from .files import key_of
+from .plan import RunKey
+from .run import Record, records_in
 
 
 def pack_runs(folder: Path, file: Path) -> int:
     """Write every record of a study folder as one line of `file`; returns how many."""
-    records = read_records(folder)
+    records = records_in(folder)
     write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()))
     return len(records)
 
@@ -27,7 +29,7 @@ def unpack_runs(file: Path, folder: Path) -> int:
         except ValueError as error:
             raise ValueError(f"{file}: line {number}: {error}") from error
     for record in records:
-        run = key_of(record)
+        run = key_of(RunKey, record)
         if Path(run.file).name != run.file:
             raise ValueError(f"{file}: arm: found {run.arm!r}, allowed: a name without folders")
         write_json(folder / "runs" / run.file, record)

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ..config import (
     FOLDER_NAME,
@@ -23,13 +22,14 @@ from ..config import (
     Whole,
     apply_override,
     config_identity,
-    first_line,
     load_config,
 )
 from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
 from ..parsing import parse_yaml, shown
+from .files import read_study, validated
 
+TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}  # of a folder of texts
 PLACES = (  # fields that say where something lies or runs, and change no result
     *("text", "model.name", "corpus.path", "concepts.ontology", "data.batch_tokens", "tracking."),
     *("run.name", "run.device", "run.threads"),
@@ -101,15 +101,18 @@ class Study(Block):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for field in ("hooks", "seeds", "l0", "lr"):
-            _require_unique(field, getattr(self, field))
-        names = [arm.name for arm in self.arms]
-        _require_unique("arms", names)
+            require_unique(field, getattr(self, field))
+        require_unique("arms", [arm.name for arm in self.arms])
         for arm in self.arms:
             where = f"arms.{arm.name}"
             if arm.lr is not None and len(set(arm.lr)) != len(self.lr):
                 raise ValueError(
                     f"{where}.lr: found {arm.lr}, allowed: {len(self.lr)} rates, as many as every arm tries"
                 )
+            rates = self.rates(arm)
+            if len({f"{lr:g}" for lr in rates}) != len(rates):  # the name of a run's file has so much of its rate
+                field = "lr" if arm.lr is None else f"{where}.lr"
+                raise ValueError(f"{field}: found {rates}, allowed: rates that differ in their first six digits")
             if arm.kind == "hsae":
                 lacking = [l0 for l0 in self.l0 if l0 not in arm.l0]
                 if lacking:
@@ -137,6 +140,11 @@ class Study(Block):
         """The learning rates that an arm tries."""
         return self.lr if arm.lr is None else arm.lr
 
+    def asks(self, run: "RunKey") -> bool:
+        """Whether a run is one of the study's."""
+        asked = run.cell in self.cells and run.seed in self.seeds
+        return asked and run.lr in self.rates(self.arm(run.arm))
+
     @property
     def cells(self) -> list["Cell"]:
         """Every (hook, L0, arm), hook by hook."""
@@ -161,6 +169,11 @@ class RunKey(NamedTuple):
     lr: float
 
     @property
+    def cell(self) -> Cell:
+        """What its rate is chosen for."""
+        return Cell(self.arm, self.hook, self.l0)
+
+    @property
     def file(self) -> str:
         """The name of its JSON file."""
         return f"{self.arm}-{self.hook}-{self.l0}-s{self.seed}-lr{self.lr:g}.json"
@@ -170,24 +183,14 @@ def load_study(path: Path, overrides: list[str] | None = None) -> tuple[Study, C
     """Read a study and its base config; `overrides` ("key.path=value") go to the study's field of that name, or else to
     the config. Raises ConfigError naming the field, what was found and what is allowed.
     """
-    if not path.is_file():
-        raise ConfigError(f"study: found {str(path)!r}, allowed: a YAML file")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of a study's fields")
+    tree = read_study(path)
     for override in overrides or []:
         if override.split("=")[0].split(".")[0] in Study.model_fields:
             apply_override(tree, override)
         else:
             key, _, text = override.partition("=")
             tree.setdefault("set", {})[key] = _yaml_value(key, text)
-    try:
-        study = Study.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_line(error, Study)}") from error
+    study = validated(Study, tree, f"{path}: ")
     base = load_config(study.config, [f"{key}={json.dumps(value)}" for key, value in study.set.items()])
     for cell in study.cells:
         run_config(study, base, RunKey(*cell, study.seeds[0], study.lr[0]))  # what is wrong shows before the first run
@@ -219,10 +222,7 @@ def run_config(study: Study, base: Config, run: RunKey) -> Config:
         made["hsae"] = arm.hsae
         made["flat"] = {**arm.flat, "k": run.l0, "n_latents": study.arm(arm.name).size.atoms or 1 << 20}
     tree["arms"] = [made]
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"arms.{arm.name}: {first_line(error, Config)}") from error
+    config = validated(Config, tree, f"arms.{arm.name}: ")
     if arm.kind == "hsae":
         total = config.arm_hsae(config.arms[0]).total_l0
         if total != run.l0:
@@ -299,16 +299,11 @@ SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameter
 )
 
 
-def dump_study(study: Study) -> str:
-    """The study as YAML."""
-    return yaml.safe_dump(study.model_dump(exclude_defaults=True), sort_keys=False, width=120)
-
-
 def places_removed(overrides: list[str]) -> list[str]:
     """The overrides that change results: not those that say where something lies or runs."""
     return [override for override in overrides if not override.split("=")[0].startswith(PLACES)]
 
 
-def _require_unique(field: str, values: list[Any]) -> None:
+def require_unique(field: str, values: list[Any]) -> None:
     if len(set(values)) != len(values):
         raise ValueError(f"{field}: found {values}, allowed: values that differ")

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import Config
 from .plan import Cell, RunKey, Study, load_study, settings_hash
-from .run import best_trial, read_records
+from .run import best_trial, records_in
 
 TOLERANCE = 0.02  # relative difference up to which two arms have equally many atoms or parameters
 
@@ -76,8 +75,13 @@ def read_results(folder: Path) -> Results:
     Runs that the study does not ask for, or that were made with other settings, are left out and named. Raises
     ValueError when the runs that are left come from different data, or none is left.
     """
-    study, base = load_study(folder / "study.yaml")
-    records, left_out = _present(study, base, folder)
+    study, _ = load_study(folder / "study.yaml")
+    there = records_in(folder)
+    records = {
+        run: record
+        for run, record in there.items()
+        if study.asks(run) and record["settings_sha256"] == settings_hash(study, run)
+    }
     hashes = {record["data_sha256"]: run.file for run, record in records.items()}
     if len(hashes) > 1:
         one, other = list(hashes.values())[:2]
@@ -85,19 +89,7 @@ def read_results(folder: Path) -> Results:
     found = [result for cell in study.cells if (result := _result(study, cell, records)) is not None]
     if not found:
         raise ValueError(f"{folder / 'runs'}: found no runs of this study, allowed: hsae study run makes them")
-    return Results(study, found, len(records), left_out)
-
-
-def _present(study: Study, base: Config, folder: Path) -> tuple[dict[RunKey, Any], list[str]]:
-    kept, left_out = {}, []
-    rates = {arm.name: study.rates(arm) for arm in study.arms}
-    for run, record in read_records(folder).items():
-        asked = Cell(*run[:3]) in study.cells and run.seed in study.seeds and run.lr in rates[run.arm]
-        if asked and record["settings_sha256"] == settings_hash(study, run):
-            kept[run] = record
-        else:
-            left_out.append(run.file)
-    return kept, left_out
+    return Results(study, found, len(records), [run.file for run in there if run not in records])
 
 
 def _result(study: Study, cell: Cell, records: Mapping[RunKey, Any]) -> Result | None:

@@ -4,14 +4,9 @@ A run's JSON file is written whole when it is done; a run whose file is there an
 again. So a study that was stopped goes on, and one that was changed makes anew what the change affects.
 """
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +15,14 @@ from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
 from ..config import Config, ConfigError
-from ..fileio import read_json, update_text, write_json
-from ..phases.run import keep_freed_memory, remove_leftovers, use_device
+from ..fileio import write_json
+from ..phases.run import remove_leftovers, use_device
 from ..training.trainer import Interrupted
 from .data import StudyData
+from .files import claim, key_of, read_records, still_valid, study_yaml
 from .measure import run_once
-from .plan import Cell, RunKey, Study, dump_study, load_study, places_removed, settings_hash
-
-Say = Callable[[str], None]
+from .plan import Cell, RunKey, Study, load_study, places_removed, settings_hash
+from .workers import Options, Say, results, threads_each, worker_pool
 
 
 class Record(TypedDict):
@@ -46,23 +41,14 @@ class Record(TypedDict):
 Records = Mapping[RunKey, Any]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a study is run; nothing of it changes a result."""
-
-    only: str | None = None
-    limit: int | None = None
-    workers: int = 1
-    test: bool = False
-    device: str = "auto"
-    cache: Path = Path("runs/study-cache")
-
-
 def run_study(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
     """Make all runs of a study that are due; returns the study's folder."""
     study, base = load_study(path, overrides)
     folder = Path("studies") / study.name if out is None else out
-    _claim(folder, path, overrides, study)
+    remove_leftovers(folder, deep=True)
+    lasting = places_removed(overrides)
+    refusal = f"{folder / 'study.yaml'}, allowed: --out FOLDER, or a change of the file"
+    claim(folder, path, lasting, lambda: study_yaml(load_study(path, lasting)[0]), refusal)
     if not any(wanted(cell, options.only) for cell in study.cells):
         names = ", ".join(arm.name for arm in study.arms)
         raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of ARM-HOOK-L0")
@@ -72,13 +58,15 @@ def run_study(path: Path, overrides: list[str], out: Path | None, options: Optio
     with_device = base.model_copy(update={"run": base.run.model_copy(update={"device": device})})
     data = StudyData(study, with_device, options.cache, device)
     data.prepare(say)
-    records = _finished(study, base, data.sha256, folder, options.test, say)
-    say(f"study: {len(records)} of {n_runs(study)} runs are there")
+    asked = {run: record for run, record in records_in(folder).items() if study.asks(run)}
+    untested = "has no test values, is made again" if options.test else None
+    records = still_valid(asked, partial(settings_hash, study), data.sha256, untested, say)
+    say(f"{len(records)} of {n_runs(study)} runs are there")
     try:
         for record in _made(study, with_device, data, records, options):
-            run = key_of(record)
+            run = key_of(RunKey, record)
             write_json(folder / "runs" / run.file, record)
-            say(f"study: {len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {_line(record)}")
+            say(f"{len(records)} of {n_runs(study)}: {run.file.removesuffix('.json')}: {_line(record)}")
     except Interrupted as error:
         raise InterruptedError("the same command goes on; runs that are done are kept") from error
     return folder
@@ -102,9 +90,9 @@ def n_runs(study: Study) -> int:
     return sum(len(study.rates(study.arm(cell.arm))) + len(study.seeds) - 1 for cell in study.cells)
 
 
-def key_of(record: Mapping[str, Any]) -> RunKey:
-    """Which run a record is of."""
-    return RunKey(*(record[field] for field in RunKey._fields))
+def records_in(folder: Path) -> dict[RunKey, Any]:
+    """All records in a study's folder. Raises ValueError for a file that is none, or has another run's name."""
+    return read_records(folder, "*.json", Record, RunKey)
 
 
 def due(study: Study, records: Records) -> list[RunKey]:
@@ -132,107 +120,38 @@ def best_trial(trials: list[RunKey], records: Records) -> RunKey | None:
     return max(done, key=lambda run: records[run]["val"]["ev"]["value"], default=None)
 
 
-def read_records(folder: Path) -> dict[RunKey, Any]:
-    """All records in a study's folder. Raises ValueError for a file that is none, or has another run's name."""
-    found = {}
-    for path in sorted((folder / "runs").glob("*.json")):
-        record = read_json(path, Record)
-        run = key_of(record)
-        if run.file != path.name:
-            raise ValueError(f"{path}: found the record of {run.file}, allowed: a file of its own name")
-        found[run] = record
-    return found
-
-
-def _finished(
-    study: Study, base: Config, data_sha256: str, folder: Path, test: bool, say: Say
-) -> dict[RunKey, dict[str, Any]]:
-    """Records with the present settings and data; says which of the study's runs have others and are made again."""
-    kept = {}
-    seeds, rates = set(study.seeds), {arm.name: study.rates(arm) for arm in study.arms}
-    for run, record in read_records(folder).items():
-        if not (Cell(*run[:3]) in study.cells and run.seed in seeds and run.lr in rates[run.arm]):
-            continue
-        if record["settings_sha256"] != settings_hash(study, run):
-            say(f"study: {run.file}: made with other settings, is made again")
-        elif record["data_sha256"] != data_sha256:
-            say(f"study: {run.file}: made from other data, is made again")
-        elif test and record["failed"] is None and "test" not in record:
-            say(f"study: {run.file}: has no test values, is made again")
-        else:
-            kept[run] = record
-    return kept
-
-
-def _claim(folder: Path, path: Path, overrides: list[str], study: Study) -> None:
-    """Write the study's file into its folder, unless it is the one that was read. Raises ConfigError."""
-    remove_leftovers(folder, deep=True)
-    lasting = places_removed(overrides)
-    target = folder / "study.yaml"
-    if target.is_file() and target.samefile(path):
-        if lasting:
-            raise ConfigError(
-                f"--set: found {lasting[0]!r} for {target}, allowed: --out FOLDER, or a change of the file"
-            )
-        return
-    update_text(target, dump_study(load_study(path, lasting)[0]))
-
-
 def _made(
     study: Study, config: Config, data: StudyData, records: dict[RunKey, Any], options: Options
 ) -> Iterator[dict[str, Any]]:
     """Makes what is due, as long as something is; adds each record to `records` and yields it."""
     started: set[RunKey] = set()
 
-    def startable() -> list[RunKey]:
-        runs = [run for run in due(study, records) if run not in started]
-        runs = [run for run in runs if wanted(Cell(*run[:3]), options.only)]
-        return runs if options.limit is None else runs[: max(0, options.limit - len(started))]
+    def ready() -> list[tuple[RunKey]]:
+        runs = [run for run in due(study, records) if run not in started and wanted(run.cell, options.only)]
+        left = len(runs) if options.limit is None else options.limit - len(started)
+        runs = runs[: min(left, 1) if options.workers == 1 else left]
+        started.update(runs)
+        return [(run,) for run in runs]
 
     if options.workers == 1:
-        keep_freed_memory()
-        while runs := startable():
-            started.add(runs[0])
-            record = run_once(study, config, data, runs[0], test=options.test, workers=1)
-            records[runs[0]] = record
+        _worker[:] = [study, config, data, options]
+    else:
+        data.__dict__.pop("lm", None)  # every worker loads its own
+        torch.cuda.empty_cache()
+    of_worker = (study, config, options, data.device)
+    with worker_pool(options.workers, _start, of_worker, "study", "; finished runs are kept") as pool:
+        for record in results(pool, _work, ready):
+            records[key_of(RunKey, record)] = record
             yield record
-        return
-    worker = (study, config, options, data.device)
-    data.__dict__.pop("lm", None)  # every worker loads its own
-    torch.cuda.empty_cache()
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start, worker) as pool:
-        pending: dict[Future[dict[str, Any]], RunKey] = {}
-        try:
-            while True:
-                for run in startable():
-                    started.add(run)
-                    pending[pool.submit(_work, run)] = run
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    records[pending.pop(future)] = future.result()
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise OSError(
-                "study: a worker was killed (out of memory?), try fewer --workers; finished runs are kept"
-            ) from error
-        except BaseException:
-            # Only this process writes records, so nothing is half-written; unfinished runs are made another time.
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
 
 
-_worker: list[Any] = []  # of a worker process: the study, its config and its data
+_worker: list[Any] = []  # of a process that makes runs: the study, its config, its data and the options
 
 
 def _start(study: Study, config: Config, options: Options, device: str) -> None:
     """Begin a worker process: it loads what its runs share once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
     use_device(device)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
-    keep_freed_memory()
+    torch.set_num_threads(threads_each(options.workers))
     disable_progress_bar()
     _worker[:] = [study, config, StudyData(study, config, options.cache, device), options]
 

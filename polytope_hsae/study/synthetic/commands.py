@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..commands import Folder, Quiet, teller
+
 app = typer.Typer(help="All models on one stream of rows with known features: what each of them recovers.")
 
 
@@ -18,19 +20,16 @@ def run_command(
     only: Annotated[str | None, typer.Option("--only", help="Only this arm, or a glob of arms.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Runs at once, each in a process.")] = 1,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or cuda:0,cuda:1 and so on.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make the runs that are not there yet, and the table; one that is stopped goes on where it was."""
     from .run import Options, run_synthetic
 
-    say = (lambda message: None) if quiet else (lambda message: typer.echo(message))
-    run_synthetic(file, overrides or [], out, Options(only, workers, device), say)
+    run_synthetic(file, overrides or [], out, Options(only, workers, device), teller("synthetic", quiet))
 
 
 @app.command("table")
-def table_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")],
-) -> None:
+def table_command(folder: Folder) -> None:
     """Write table.md from the study's files alone."""
     from .table import write_table
 

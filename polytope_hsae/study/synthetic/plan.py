@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ...config import (
     FLAT_KINDS,
@@ -17,11 +16,10 @@ from ...config import (
     TrainingConfig,
     Whole,
     apply_override,
-    first_line,
 )
 from ...evaluation.synthetic.world import WorldConfig
 from ...fileio import sha256_json
-from ...parsing import parse_yaml
+from ..files import read_study, validated
 from ..plan import GRAPHED
 
 SET_HERE = ("batch_size", "log_every", "val_every", "checkpoint_every")  # of training: by the study
@@ -92,20 +90,10 @@ class SyntheticRun(NamedTuple):
 
 def load_synthetic(path: Path, overrides: list[str] | None = None) -> SyntheticStudy:
     """Read a study; `overrides` are "key.path=value". Raises ConfigError with one line: field, found, allowed."""
-    if not path.is_file():
-        raise ConfigError(f"study: found {str(path)!r}, allowed: a YAML file")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of a study's fields")
+    tree = read_study(path)
     for override in overrides or []:
         apply_override(tree, override)
-    try:
-        study = SyntheticStudy.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_line(error, SyntheticStudy)}") from error
+    study = validated(SyntheticStudy, tree, f"{path}: ")
     for arm in study.arms:  # what is wrong shows before the first run
         model_config(study, arm)
         training_config(study, arm)
@@ -117,11 +105,11 @@ def model_config(study: SyntheticStudy, arm: SyntheticArm) -> HSAEConfig | FlatC
     where = f"arms.{arm.name}"
     if arm.kind != "hsae":
         kind = FLAT_KINDS[arm.kind]
-        return _validated(kind, {"n_latents": study.n_latents, "k": study.l0, **arm.flat}, f"{where}.flat")
+        return validated(kind, {"n_latents": study.n_latents, "k": study.l0, **arm.flat}, f"{where}.flat.")
     fields = {**study.hsae, **arm.hsae}
     children = fields.get("n_children_per_parent", HSAEConfig.model_fields["n_children_per_parent"].default)
     fields = {"n_parents": study.n_latents // (1 + children), **fields}
-    config: HSAEConfig = _validated(HSAEConfig, fields, f"{where}.hsae")
+    config = validated(HSAEConfig, fields, f"{where}.hsae.")
     atoms = config.n_parents * (1 + config.n_children_per_parent)
     if atoms > study.n_latents:
         raise ConfigError(f"{where}.hsae.n_parents: found {atoms} latents, allowed: {study.n_latents} at most")
@@ -138,7 +126,7 @@ def training_config(study: SyntheticStudy, arm: SyntheticArm) -> TrainingConfig:
             raise ConfigError(f"arms.{arm.name}.training.{field}: found {fields[field]!r}, allowed: nothing here")
     fields |= {"batch_size": study.batch_size, **dict.fromkeys(SET_HERE[1:], study.steps)}
     fields["cuda_graph"] = fields.get("cuda_graph", False) and arm.kind in GRAPHED
-    return _validated(TrainingConfig, fields, f"arms.{arm.name}.training")
+    return validated(TrainingConfig, fields, f"arms.{arm.name}.training.")
 
 
 def stages(study: SyntheticStudy, arm: SyntheticArm) -> list[StageConfig]:
@@ -164,15 +152,3 @@ def settings_hash(study: SyntheticStudy, run: SyntheticRun) -> str:
             "seed": run.seed,
         }
     )
-
-
-def dump_synthetic(study: SyntheticStudy) -> str:
-    """The study as YAML."""
-    return yaml.safe_dump(study.model_dump(exclude_defaults=True), sort_keys=False, width=120)
-
-
-def _validated(block: type[Any], fields: dict[str, Any], where: str) -> Any:
-    try:
-        return block.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(f"{where}.{first_line(error, block)}") from error

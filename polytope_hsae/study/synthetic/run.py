@@ -3,12 +3,7 @@
 A run's file is written when it is done, and is not made again while its settings are the present ones.
 """
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,14 +13,14 @@ import torch
 from typing_extensions import TypedDict
 
 from ...config import ConfigError
-from ...fileio import read_json, update_text, write_json
-from ...phases.run import keep_freed_memory, use_device
+from ...fileio import read_json, write_json
+from ...phases.run import use_device
 from ...report.words import number
+from ..files import claim, key_of, study_yaml
+from ..workers import Say, results, threads_each, worker_pool
 from .measure import run_once
-from .plan import SyntheticRun, SyntheticStudy, dump_synthetic, load_synthetic, settings_hash
+from .plan import SyntheticRun, SyntheticStudy, load_synthetic, settings_hash
 from .table import write_table
-
-Say = Callable[[str], None]
 
 
 class Record(TypedDict):
@@ -50,20 +45,18 @@ def run_synthetic(path: Path, overrides: list[str], out: Path | None, options: O
     """Make all runs of a study that are due, and its table after each; returns the study's folder."""
     study = load_synthetic(path, overrides)
     folder = path.parent if out is None else out
-    if overrides and (folder / "study.yaml").is_file() and (folder / "study.yaml").samefile(path):
-        raise ConfigError(f"--set: found {overrides[0]!r} for {path}, allowed: --out FOLDER, or a change of the file")
-    if not (folder / "study.yaml").is_file() or not (folder / "study.yaml").samefile(path):
-        update_text(folder / "study.yaml", dump_synthetic(study))
+    refusal = f"{path}, allowed: --out FOLDER, or a change of the file"
+    claim(folder, path, overrides, lambda: study_yaml(study), refusal)
     wanted = [run for run in study.runs if options.only is None or fnmatchcase(run.arm, options.only)]
     if not wanted:
         names = ", ".join(arm.name for arm in study.arms)
         raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of them")
     devices = [use_device(name) for name in options.device.split(",")]
     missing = [run for run in wanted if not is_done(study, folder, run)]
-    say(f"synthetic: {len(wanted) - len(missing)} of {len(wanted)} runs are there")
+    say(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there")
     for record in _made(study, missing, devices, options.workers):
-        write_json(folder / "runs" / SyntheticRun(record["arm"], record["seed"]).file, record)
-        say(f"synthetic: {_line(record)}")
+        write_json(folder / "runs" / key_of(SyntheticRun, record).file, record)
+        say(_line(record))
         write_table(folder)
     return folder
 
@@ -91,34 +84,19 @@ def _made(
     study: SyntheticStudy, runs: list[SyntheticRun], devices: list[str], workers: int
 ) -> Iterator[dict[str, Any]]:
     """The records of runs, each as soon as it is there; several runs at once share the devices evenly."""
-    if workers == 1:
-        keep_freed_memory()
-        for run in runs:
-            yield run_once(study, run, devices[0], workers)
-        return
     waiting = list(runs)
     free = [devices[worker % len(devices)] for worker in range(workers)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (workers,)) as pool:
-        pending: dict[Future[dict[str, Any]], str] = {}
-        try:
-            while waiting or pending:
-                while waiting and free:
-                    device = free.pop(0)
-                    pending[pool.submit(run_once, study, waiting.pop(0), device, workers)] = device
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    free.append(pending.pop(future))
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise OSError("synthetic: a worker was killed (out of memory?), try fewer --workers") from error
-        except BaseException:
-            for process in multiprocessing.active_children():  # only this process writes, so nothing is half-written
-                process.kill()
-            raise
+
+    def ready() -> list[tuple[Any, ...]]:
+        calls = [(study, run, device, workers) for run, device in zip(waiting, free, strict=False)]
+        del waiting[: len(calls)], free[: len(calls)]
+        return calls
+
+    with worker_pool(workers, torch.set_num_threads, (threads_each(workers),), "synthetic") as pool:
+        for device, record in results(pool, _work, ready):
+            free.append(device)
+            yield record
 
 
-def _start(workers: int) -> None:
-    """Begin a worker process."""
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    keep_freed_memory()
+def _work(study: SyntheticStudy, run: SyntheticRun, device: str, workers: int) -> tuple[str, dict[str, Any]]:
+    return device, run_once(study, run, device, workers)

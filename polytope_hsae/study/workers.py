@@ -1,0 +1,89 @@
+"""How a study's runs are made: one after the other in this process, or several at once in worker processes."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..phases.run import keep_freed_memory
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is run; nothing of it changes a result."""
+
+    only: str | None
+    limit: int | None
+    workers: int
+    test: bool
+    device: str
+    cache: Path
+
+
+class _Here(Executor):
+    """Does what is submitted at once, in this process."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def worker_pool(
+    workers: int, start: Callable[..., None], arguments: tuple[Any, ...], name: str, kept: str = ""
+) -> Iterator[Executor]:
+    """So many processes, each of which begins with `start(*arguments)`; a single worker is this process, as it is.
+
+    Only this process writes records, so that none is half-written when the workers are ended with it. Raises OSError,
+    naming the command `name` and what is kept, if one is killed.
+    """
+    if workers == 1:
+        keep_freed_memory()
+        yield _Here()
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin, (start, arguments)) as pool:
+        try:
+            yield pool
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.kill()  # they ignore signals that ask, so that the pool would wait for the end of their runs
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(f"{name}: a worker was killed (out of memory?), try fewer --workers{kept}") from error
+            raise
+
+
+def _begin(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all; the parent process ends its workers
+    keep_freed_memory()
+    start(*arguments)
+
+
+def threads_each(workers: int) -> int:
+    """Threads of each of so many processes that share the CPU."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def results(pool: Executor, work: Callable[..., Any], ready: Callable[[], Iterable[tuple[Any, ...]]]) -> Iterator[Any]:
+    """What the calls of `work` return, each as soon as it is there, until none is left.
+
+    ready: the arguments of the calls that can start now, each given once; asked again after results have been taken.
+    """
+    pending: set[Future[Any]] = set()
+    while True:
+        pending |= {pool.submit(work, *arguments) for arguments in ready()}
+        if not pending:
+            return
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
