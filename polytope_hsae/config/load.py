@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..fileio import sha256_file
 from ..parsing import cut, parse_yaml, shown
 from .block import MAX_BYTES, PACKAGE, ConfigError, first_line
 from .run import Config
@@ -20,12 +19,6 @@ def find_config(name_or_path: str) -> Path:
             return path
     names = ", ".join(sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml")))
     raise ConfigError(f"config: found {name_or_path!r}, allowed: a YAML file or one of {names}")
-
-
-def config_identity(name_or_path: str) -> str:
-    """What a record says of the config that it follows: a packaged name, or the SHA-256 of any other file."""
-    path = find_config(name_or_path)
-    return path.stem if path.parent == PACKAGE / "configs" else sha256_file(path)
 
 
 def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:

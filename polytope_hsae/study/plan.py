@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ..config import (
     FOLDER_NAME,
+    PACKAGE,
     ArmConfig,
     Block,
     Config,
@@ -21,10 +22,10 @@ from ..config import (
     HSAEConfig,
     Whole,
     apply_override,
-    config_identity,
+    find_config,
     load_config,
 )
-from ..fileio import sha256_json
+from ..fileio import sha256_file, sha256_json
 from ..models.flops import latents_for, parameter_count
 from ..parsing import parse_yaml, shown
 from .files import read_study, validated
@@ -282,8 +283,10 @@ def stated_config(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a study says of its config: the packaged name (or the file's hash) and the fields that it replaces, without
     those that change no result.
     """
+    path = find_config(name)
+    packaged = path.parent == PACKAGE / "configs"
     kept = {key: value for key, value in fields.items() if not key.startswith((*PLACES, *WATCHING))}
-    return {"config": config_identity(name), "set": kept}
+    return {"config": path.stem if packaged else sha256_file(path), "set": kept}
 
 
 SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters
