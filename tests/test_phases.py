@@ -11,6 +11,7 @@ import pytest
 import torch
 from running import ARMS, SMOKE, TEACHER_ARMS, contents, copy, files, hsae, refused, start
 
+from polytope_hsae.config import HSAEConfig
 from polytope_hsae.fileio import read_json, read_tensors
 from polytope_hsae.geometry import controls
 from polytope_hsae.lm import LanguageModel
@@ -564,3 +565,19 @@ def test_a_model_that_is_not_there(tmp_path):
     with pytest.MonkeyPatch.context() as patch:  # nothing holds the corrected command back
         interrupt(patch, LanguageModel, "capture", 1, signal.SIGINT)
         assert hsae("run", "smoke", "--out", tmp_path / "run").code == 130
+
+
+def test_the_default_form_of_an_hsae_goes_through_all_phases(tmp_path):
+    defaults = HSAEConfig(n_parents=32, topk_parent=4, n_children_per_parent=6, topk_child_total=4)
+    form = {name: value for name, value in defaults.model_dump(mode="json").items() if name != "causal_ortho_lambda"}
+    arms = [{"name": "baseline"}, {"name": "teacher", "init": "teacher"}]
+    sets = {"run.threads": 1, "arms": arms, "teacher.init": "literal"} | {f"hsae.{name}": form[name] for name in form}
+    overrides = [part for key, value in sets.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    answer = hsae("run", "smoke", *overrides, "--out", tmp_path / "run", "--quiet")
+    assert answer.code == 0, answer.err
+    values = read_json(tmp_path / "run" / "phase4" / "results.json")["arms"]
+    teacher = SparseAutoencoder.from_pretrained(tmp_path / "run" / "phase3" / "teacher" / "model")
+    assert teacher.config == HSAEConfig(**{**form, "causal_ortho_lambda": 0.1})
+    for name in ("baseline", "teacher"):
+        assert values[name]["parent_given_child"]["value"] == 1.0
+        assert values[name]["l0"]["value"] == pytest.approx(8, rel=0.2)
