@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polytope_hsae.config import Config, load_config
+from polytope_hsae.config import ArmConfig, Config, load_config
 from polytope_hsae.findings.plan import load_findings
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.arms import arm_teacher, initial_model, initialize_teacher
@@ -156,3 +156,22 @@ def test_an_arms_seed_moves_its_start_and_nothing_else(run):
     torch.testing.assert_close(one.data_mean, other.data_mean)
     again = started(run, "baseline_freeze", 0)  # the same start, another schedule
     assert torch.equal(one.D, again.D)
+
+
+def test_a_balanced_teacher_of_an_inner_hook_is_made_of_the_means_of_tokens(run, monkeypatch):
+    monkeypatch.setattr(Run, "at_final_residual", False)  # the rows of the smoke run do as well as an inner hook's
+    arm = ArmConfig(name="balanced", init="teacher", teacher={"means": "balanced"})
+    found = arm_teacher(run, arm, run.config.arm_teacher(arm), run.store)
+    token_N = run.store.column("train", "token").long()
+    acts_Nd = run.store.acts("train", torch.arange(len(token_N))).double()
+    means = []
+    for name in found.parent_names:
+        parent = next(parent for parent in run.concepts.parents if parent.name == name)
+        tokens = {t for child in parent.children for word in child.words["train"] for t in child.tokens[word]}
+        means.append(torch.stack([acts_Nd[token_N == t].mean(0) for t in tokens if (token_N == t).any()]).mean(0))
+    expected = torch.stack(means) - torch.stack(means).mean(0)
+    torch.testing.assert_close(found.parent_write, torch.nn.functional.normalize(expected, dim=1))
+    permuted = arm.model_copy(update={"init": "permuted_teacher"})
+    control = arm_teacher(run, permuted, run.config.arm_teacher(permuted), run.store)
+    real = found.matched(control.parent_names, [[] for _ in control.parent_names])  # one parent is without rows there
+    assert torch.cosine_similarity(control.parent_write, real.parent_write).mean() < 0.5

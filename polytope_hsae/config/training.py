@@ -16,6 +16,11 @@ class TeacherConfig(Block):
     )
     anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
+    means: Literal["rows", "balanced"] = Field(
+        "rows",
+        description="Concept means over rows, seen from the mean of all rows; balanced: every train token counts alike, "
+        "and a parent is seen from the mean of all parents.",
+    )
     metric: Literal["causal", "identity", "diagonal", "random"] | None = Field(
         None,
         description="Metric that this teacher is estimated in (identity: Euclidean); at an inner hook causal is the "

@@ -213,10 +213,11 @@ class Sample:
 def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig, store: ActivationStore) -> Teacher:
     """The teacher that an arm starts from: the real one, or a control of it."""
     seed = run.config.arm_seed(arm)
-    permuted = arm.init == "permuted_teacher"
-    if permuted or options.metric is not None:
+    permuted, balanced = arm.init == "permuted_teacher", options.means == "balanced"
+    if permuted or balanced or options.metric is not None:
         concepts = permuted_words(run.concepts, seed) if permuted else run.concepts
-        teacher = make_teacher(run, concepts, store, token_geometry(run, options.metric), options.metric)
+        geometry = token_geometry(run, options.metric)
+        teacher = make_teacher(run, concepts, store, geometry, options.metric, balanced=balanced)
     else:
         teacher = Teacher.load(run.phase(1) / "teacher.safetensors")
     if arm.init == "random_teacher":
