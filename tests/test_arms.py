@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from polytope_hsae.config import ArmConfig, Config, load_config
+from polytope_hsae.evaluation.concepts import labelled_rows
 from polytope_hsae.findings.plan import load_findings
 from polytope_hsae.models.hsae import HierarchicalSAE
-from polytope_hsae.phases.arms import arm_teacher, initial_model, initialize_teacher
+from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
 from polytope_hsae.phases.run import Run
 from polytope_hsae.teacher import Teacher
 
@@ -175,3 +176,30 @@ def test_a_balanced_teacher_of_an_inner_hook_is_made_of_the_means_of_tokens(run,
     control = arm_teacher(run, permuted, run.config.arm_teacher(permuted), run.store)
     real = found.matched(control.parent_names, [[] for _ in control.parent_names])  # one parent is without rows there
     assert torch.cosine_similarity(control.parent_write, real.parent_write).mean() < 0.5
+
+
+@pytest.mark.parametrize("init", ["teacher", "permuted_teacher"])
+def test_a_threshold_lies_between_the_logits_of_own_and_other_tokens(run, init):
+    arm = ArmConfig(name="threshold", init=init, teacher={"threshold": 0.25})
+    model = initial_model(run, arm, run.store)
+    initialize_teacher(run, arm, model, run.store)
+    concepts = arm_concepts(run, arm)
+    label_N = {"next_token": "next_token", "belief": "belief_token", "current_token": "token"}[run.label]
+    token_N = run.store.column("train", label_N).long()
+    carried_N = torch.full_like(token_N, -1)
+    rows = labelled_rows(
+        run.store, "train", concepts, label=run.label, fold="train", vocab_size=run.lm.vocab_size,
+        belief_threshold=run.config.concepts.belief_threshold,
+    )  # fmt: skip
+    carried_N[torch.from_numpy(rows.row_N)] = torch.from_numpy(rows.parent_N)
+    with torch.no_grad():
+        x_Nd = model.to_normalized(run.store.acts("train", torch.arange(len(token_N))))[0] - model.b_dec
+        r_N = (x_Nd @ model.E[1]).double()  # without b_E
+    mean = {}
+    for parent in carried_N[carried_N >= 0].unique().tolist():
+        tokens = token_N[carried_N == parent].unique().tolist()
+        mean[parent] = torch.stack([r_N[(carried_N == parent) & (token_N == t)].mean() for t in tokens]).mean()
+    others = torch.stack([value for parent, value in mean.items() if parent != 1]).mean()
+    expected = -(0.75 * others + 0.25 * mean[1])
+    torch.testing.assert_close(model.b_E[1].double().detach(), expected, rtol=1e-4, atol=1e-4)
+    assert not model.b_E[run.concepts.n_parents :].any()
