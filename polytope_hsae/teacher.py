@@ -305,13 +305,14 @@ def extract_teacher(
     estimator: str = "mean",
     folds: Sequence[str] = ("train",),
     form: str = "dual",
+    balanced: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Teacher:
     """The teacher from tokens: l of every parent (union of its children's tokens) and child, words of `folds`
     only.
 
-    Args: unembedding [V, d]; geometry its metric; metadata: further strings to keep (model, model_revision,
-    hook).
+    Args: unembedding [V, d]; geometry its metric; balanced: l_p minus the mean of all l_p (tokens count alike
+    anyway); metadata: further strings to keep (model, model_revision, hook).
     """
     child_parent = list(concepts.child_parent_R)
     child_tokens = concepts.child_tokens(folds=tuple(folds))
@@ -324,6 +325,8 @@ def extract_teacher(
     estimate = ConceptEstimator(unembedding, geometry, estimator)
     parents_Qd = estimate.concept_vectors(parent_tokens)
     deltas_Rd = estimate.concept_vectors(child_tokens) - parents_Qd[child_parent]
+    if balanced:
+        parents_Qd = parents_Qd - parents_Qd.mean(dim=0)
     described = {**(metadata or {}), "source": "tokens", "estimator": estimator, "folds": ",".join(folds)}
     return _assembled(concepts, parents_Qd, deltas_Rd, geometry, form, described)
 
@@ -337,6 +340,7 @@ def extract_activation_teacher(
     seed: int = 0,
     min_rows: int = 1,
     form: str = "dual",
+    class_child: Sequence[int] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Teacher:
     """The teacher at an inner hook: l = S^(-1/2) m in the residual_covariance geometry of the within-class
@@ -347,10 +351,16 @@ def extract_activation_teacher(
     difference of 0 (they seed nothing). Both get a warning and are in the metadata (`unseen_parents`,
     `unseen_children`; the latter of parents that are there). Raises ValueError when no parent is left.
     """
-    child_parent = list(concepts.child_parent_R)
+    child_parent, n_parents = list(concepts.child_parent_R), concepts.n_parents
+    if class_child is None:
+        of_parents_Qd, of_children_Rd = stats.parent_differences(child_parent, n_parents), stats.class_differences()
+    else:
+        of_parents_Qd = stats.balanced_differences([child_parent[row] for row in class_child], n_parents)
+        of_children_Rd = stats.balanced_differences(class_child, concepts.n_children)
+        stats = stats.merged(class_child, concepts.n_children)
     geometry = stats.geometry(shrinkage, metric, seed)
-    parents_Qd = stats.parent_differences(child_parent, concepts.n_parents) @ geometry.sigma_sqrt
-    deltas_Rd = stats.class_differences() @ geometry.sigma_sqrt - parents_Qd[child_parent]
+    parents_Qd = of_parents_Qd @ geometry.sigma_sqrt
+    deltas_Rd = of_children_Rd @ geometry.sigma_sqrt - parents_Qd[child_parent]
     seen_Q = parents_Qd.any(dim=1)
     unseen_parents = [concepts.parents[row].name for row in (~seen_Q).nonzero().flatten().tolist()]
     if not seen_Q.any():
@@ -361,6 +371,8 @@ def extract_activation_teacher(
     in_teacher_R = seen_Q[child_parent]
     seen = Concepts([parent for parent, kept in zip(concepts.parents, seen_Q.tolist(), strict=True) if kept])
     parents_Qd, deltas_Rd, counts_R = parents_Qd[seen_Q], deltas_Rd[in_teacher_R], stats.counts[in_teacher_R]
+    if class_child is not None:
+        parents_Qd = parents_Qd - parents_Qd.mean(dim=0)
     few_R = counts_R < max(min_rows, 1)
     unseen = [name for name, few in zip(_child_names(seen), few_R.tolist(), strict=True) if few]
     if unseen:

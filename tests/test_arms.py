@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from polytope_hsae.config import Config, load_config
+from polytope_hsae.config import ArmConfig, Config, load_config
+from polytope_hsae.evaluation.concepts import labelled_rows
 from polytope_hsae.findings.plan import load_findings
 from polytope_hsae.models.hsae import HierarchicalSAE
-from polytope_hsae.phases.arms import arm_teacher, initial_model, initialize_teacher
+from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
 from polytope_hsae.phases.run import Run
 from polytope_hsae.teacher import Teacher
 
@@ -156,3 +157,49 @@ def test_an_arms_seed_moves_its_start_and_nothing_else(run):
     torch.testing.assert_close(one.data_mean, other.data_mean)
     again = started(run, "baseline_freeze", 0)  # the same start, another schedule
     assert torch.equal(one.D, again.D)
+
+
+def test_a_balanced_teacher_of_an_inner_hook_is_made_of_the_means_of_tokens(run, monkeypatch):
+    monkeypatch.setattr(Run, "at_final_residual", False)  # the rows of the smoke run do as well as an inner hook's
+    arm = ArmConfig(name="balanced", init="teacher", teacher={"means": "balanced"})
+    found = arm_teacher(run, arm, run.config.arm_teacher(arm), run.store)
+    token_N = run.store.column("train", "token").long()
+    acts_Nd = run.store.acts("train", torch.arange(len(token_N))).double()
+    means = []
+    for name in found.parent_names:
+        parent = next(parent for parent in run.concepts.parents if parent.name == name)
+        tokens = {t for child in parent.children for word in child.words["train"] for t in child.tokens[word]}
+        means.append(torch.stack([acts_Nd[token_N == t].mean(0) for t in tokens if (token_N == t).any()]).mean(0))
+    expected = torch.stack(means) - torch.stack(means).mean(0)
+    torch.testing.assert_close(found.parent_write, torch.nn.functional.normalize(expected, dim=1))
+    permuted = arm.model_copy(update={"init": "permuted_teacher"})
+    control = arm_teacher(run, permuted, run.config.arm_teacher(permuted), run.store)
+    real = found.matched(control.parent_names, [[] for _ in control.parent_names])  # one parent is without rows there
+    assert torch.cosine_similarity(control.parent_write, real.parent_write).mean() < 0.5
+
+
+@pytest.mark.parametrize("init", ["teacher", "permuted_teacher"])
+def test_a_threshold_lies_between_the_logits_of_own_and_other_tokens(run, init):
+    arm = ArmConfig(name="threshold", init=init, teacher={"threshold": 0.25})
+    model = initial_model(run, arm, run.store)
+    initialize_teacher(run, arm, model, run.store)
+    concepts = arm_concepts(run, arm)
+    label_N = {"next_token": "next_token", "belief": "belief_token", "current_token": "token"}[run.label]
+    token_N = run.store.column("train", label_N).long()
+    carried_N = torch.full_like(token_N, -1)
+    rows = labelled_rows(
+        run.store, "train", concepts, label=run.label, fold="train", vocab_size=run.lm.vocab_size,
+        belief_threshold=run.config.concepts.belief_threshold,
+    )  # fmt: skip
+    carried_N[torch.from_numpy(rows.row_N)] = torch.from_numpy(rows.parent_N)
+    with torch.no_grad():
+        x_Nd = model.to_normalized(run.store.acts("train", torch.arange(len(token_N))))[0] - model.b_dec
+        r_N = (x_Nd @ model.E[1]).double()  # without b_E
+    mean = {}
+    for parent in carried_N[carried_N >= 0].unique().tolist():
+        tokens = token_N[carried_N == parent].unique().tolist()
+        mean[parent] = torch.stack([r_N[(carried_N == parent) & (token_N == t)].mean() for t in tokens]).mean()
+    others = torch.stack([value for parent, value in mean.items() if parent != 1]).mean()
+    expected = -(0.75 * others + 0.25 * mean[1])
+    torch.testing.assert_close(model.b_E[1].double().detach(), expected, rtol=1e-4, atol=1e-4)
+    assert not model.b_E[run.concepts.n_parents :].any()

@@ -281,6 +281,22 @@ def test_activation_statistics_equal_the_direct_ones() -> None:
     torch.testing.assert_close(stats.within_covariance(), residual.T @ residual / 300)
 
 
+def test_merged_and_balanced_activation_statistics_equal_the_direct_ones() -> None:
+    acts, labels = randn(300, WIDTH) + 1000, torch.arange(300) % 7 % 5 - 1  # classes -1, 0: twice the rows
+    owner = [0, 1, 0, 1, 1]  # class 4 never occurs
+    classes, owners = ActivationClassStats(5, WIDTH), ActivationClassStats(2, WIDTH)
+    classes.update(acts, labels)
+    owners.update(acts, torch.where(labels < 0, -1, torch.tensor(owner)[labels]))
+    merged = classes.merged(owner, 2)
+    assert merged.counts.tolist() == owners.counts.tolist()
+    torch.testing.assert_close(merged.class_differences(), owners.class_differences())
+    torch.testing.assert_close(merged.within_covariance(), owners.within_covariance())
+    means = torch.stack([acts[labels == c].mean(0) for c in range(4)]) - acts.mean(0)
+    expected = torch.stack([(means[0] + means[2]) / 2, (means[1] + means[3]) / 2])  # not the mean over rows
+    torch.testing.assert_close(classes.balanced_differences(owner, 2), expected)
+    assert not classes.balanced_differences([0, 0, 0, 0, 1], 2)[1].any()
+
+
 def test_activation_statistics_refuse_bad_batches() -> None:
     stats = ActivationClassStats(2, 3)
     with pytest.raises(ValueError, match="found no rows"):

@@ -276,6 +276,35 @@ def test_a_euclidean_activation_teacher_reads_what_it_writes() -> None:
     torch.testing.assert_close(diagonal_metric.sigma_sqrt, scale.sqrt().diag())
 
 
+def test_a_balanced_activation_teacher_weighs_tokens_alike_and_starts_from_the_mean_parent() -> None:
+    acts, labels = randn(2000, WIDTH, seed=5) + 50, torch.arange(2000) % 25 % 14 - 1  # classes -1 to 9 have two shares
+    means_of_tokens = randn(13, WIDTH, seed=7) * 4
+    acts = acts + torch.cat([means_of_tokens, torch.zeros(1, WIDTH, dtype=torch.float64)])[labels]
+    stats = ActivationClassStats(13, WIDTH)
+    stats.update(acts, labels)
+    child_of_token = [*range(12), 4]  # child 4, of parent 1, has two tokens; the second one is seen half as often
+    teacher = extract_activation_teacher(stats, make_concepts(), class_child=child_of_token)
+    mean_T = torch.stack([acts[labels == token].mean(0) for token in range(13)])
+    parents = torch.stack([mean_T[[0, 1, 2]].mean(0), mean_T[[3, 4, 5, 6, 12]].mean(0), mean_T[7:12].mean(0)])
+    expected = torch.nn.functional.normalize(parents - parents.mean(0), dim=1)
+    torch.testing.assert_close(teacher.parent_write, expected)
+    torch.testing.assert_close(diagonal(teacher.parent_read, teacher.parent_write), torch.ones(3, dtype=torch.float64))
+    delta = (mean_T[4] + mean_T[12]) / 2 - parents[1]  # of child and parent, wherever they are seen from
+    torch.testing.assert_close(teacher.child_delta_write[4], delta / delta.norm())
+    rows = extract_activation_teacher(stats.merged(child_of_token, 12), make_concepts())
+    torch.testing.assert_close(teacher.sigma_sqrt, rows.sigma_sqrt)
+    assert torch.cosine_similarity(teacher.parent_write, rows.parent_write).max() < 0.999
+
+
+def test_a_balanced_teacher_from_tokens_starts_from_the_mean_parent(
+    unembedding: Tensor, geometry: CausalGeometry, teacher: Teacher
+) -> None:
+    balanced = extract_teacher(unembedding, geometry, make_concepts(), balanced=True)
+    mean = teacher.parent_unified.mean(0)
+    torch.testing.assert_close(balanced.parent_unified, teacher.parent_unified - mean)
+    torch.testing.assert_close(balanced.child_delta_unified, teacher.child_delta_unified)
+
+
 def test_unseen_children_seed_nothing() -> None:
     stats, _, _ = activations(skip=4)
     with pytest.warns(UserWarning, match="1 children have fewer than 1 rows"):

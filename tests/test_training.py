@@ -401,6 +401,16 @@ def test_a_frozen_anchor_holds_its_rows_bit_for_bit(tie):
         assert (turned[name][3:] > 0.1).all()
 
 
+@pytest.mark.parametrize("kind", ["none", "slow", "pull", "frozen"])
+def test_thresholds_are_held_under_every_anchor(kind):
+    model = make_model()
+    before = model.b_E.detach().clone()
+    trainer = make_trainer(model=model, n_teacher=3, teacher=TeacherConfig(anchor=kind, threshold=0.3))
+    trainer.fit(Records())
+    assert torch.equal(model.b_E[:3], before[:3])
+    assert (model.b_E[3:] != before[3:]).any()
+
+
 def test_slow_and_pulling_anchors_hold_the_rows_more_loosely():
     _, _, free = anchored("none")
     _, _, slow = anchored("slow")

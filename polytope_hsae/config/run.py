@@ -119,6 +119,10 @@ class Config(Block):
         for arm in self.arms:
             hsae, teacher = self.arm_hsae(arm), self.arm_teacher(arm)
             self._check_flat(arm, names[: names.index(arm.name)])
+            if arm.init != "random" and teacher.threshold is not None:
+                require(
+                    f"arms.{arm.name}: hsae.use_encoder_bias", "false", hsae.use_encoder_bias, "true: the thresholds"
+                )
             if arm.init != "random" and teacher.init == "dual":
                 for key, seeded in (
                     ("use_tied_decoders_parent", teacher.seed_parent),

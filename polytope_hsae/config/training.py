@@ -12,10 +12,22 @@ class TeacherConfig(Block):
     init: Literal["dual", "literal"] = Field("literal", description="Read and write directions apart, or one for both.")
     energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
     anchor: Literal["none", "frozen", "pull", "slow"] = Field(
-        "none", description="What holds the teacher's rows of E and D (b_E stays free), in every stage."
+        "none", description="What holds the teacher's rows of E and D, in every stage; b_E is held by threshold alone."
     )
     anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
+    means: Literal["rows", "balanced"] = Field(
+        "rows",
+        description="Concept means over rows, seen from the mean of all rows; balanced: every train token counts "
+        "alike, and a parent is seen from the mean of all parents.",
+    )
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Where the teacher's parents begin to be on, from the mean logit of the other concepts' train "
+        "tokens (0) to that of their own (1): sets and holds their b_E; null = b_E starts at 0 and is free.",
+    )
     metric: Literal["causal", "identity", "diagonal", "random"] | None = Field(
         None,
         description="Metric that this teacher is estimated in (identity: Euclidean); at an inner hook causal is the "

@@ -29,6 +29,7 @@ from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_
 from polytope_hsae.models.base import SparseAutoencoder
 
 Label = Literal["current_token", "next_token", "belief"]
+LABEL_COLUMN: dict[Label, str] = {"current_token": "token", "next_token": "next_token", "belief": "belief_token"}
 CONCEPT_METRICS = ("purity", "purity_auroc", "leakage", "recall", "zero_sum_rows")
 
 
@@ -105,8 +106,7 @@ def labelled_children(
     if label not in get_args(Label):
         raise ValueError(f"label: found {label!r}, allowed: {', '.join(get_args(Label))}")
     child_of_token_V = concepts.token_to_child(vocab_size=vocab_size, folds=(fold,)).cpu().numpy().astype(np.int64)
-    column = {"current_token": "token", "next_token": "next_token", "belief": "belief_token"}[label]
-    token_N = store.column(split, column).cpu().numpy().astype(np.int64)
+    token_N = store.column(split, LABEL_COLUMN[label]).cpu().numpy().astype(np.int64)
     child_N = np.where(token_N >= 0, child_of_token_V[np.maximum(token_N, 0)], -1)
     if label == "belief":
         believed_N = store.column(split, "belief_prob").cpu().numpy() >= belief_threshold

@@ -6,7 +6,7 @@ unified coordinate.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
@@ -216,9 +216,28 @@ class ActivationClassStats:
         counts_Q = torch.zeros(n_parents, dtype=torch.int64).index_add_(0, owner_R, self.counts)
         return self._differences(sums_Qd, counts_Q)
 
+    def balanced_differences(self, class_owner: Sequence[int], n_owners: int) -> Tensor:
+        """Mean over an owner's classes that have rows of mean minus mean of all rows: every class counts alike, however
+        many rows it has. [n_owners, d]; 0 without rows."""
+        owner_n = torch.tensor(list(class_owner), dtype=torch.int64)
+        seen_n = (self.counts > 0).double()
+        sums = self._sums.new_zeros(n_owners, self.width).index_add_(0, owner_n, self.class_differences())
+        seen = seen_n.new_zeros(n_owners).index_add_(0, owner_n, seen_n)
+        return sums / seen.clamp_min(1).unsqueeze(1)
+
     def _differences(self, sums: Tensor, counts: Tensor) -> Tensor:
         means = sums / counts.clamp_min(1).unsqueeze(1) - self._sums.sum(0) / max(self.total, 1)
         return torch.where(counts.unsqueeze(1) > 0, means, torch.zeros_like(means))
+
+    def merged(self, class_owner: Sequence[int], n_classes: int) -> Self:
+        """The same rows in fewer classes: class i becomes a part of class `class_owner[i]`."""
+        owner_n = torch.tensor([*class_owner, n_classes], dtype=torch.int64)  # the last one: no concept
+        out = type(self)(n_classes, self.width)
+        out._shift_d = self._shift_d
+        out._counts.index_add_(0, owner_n, self._counts)
+        out._sums.index_add_(0, owner_n, self._sums)
+        out._scatter_dd += self._scatter_dd
+        return out
 
     def within_covariance(self) -> Tensor:
         """Pooled covariance [d, d] about each class's own mean (the rows without a concept are one class),

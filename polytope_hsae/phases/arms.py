@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import ArmConfig, Config, ConfigError, FlatConfig, TeacherConfig
-from ..data.concepts import permuted_words
+from ..data.concepts import Concepts, permuted_words
 from ..data.feed import feed, place
 from ..data.store import ActivationStore
 from ..data.stream import RowStream
@@ -26,6 +26,7 @@ from ..training.trainer import HSAETrainer, discard_checkpoints
 from .flat_arms import MODELS, flat_config, match_line, match_record
 from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
 from .run import Run
+from .thresholds import set_thresholds
 
 SAMPLE_BATCH = 8192
 CALIBRATION_ROWS = 32_768
@@ -210,13 +211,17 @@ class Sample:
             yield self.store.acts(self.split, rows)
 
 
+def arm_concepts(run: Run, arm: ArmConfig) -> Concepts:
+    """The concepts that an arm's teacher is made of."""
+    return permuted_words(run.concepts, run.config.arm_seed(arm)) if arm.init == "permuted_teacher" else run.concepts
+
+
 def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig, store: ActivationStore) -> Teacher:
     """The teacher that an arm starts from: the real one, or a control of it."""
-    seed = run.config.arm_seed(arm)
-    permuted = arm.init == "permuted_teacher"
-    if permuted or options.metric is not None:
-        concepts = permuted_words(run.concepts, seed) if permuted else run.concepts
-        teacher = make_teacher(run, concepts, store, token_geometry(run, options.metric), options.metric)
+    seed, balanced = run.config.arm_seed(arm), options.means == "balanced"
+    if arm.init == "permuted_teacher" or balanced or options.metric is not None:
+        geometry = token_geometry(run, options.metric)
+        teacher = make_teacher(run, arm_concepts(run, arm), store, geometry, options.metric, balanced=balanced)
     else:
         teacher = Teacher.load(run.phase(1) / "teacher.safetensors")
     if arm.init == "random_teacher":
@@ -248,6 +253,8 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder, store
         seed_child=options.seed_child,
         seed_projectors=options.seed_projectors,
     )
+    if options.seed_parent and options.threshold is not None:
+        set_thresholds(run, arm_concepts(run, arm), teacher.parent_names, model, store, options.threshold)
     concept_of = {parent.name: row for row, parent in enumerate(run.concepts.parents)}
     return [concept_of[name] for name in teacher.parent_names] if options.seed_parent else []
 

@@ -190,21 +190,35 @@ def token_geometry(run: Run, metric: str | None = None) -> CausalGeometry:
 
 
 def make_teacher(
-    run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry, metric: str | None = None
+    run: Run,
+    concepts: Concepts,
+    store: ActivationStore,
+    geometry: CausalGeometry,
+    metric: str | None = None,
+    *,
+    balanced: bool = False,
 ) -> Teacher:
     """The teacher from train words: from tokens at the final residual, from activations at an inner hook.
 
     At an inner hook the parents that are short of natural contexts also get the rows of their template documents.
-    geometry: of the unembedding's rows; metric: of the activations, None = causal.
+    geometry: of the unembedding's rows; metric: of the activations, None = causal; balanced: `teacher.means`.
     """
     lm, options = run.lm, run.config.geometry
     metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.hook}
     if run.at_final_residual:
-        return extract_teacher(lm.unembedding, geometry, concepts, estimator=options.estimator, metadata=metadata)
-    stats = class_statistics(concepts, store, lm.vocab_size)
+        return extract_teacher(
+            lm.unembedding, geometry, concepts, estimator=options.estimator, balanced=balanced, metadata=metadata
+        )
+    child_V = concepts.token_to_child(vocab_size=lm.vocab_size, folds=("train",))
+    labelled_V = child_V >= 0
+    # balanced: every token of a concept is a class of its own, in the order of the ids
+    class_V = torch.where(labelled_V, labelled_V.cumsum(0) - 1, -1) if balanced else child_V
+    class_child = child_V[labelled_V].tolist() if balanced else None
+    stats = ActivationClassStats(concepts.n_children if class_child is None else len(class_child), store.width)
+    class_statistics(class_V, store, stats)
     if run.from_templates is not None:
         natural = int(stats.counts.sum())
-        class_statistics(concepts, run.from_templates, lm.vocab_size, stats)
+        class_statistics(class_V, run.from_templates, stats, only_labelled=True)
         metadata["rows_from_templates"] = str(int(stats.counts.sum()) - natural)
     return extract_activation_teacher(
         stats,
@@ -212,26 +226,23 @@ def make_teacher(
         shrinkage=options.shrinkage,
         metric=metric or "causal",
         seed=run.config.run.seed,
+        class_child=class_child,
         metadata=metadata,
     )
 
 
 def class_statistics(
-    concepts: Concepts, store: ActivationStore, vocab_size: int, stats: ActivationClassStats | None = None
-) -> ActivationClassStats:
-    """Class means and covariance of train rows, labelled by the current token where it belongs to a train word.
+    class_V: Tensor, store: ActivationStore, stats: ActivationClassStats, *, only_labelled: bool = False
+) -> None:
+    """Add the train rows of a store to `stats`, labelled with the class of the current token, class_V [V] (-1: none).
 
-    Of a store that is added to `stats`, only rows with a label count: its other words were not chosen by anyone.
+    `only_labelled`, for templates: their other words were not chosen by anyone.
     """
-    child_of_token = concepts.token_to_child(vocab_size=vocab_size, folds=("train",))
-    only_labelled = stats is not None
-    stats = stats or ActivationClassStats(concepts.n_children, store.width)
     token = store.column("train", "token").long()
     for acts, start in store.batches("train", 8192):
-        label = child_of_token[token[start : start + len(acts)]]
+        label = class_V[token[start : start + len(acts)]]
         kept = label >= 0 if only_labelled else torch.ones_like(label, dtype=torch.bool)
         stats.update(acts[kept], label[kept])
-    return stats
 
 
 def make_evidence(run: Run, concepts: Concepts, store: ActivationStore, geometry: CausalGeometry) -> dict[str, object]:

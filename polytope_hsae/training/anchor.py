@@ -1,4 +1,4 @@
-"""What holds a teacher's rows of E and D while all else trains, in every stage (docs/method.md section 4)."""
+"""What holds a teacher's rows of E, D and b_E while all else trains, in every stage (docs/method.md section 4)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from ..models.base import SparseAutoencoder
 
 
 class Anchor:
-    """Holds the first `n_rows` rows of E and D; with n_rows = 0 or kind `none` every method does nothing.
+    """Holds the first `n_rows` rows of E and D; with n_rows = 0 every method does nothing. With a `threshold` it also
+    holds their b_E, bit for bit, under every kind.
 
     frozen: the rows do not change by one bit. slow: they take `anchor_lr_mult` of each update.
     pull: a penalty, anchor_weight * mean over rows of (1 - cos to the teacher's row), for E and D each.
@@ -22,6 +23,9 @@ class Anchor:
         self.share = 0.0 if config.anchor == "frozen" else config.anchor_lr_mult
         self.tensors = list({id(t): t for name, t in model.tensors().items() if name in ("E", "D")}.values())
         self.teacher = self._rows()
+        bias = model.tensors().get("b_E") if n_rows and config.threshold is not None else None
+        self.bias = None if bias is None else bias.detach()[:n_rows]
+        self.thresholds = None if self.bias is None else self.bias.clone()
         self.before: list[Tensor] = []
 
     def _rows(self) -> list[Tensor]:
@@ -43,6 +47,8 @@ class Anchor:
     @torch.no_grad()
     def after_step(self) -> None:
         """Put the rows where the anchor wants them, after the optimiser and the constraints."""
+        if self.bias is not None and self.thresholds is not None:
+            self.bias.copy_(self.thresholds)
         if self.kind not in ("frozen", "slow"):
             return
         for tensor, old in zip(self.tensors, self.before, strict=True):
