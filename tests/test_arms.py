@@ -58,7 +58,7 @@ def rows(found: Teacher) -> Tensor:
 
 def test_every_arm_has_the_same_steps_and_rows():
     config = study_config()
-    assert len(config.arms) == 32 * 3
+    assert len(config.arms) == 37 * 3
     assert {sum(stage.steps for stage in config.arm_stages(arm)) for arm in config.arms} == {1500}
     assert not config.training.allow_unequal_budget
     assert {arm.seed for arm in config.arms} == {0, 1, 2}

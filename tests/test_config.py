@@ -129,6 +129,13 @@ def test_one_tensor_cannot_read_and_write_apart(load, key):
     assert load({"hsae": hsae, "teacher": dual, "arms": [{"name": "baseline"}]}).arms[0].phase == 2
 
 
+def test_a_threshold_needs_an_encoder_bias(load):
+    tree = {"hsae": {"use_encoder_bias": False}, "teacher": {"threshold": 0.3}}
+    allowed = "null unless hsae.use_encoder_bias is true"
+    assert refused(load, tree) == f"arms.teacher.teacher.threshold: found 0.3, allowed: {allowed}"
+    assert load({**tree, "arms": [{"name": "baseline"}]}).teacher.threshold == 0.3
+
+
 def two_stages(first, **training):
     stages = [{"name": "a", "steps": 10, **first}, {"name": "b", "steps": 990, "loss": {"causal_ortho_lambda": 0}}]
     return {"hsae": {"causal_ortho_lambda": 0.1}, "training": {"teacher": {"stages": stages}, **training}}

@@ -292,7 +292,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path
         load_findings(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("name", "records"), [("evidence", 32 * 9), ("evidence-small", 60)])
+@pytest.mark.parametrize(("name", "records"), [("evidence", 37 * 9), ("evidence-small", 60)])
 def test_the_studies_of_the_repository_are_some(name, records):
     study, configs = load_findings(Path(__file__).parents[1] / "studies" / name / "study.yaml")
     assert (study.name, len(study.keys)) == (name, records)

@@ -120,9 +120,8 @@ class Config(Block):
             hsae, teacher = self.arm_hsae(arm), self.arm_teacher(arm)
             self._check_flat(arm, names[: names.index(arm.name)])
             if arm.init != "random" and teacher.threshold is not None:
-                require(
-                    f"arms.{arm.name}: hsae.use_encoder_bias", "false", hsae.use_encoder_bias, "true: the thresholds"
-                )
+                where = f"arms.{arm.name}.teacher.threshold"
+                require(where, teacher.threshold, hsae.use_encoder_bias, "null unless hsae.use_encoder_bias is true")
             if arm.init != "random" and teacher.init == "dual":
                 for key, seeded in (
                     ("use_tied_decoders_parent", teacher.seed_parent),
