@@ -18,7 +18,7 @@ from polytope_hsae.config import ConfigError, HSAEConfig, load_config
 from polytope_hsae.data.corpus import Documents, shortened
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.study.data import of_each_document
-from polytope_hsae.study.plan import RunKey, load_study, model_config
+from polytope_hsae.study.plan import RunKey, load_study, model_config, stated_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
 from polytope_hsae.study.workers import results, worker_pool
@@ -183,6 +183,17 @@ def test_a_changed_arm_is_made_again_and_not_mixed(done, fixtures, tmp_path):
     assert all(after[name] == before[name] for name in before if name.startswith("topk"))
     assert all(after[name]["settings_sha256"] != before[name]["settings_sha256"] for name in before if "nested" in name)
     assert len(read_results(out).found) == 2
+
+
+def test_a_changed_config_is_seen_and_a_field_stated_by_the_study_is_as_in_the_config(tmp_path):
+    config = tmp_path / "base.yaml"
+    config.write_text("teacher: {init: dual, anchor: pull}\ntraining: {lr: 1.0e-3, log_every: 10}\n")
+    before = stated_config(str(config), {"training.lr": 2e-3})
+    assert before == {"teacher.init": "dual", "teacher.anchor": "pull", "training.lr": 2e-3}
+    config.write_text("teacher: {init: literal}\ntraining: {lr: 3.0e-3, log_every: 20}\n")
+    assert stated_config(str(config), {"training.lr": 2e-3}) != before
+    stated = {"teacher.init": "dual", "teacher.anchor": "pull", "training.lr": 2e-3}
+    assert stated_config(str(config), stated) == before
 
 
 def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):

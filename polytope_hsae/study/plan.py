@@ -5,7 +5,7 @@ line: field, found, allowed.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 
 from ..config import (
     FOLDER_NAME,
-    PACKAGE,
     ArmConfig,
     Block,
     Config,
@@ -25,7 +24,7 @@ from ..config import (
     find_config,
     load_config,
 )
-from ..fileio import sha256_file, sha256_json
+from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
 from ..parsing import parse_yaml, shown
 from .files import read_study, validated
@@ -280,13 +279,21 @@ def settings_hash(study: Study, run: RunKey) -> str:
 
 
 def stated_config(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study says of its config: the packaged name (or the file's hash) and the fields that it replaces, without
-    those that change no result.
+    """What a study's config says, key.path: value: its file's fields, those that the study replaces, and none that
+    change no result. A field that moves from the file to the study's `set` leaves it as it was.
     """
-    path = find_config(name)
-    packaged = path.parent == PACKAGE / "configs"
-    kept = {key: value for key, value in fields.items() if not key.startswith((*PLACES, *WATCHING))}
-    return {"config": path.stem if packaged else sha256_file(path), "set": kept}
+    tree = parse_yaml(find_config(name).read_text(encoding="utf-8")) or {}
+    for key, value in fields.items():
+        apply_override(tree, f"{key}={json.dumps(value)}")
+    return {key: value for key, value in _flat(tree, "") if not key.startswith((*PLACES, *WATCHING))}
+
+
+def _flat(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters
