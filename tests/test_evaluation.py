@@ -353,6 +353,7 @@ def test_hand_computed_concept_metrics():
     # concept 0: mean latent 0 is 2 at home, 1 away; latent 1 is 3 at home, 2/3 away
     assert values["purity"] == pytest.approx((2 / 3 + 3 / (3 + 2 / 3)) / 2)
     assert values["leakage"] == pytest.approx(((0 + 0.5) / 2 + 0.25) / 2)
+    assert values["leakage_all_rows"] == pytest.approx(((0 + 0.5 + 1) / 3 + 0.25) / 2)
     assert values["recall"] == pytest.approx((2 / 3 + 1) / 2)
     assert values["zero_sum_rows"] == pytest.approx(1 / 4)
     assert values["purity_auroc"] == pytest.approx((2 / 3 + 1) / 2)
@@ -370,10 +371,12 @@ def test_a_perfect_code_and_permuted_labels():
     perfect = concept_metrics(planted, labels, np.arange(5)).metrics
     assert [perfect[name].value for name in ("purity", "leakage", "recall", "purity_auroc")] == [1, 0, 1, 1]
     noisy = planted + np.maximum(rng.normal(size=planted.shape), 0).astype(np.float32)
+    noisy[rng.random(700) < 0.3] = 0
+    of_chance = ("purity", "leakage", "leakage_all_rows", "purity_auroc")
     draws = []
     for _ in range(60):
         metrics = concept_metrics(noisy, rng.permutation(labels), np.arange(5), bootstrap=1).metrics
-        draws.append([metrics[name].value - metrics[name].chance for name in ("purity", "leakage", "purity_auroc")])
+        draws.append([metrics[name].value - metrics[name].chance for name in of_chance])
     error = np.std(draws, axis=0) / math.sqrt(len(draws))
     assert (np.abs(np.mean(draws, axis=0)) < 3 * error).all()
     assert metrics["purity"].chance == pytest.approx(1 / 5)
@@ -387,6 +390,7 @@ def test_silent_latents_and_too_few_concepts():
     assert metrics.units["recall"].numerator_U.tolist() == [1, 0]
     silent = concept_metrics(np.zeros((3, 2), np.float32), np.array([0, 1, 1]), np.arange(2))
     assert silent.metrics["leakage"].value is None
+    assert silent.metrics["leakage_all_rows"].value == 1
     assert silent.metrics["zero_sum_rows"].value == 1
     assert silent.metrics["purity"].value == 0
     single = concept_metrics(acts[:, :1], np.zeros(3, int), np.arange(1))

@@ -97,7 +97,9 @@ class TrainingConfig(Block):
         None, description="Matrix products on a GPU; null = bf16. Weights, sums and a CPU are always float32."
     )
     cuda_graph: bool = Field(
-        False, description="On a GPU, replay a step's work as one CUDA graph: pays where a step takes a few ms."
+        False,
+        description="On a GPU, replay a step's work as one CUDA graph: pays where a step takes a few ms. Kinds whose "
+        "step waits for the GPU (batchtopk, matryoshka, jumprelu) train without.",
     )
     dead_after: Whole = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
     dead_after_routed: Whole = Field(

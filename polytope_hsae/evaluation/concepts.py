@@ -30,7 +30,7 @@ from polytope_hsae.models.base import SparseAutoencoder
 
 Label = Literal["current_token", "next_token", "belief"]
 LABEL_COLUMN: dict[Label, str] = {"current_token": "token", "next_token": "next_token", "belief": "belief_token"}
-CONCEPT_METRICS = ("purity", "purity_auroc", "leakage", "recall", "zero_sum_rows")
+CONCEPT_METRICS = ("purity", "purity_auroc", "leakage", "leakage_all_rows", "recall", "zero_sum_rows")
 
 
 class LabelledRows(NamedTuple):
@@ -164,8 +164,9 @@ def concept_metrics(
     """Metrics of mapped latents [N, Q] (column q is concept q's latent) on rows with labels 0 .. Q-1.
 
     `purity`: class-balanced mean activation of a concept's latent on its own rows over the sum across all
-    concepts. `leakage`: share of a row's mapped activation on other concepts' latents. `recall`: share of a
-    concept's rows on which its latent is active; its chance is the rate on other concepts' rows.
+    concepts. `leakage`: share of a row's mapped activation on other concepts' latents. `leakage_all_rows`: the
+    same with a row without any mapped activation counted as leaked, so that silence is no gain. `recall`: share
+    of a concept's rows on which its latent is active; its chance is the rate on other concepts' rows.
     `purity_auroc`: own rows against the other concepts'. `zero_sum_rows`: share of rows without any mapped
     activation. `keys_Q` names the concepts.
     """
@@ -191,6 +192,8 @@ def concept_metrics(
     leak_sum_Q = np.bincount(label_N, weights=leak_N, minlength=n_concepts)
     leakage_Q = np.divide(leak_sum_Q, with_sum_Q, out=np.full(n_concepts, np.nan), where=with_sum_Q > 0)
 
+    silent_Q = rows_Q - with_sum_Q
+
     columns = np.broadcast_to(np.arange(n_concepts), acts_NQ.shape)
     auroc_Q = np.diag(auroc_matrix(SparseActivations(columns, acts_NQ, n_concepts), label_N, n_concepts))
     elsewhere = (rate_QQ.sum() - np.trace(rate_QQ)) / (n_concepts * (n_concepts - 1))
@@ -198,13 +201,15 @@ def concept_metrics(
         "purity": Units.mean(purity_Q, keys_Q),
         "purity_auroc": Units.mean(auroc_Q, keys_Q),
         "leakage": Units.mean(leakage_Q, keys_Q),
+        "leakage_all_rows": Units.mean((leak_sum_Q + silent_Q) / rows_Q, keys_Q),
         "recall": Units.mean(np.diag(rate_QQ), keys_Q),
-        "zero_sum_rows": Units.ratio(rows_Q - with_sum_Q, rows_Q, keys_Q),
+        "zero_sum_rows": Units.ratio(silent_Q, rows_Q, keys_Q),
     }
     chance = {
         "purity": 1 / n_concepts,
         "purity_auroc": 0.5,
         "leakage": (n_concepts - 1) / n_concepts,
+        "leakage_all_rows": 1 - float(active_N.mean()) / n_concepts,
         "recall": float(elsewhere),
     }
     return summarise(units, chance, bootstrap, seed)

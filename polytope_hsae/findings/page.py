@@ -102,6 +102,7 @@ def _in_short(found: Summary) -> list[str]:
             for passed, of in [found.passes(hook, plans[hook].teacher, target)]
         ]
         lines.append(f"- {TARGETS[target].name}: seeds that pass at {'; '.join(counts)}.")
+    lines += _all_rows(found)
     for hook in hooks:
         control = plans[hook].control
         if not found.seeds(hook, control):
@@ -119,6 +120,19 @@ def _in_short(found: Summary) -> list[str]:
         )
         lines.append(f"- Permuted control ({control}) at {hook}: {said}.")
     return lines
+
+
+def _all_rows(found: Summary) -> list[str]:
+    """How much leakage falls where a row on which no concept's latent is on counts as leaked, at every hook."""
+    said = []
+    for hook in found.shown_hooks:
+        fall = found.fall(hook, found.study.plan(hook).teacher, "leakage_all_rows")
+        if fall is not None and fall.value is not None:
+            said.append(f"{hook} {number(100 * fall.value, 1)}{_bounds(fall.ci95, 100, 1)} %")
+    without = (
+        "- Fall of leakage with silent rows counted as leaked, so that a threshold cannot flatter it, over seeds: "
+    )
+    return [f"{without}{'; '.join(said)}."] if said else []
 
 
 def _decisions(found: Summary) -> list[str]:
@@ -178,8 +192,11 @@ def _numbers(block: dict[str, Any], before: str = "") -> Iterator[tuple[str, str
             yield before + name, number(value) + _bounds(next((block[key] for key in keys if block.get(key)), None))
 
 
-def _bounds(ci95: Sequence[float] | None) -> str:
-    return "" if ci95 is None else f" [{number(ci95[0])}, {number(ci95[1])}]"
+def _bounds(ci95: Sequence[float] | None, factor: float = 1.0, digits: int = 3) -> str:
+    if ci95 is None:
+        return ""
+    low, high = (number(bound * factor, digits) for bound in ci95)
+    return f" [{low}, {high}]"
 
 
 def _targets_words(found: Summary) -> list[str]:

@@ -41,11 +41,14 @@ class Findings(Block):
     hooks: list[HookPlan] = Field(min_length=1, description="Where the language model is read, and what differs there.")
     arms: list[FindingsArm] = Field(min_length=2, description="What is compared; the first one is the baseline.")
     units: list[str] = Field(
-        ["purity", "leakage", "steering_leakage", "fvu"],
+        ["purity", "leakage", "leakage_all_rows", "steering_leakage", "fvu"],
         description="Metrics whose values by concept or by document are kept, for paired intervals.",
     )
     shown: list[str] = Field(
-        ["ev", "ce_recovered", "purity", "leakage", "recall", "steering_leakage", "steering_unreached"],
+        [
+            *("ev", "ce_recovered", "purity", "leakage", "leakage_all_rows", "recall"),
+            *("steering_leakage", "steering_unreached"),
+        ],
         description="Metrics of the page's main table; all others are in a second one.",
     )
 

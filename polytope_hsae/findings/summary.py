@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..evaluation.bootstrap import Metric, Units
+from ..evaluation.bootstrap import Metric, Units, paired
 from ..evaluation.targets import Thresholds, assess_targets
 from ..study.results import Spread, spread
 from .plan import Findings, Key, load_findings, settings_hash
@@ -112,6 +112,15 @@ class Summary:
                 pairs.setdefault(name, []).append((unpack_units(packed[0][name]), unpack_units(packed[1][name])))
         summed = {name: pooled(found) for name, found in sorted(pairs.items())}
         return tuple({name: both[side] for name, both in summed.items()} for side in (0, 1))
+
+    def fall(self, hook: str, arm: str, metric: str) -> Metric | None:
+        """Relative fall of a metric against the arm that it is compared with, over all seeds; None if not kept."""
+        other, seeds = self.study.against(arm), self.seeds(hook, arm)
+        first, second = self._pooled(hook, other, arm, [seed for seed in seeds if seed in self.seeds(hook, other)])
+        if metric not in first:
+            return None
+        options, seed = self.configs[hook].eval, self.configs[hook].run.seed
+        return paired(first[metric], second[metric], "relative_reduction", options.bootstrap, seed)
 
     def angle(self, hook: str) -> Metric | None:
         """The median angle of the evidence at a hook; None where there is none."""

@@ -35,6 +35,7 @@ class SparseAutoencoder(nn.Module):
 
     registry: ClassVar[dict[str, type["SparseAutoencoder"]]] = {}
     config_block: ClassVar[type[Block]]
+    graphable: ClassVar[bool] = True  # a training step never waits for the GPU, so that one CUDA graph can replay it
     data_mean: Tensor
     data_scale: Tensor
     D: Tensor

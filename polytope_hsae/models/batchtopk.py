@@ -22,6 +22,7 @@ class BatchTopKSAE(FlatSAE):
     """
 
     config_block = BatchTopKConfig
+    graphable = False
     threshold: Tensor
     batches: Tensor
 

@@ -64,6 +64,7 @@ class JumpReLUSAE(FlatSAE):
     """
 
     config_block = JumpReLUConfig
+    graphable = False
     tensor_names = (*FlatSAE.tensor_names, "log_threshold")
 
     def __init__(self, config: Any, width: int, normalize: str = "rms", seed: int = 0):

@@ -124,6 +124,7 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         "leakage": MetricWords(
             "Leakage", "of a row over all concepts' latents: share on other concepts' latents", DOWN
         ),
+        "leakage_all_rows": MetricWords("Leakage, all rows", "the same with a silent row counted as leaked", DOWN),
         "recall": MetricWords("Recall", "share of a concept's rows with its latent active", UP),
         "zero_sum_rows": MetricWords("Silent rows", "share of labelled rows on which no concept's latent is active"),
         "f1_best": MetricWords("F1 of the best latent", "parent or child, with the best threshold on train rows", UP),

@@ -38,7 +38,6 @@ WATCHING = (  # other fields that change no result: how a run is watched and sho
     *("training.cuda_graph", "training.log_every", "training.val_every", "training.val_rows"),
     *("training.checkpoint_every", "training.allow_unequal_budget", "eval.targets", "eval.latents"),
 )
-GRAPHED = ("hsae", "topk")  # kinds whose step never waits for the GPU, so that it can be replayed as one graph
 
 
 class Size(Block):
@@ -212,7 +211,6 @@ def run_config(study: Study, base: Config, run: RunKey) -> Config:
     tree["model"] |= {"hook": run.hook}
     quiet = {"log_every": study.steps, "val_every": study.steps, "checkpoint_every": study.steps}
     tree["training"] |= {"batch_size": study.batch_size, "lr": run.lr, **quiet, **arm.training}
-    tree["training"]["cuda_graph"] = tree["training"]["cuda_graph"] and arm.kind in GRAPHED
     tree["training"]["baseline"] = {"stages": [{"name": "train", "steps": study.steps}]}
     made: dict[str, Any] = {"name": arm.name, "kind": arm.kind}
     if arm.kind == "hsae":

@@ -94,7 +94,7 @@ class HSAETrainer:
         self.numbers = torch.zeros(3, device=self.device)  # penalty warm-up, temperature, annealing; for the graph
         self.batch_Bd = torch.empty(0, model.width, device=self.device)  # the last micro-batch, for recycling
         self.graph: StepGraph | None = None
-        if config.cuda_graph and self.optimizer.fused and config.accumulate == 1:
+        if config.cuda_graph and model.graphable and self.optimizer.fused and config.accumulate == 1:
             self.graph = StepGraph(self.generator)
 
     @property

@@ -20,7 +20,6 @@ from ...config import (
 from ...evaluation.synthetic.world import WorldConfig
 from ...fileio import sha256_json
 from ..files import read_study, validated
-from ..plan import GRAPHED
 
 SET_HERE = ("batch_size", "log_every", "val_every", "checkpoint_every")  # of training: by the study
 
@@ -125,7 +124,6 @@ def training_config(study: SyntheticStudy, arm: SyntheticArm) -> TrainingConfig:
         if field in fields:
             raise ConfigError(f"arms.{arm.name}.training.{field}: found {fields[field]!r}, allowed: nothing here")
     fields |= {"batch_size": study.batch_size, **dict.fromkeys(SET_HERE[1:], study.steps)}
-    fields["cuda_graph"] = fields.get("cuda_graph", False) and arm.kind in GRAPHED
     return validated(TrainingConfig, fields, f"arms.{arm.name}.training.")
 
 
