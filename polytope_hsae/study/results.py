@@ -20,12 +20,12 @@ class Spread(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One cell: its records at the chosen rate, by seed, and how many trials led to it."""
+    """One cell: its records at the chosen rate, by seed, and the trials that led to it: the first seed's, by rate."""
 
     cell: Cell
     kind: str
     lr: float
-    trials: int
+    trials: Mapping[float, Mapping[str, Any]]
     failed: int
     records: Mapping[int, Mapping[str, Any]]
 
@@ -103,7 +103,7 @@ def _result(study: Study, cell: Cell, records: Mapping[RunKey, Any]) -> Result |
     done = {seed: record for seed, record in runs.items() if record["failed"] is None}
     made = {**{run: records[run] for run in trials}, **{best._replace(seed=seed): runs[seed] for seed in runs}}
     failed = sum(record["failed"] is not None for record in made.values())
-    return Result(cell, arm.kind, best.lr, len(trials), failed, done)
+    return Result(cell, arm.kind, best.lr, {run.lr: records[run] for run in trials}, failed, done)
 
 
 def best_flat(results: Sequence[Result], of: Result, size: str, split: str) -> Result | None:

@@ -36,6 +36,7 @@ HIERARCHY = (
     "smaller of both",
     "concepts",
 )
+TRIALS = ("every rate, first seed, validation", "rate", "EV", "CE recovered", "dead parents", "dead children")
 NOTES = (
     "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
     "rows read for it. Largest load: share of validation rows with the parent (a flat arm's latent) that is on most.",
@@ -62,7 +63,7 @@ def write_table(folder: Path, split: str = "val") -> list[Path]:
 
 
 def table(results: Results, split: str) -> str:
-    """Markdown: a main table and one of the hierarchy for every hook and L0."""
+    """Markdown for every hook and L0: a main table, one of the hierarchy, and one of the rates that were tried."""
     study = results.study
     rows = next(iter(results.found[0].records.values()))["val"]["rows"] if results.found[0].records else 0
     lines = [
@@ -95,6 +96,8 @@ def table(results: Results, split: str) -> str:
             nested = [_hierarchy(result) for result in found if result.kind == "hsae"]
             if nested:
                 lines += ["", *_markdown(HIERARCHY, nested)]
+            if len(study.lr) > 1:
+                lines += ["", *_markdown(TRIALS, [row for result in found for row in _trials(result)])]
     lines += ["", *NOTES, ""]
     return "\n".join(lines)
 
@@ -131,7 +134,7 @@ def _main(found: Sequence[Result], result: Result, split: str) -> list[str]:
         _percent(result.spread("usage", "dead_children")),
         _percent(result.spread("hierarchy", "largest_load")),
         f"{result.lr:g}",
-        str(result.trials) + (f", {result.failed} failed" if result.failed else ""),
+        str(len(result.trials)) + (f", {result.failed} failed" if result.failed else ""),
         str(len(result.records)),
     ]
 
@@ -162,6 +165,17 @@ def _hierarchy(result: Result) -> list[str]:
         cell("probe_min"),
         _mean(concepts, 0),
     ]
+
+
+def _trials(result: Result) -> list[list[str]]:
+    """A row for every rate that the arm has tried with the first seed."""
+    rows = []
+    for lr, record in result.trials.items():
+        trial = result._replace(records={} if record["failed"] is not None else {0: record})
+        quality = [shown(trial.spread("val", name)) for name in ("ev", "ce_recovered")]
+        dead = [_percent(trial.spread("usage", name)) for name in ("dead_parents", "dead_children")]
+        rows.append([result.cell.arm, f"{lr:g}", *quality, *dead])
+    return rows
 
 
 def _chance(result: Result, name: str) -> Spread | None:
