@@ -30,6 +30,17 @@ def test_a_committed_page_is_remade_from_its_records(folder, tmp_path):
     assert (out / name).read_text() == text
 
 
+def test_the_page_of_findings_is_remade_from_its_records(tmp_path):
+    out, docs = tmp_path / "evidence", STUDIES.parent / "docs"
+    shutil.copytree(STUDIES / "evidence", out)
+    answer = hsae("findings", "write", out, "--page", tmp_path / "results.md", "--test")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "results.md").read_text() == (docs / "results.md").read_text()
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        path.name for path in (docs / "results").iterdir()
+    }
+
+
 def ev_and_ce(results: Results, arm: str, hook: str, l0: int) -> str:
     found = next(found for found in results.found if found.cell == (arm, hook, l0))
     return " / ".join(f"{mean(found.spread('test', name)):.3f}" for name in ("ev", "ce_recovered"))

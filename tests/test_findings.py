@@ -176,6 +176,7 @@ def planted(folder: Path, purity: dict[str, float], leakage: float = 0.5) -> Non
         value = {
             "purity": purity.get(found["arm"], 0.2),
             "leakage": leakage if good else 0.9,
+            "leakage_all_rows": 0.6 if good else 0.9,
             "steering_leakage": 0.1 if good else 0.4,
             "fvu": 0.3,
         }
@@ -197,6 +198,7 @@ def test_the_words_follow_the_numbers(done, tmp_path):
     assert f"at 2 of 2 hooks: {HOOKS[0]} and {HOOKS[1]}; the aim is 2, which is met" in good
     assert f"Permuted control (permuted_teacher) at {HOOKS[0]}: passes none of the targets" in good
     assert "**40.0 [40.0, 40.0] PASS**" in good
+    assert f"cannot flatter it, over seeds: {HOOKS[0]} 33.2 [33.2, 33.2] %; {HOOKS[1]} 33.2" in good
     assert "Gain of purity at" not in good  # nothing of it is missed
     planted(copy, {"teacher": 0.25, "permuted_teacher": 0.6})
     bad = page()
@@ -292,7 +294,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(done, fixtures, tmp_path
         load_findings(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("name", "records"), [("evidence", 37 * 9), ("evidence-small", 60)])
+@pytest.mark.parametrize(("name", "records"), [("evidence", 45 * 9), ("evidence-small", 60)])
 def test_the_studies_of_the_repository_are_some(name, records):
     study, configs = load_findings(Path(__file__).parents[1] / "studies" / name / "study.yaml")
     assert (study.name, len(study.keys)) == (name, records)

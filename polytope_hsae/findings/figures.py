@@ -10,7 +10,7 @@ from ..report.svg import Drawing, Frame, draw
 from ..report.words import TARGETS, number
 from .summary import TOGETHER, Summary, variants
 
-ROW, LEFT = 0.19, 1.9  # inches: a row's height, room for names
+ROW, LETTER = 0.19, 0.063  # inches: a row's height, and the width of a letter of its name
 ARMS = ("purity", "leakage", "steering_leakage", "fvu")
 VERDICTS = {"PASS": "s4", "FAIL": "s3", "INCONCLUSIVE": "s2"}
 
@@ -53,7 +53,7 @@ def _target(found: Summary, name: str) -> Drawing:
     said = "; ".join(
         f"{row}: {number(targets[-1]['measured'] * words.factor, 1)} {targets[-1]['verdict']}" for row, targets in rows
     )
-    return draw(f"target-{name}", words.name, said or "no values", _frame(len(rows)), paint)
+    return draw(f"target-{name}", words.name, said or "no values", _frame([name for name, _ in rows]), paint)
 
 
 def _of(targets: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _evidence(found: Summary) -> list[Drawing]:
         axes.set_xlabel("z of the direction that a parent's children share")
 
     said = "; ".join(f"{name}: {sum(z > 3 for z in values)} of {len(values)} above 3" for name, values in rows.items())
-    return [draw("evidence-z", "Do children of a parent share a direction?", said, _frame(len(rows)), paint)]
+    return [draw("evidence-z", "Do children of a parent share a direction?", said, _frame(list(rows)), paint)]
 
 
 def _has_z(block: Any) -> bool:
@@ -104,7 +104,8 @@ def _arms(found: Summary, place: int, hook: str, metric: str) -> Drawing:
         axes.set_title(_short(hook))
 
     said = "; ".join(f"{arm}: {number(over.mean)}" for arm, over in rows)
-    return draw(f"arms-{place}-{metric}", f"{metric} at {hook}", said or "no values", _frame(len(rows)), paint)
+    frame = _frame([arm for arm, _ in rows])
+    return draw(f"arms-{place}-{metric}", f"{metric} at {hook}", said or "no values", frame, paint)
 
 
 def _short(hook: str) -> str:
@@ -118,5 +119,5 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x")
 
 
-def _frame(rows: int) -> Frame:
-    return Frame(max(1, rows) * ROW + 0.1, LEFT)
+def _frame(names: Sequence[str]) -> Frame:
+    return Frame(max(1, len(names)) * ROW + 0.1, 0.2 + LETTER * max(map(len, names), default=0))
