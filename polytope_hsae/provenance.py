@@ -43,13 +43,19 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this package lies in; None outside one."""
+    """Commit of the checkout this package lies in, with -dirty if its code differs from it; None outside one."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
-    return answer.stdout.strip() or None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+        return answer.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--", Path(__file__).parent.name)
+    return f"{commit}{'-dirty' if changed else ''}" if commit else None
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -80,7 +80,47 @@ def test_the_balance_resumes_exactly(tmp_path):
     assert torch.equal(loaded.reconstruct(planted_rows()), resumed.model.eval().reconstruct(planted_rows()))
 
 
-def test_a_batch_of_parents_has_no_balance():
-    message = "router_balance_rate: found 0.1, allowed: 0 unless parent_budget is per_row"
+def test_a_largest_load_holds_back_only_what_is_above_it():
+    model = make_model(n_parents=4, topk_parent=2, router_load_max=0.5)
+    index, value = [[0, 1], [0, 2], [0, 3]], [[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]]
+    model.update_balance(codes_of(index, value))
+    assert torch.equal(model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0]))  # loads 3, 1, 0, 1 of 1.5
+    model.update_balance(codes_of(index, value))
+    model.update_balance(codes_of([[1, 2]], [[1.0, 1.0]]))
+    assert torch.allclose(model.balance, torch.tensor([-0.1, -0.1, -0.1, 0.0]))
+
+
+@pytest.mark.parametrize("parents", ["batch", "joint"])
+def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
+    options = {"parent_budget": parents, "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
+
+    def largest(rate, most):
+        model = make_model(rate=rate, topk_parent=2, router_load_max=most, **options)
+        with torch.no_grad():
+            model.b_E.copy_(torch.arange(6) / 2)
+        rows = 0.2 * torch.randn(512, WIDTH, generator=generator(0))
+        for _ in range(300):
+            model.update_balance(model(rows).codes)
+        model.calibrate([rows], 3.0)
+        codes = model.eval().encode(rows)
+        assert codes.l0().double().mean().item() == pytest.approx(3, abs=0.02)
+        values = codes.parent_value[codes.parent_value > 0]
+        assert torch.isin(
+            values, torch.relu(model.encode_parent(rows)[2])
+        ).all()  # codes are the logits, not the scores
+        return torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=6).max() / 512
+
+    assert largest(0, None) > 0.9
+    assert largest(0.01, 0.6) < 0.65
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parent_budget": "batch"}, "router_balance_rate: found 0.1, allowed: 0 unless parent_budget is per_row or"),
+        ({"rate": 0, "router_load_max": 0.2}, "router_load_max: found 0.2, allowed: null unless router_balance_rate"),
+    ],
+)
+def test_a_balance_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        make_model(parent_budget="batch")
+        make_model(**options)

@@ -187,13 +187,19 @@ def test_a_changed_arm_is_made_again_and_not_mixed(done, fixtures, tmp_path):
 
 def test_a_changed_config_is_seen_and_a_field_stated_by_the_study_is_as_in_the_config(tmp_path):
     config = tmp_path / "base.yaml"
-    config.write_text("teacher: {init: dual, anchor: pull}\ntraining: {lr: 1.0e-3, log_every: 10}\n")
-    before = stated_config(str(config), {"training.lr": 2e-3})
-    assert before == {"teacher.init": "dual", "teacher.anchor": "pull", "training.lr": 2e-3}
+    config.write_text("teacher: {init: dual, anchor: pull}\ntraining: {lr: 1.0e-5, log_every: 10}\n")
+    before = stated_config(str(config), {"hsae.l1_child": 1e-6})
+    assert before == {
+        "teacher.init": "dual",
+        "teacher.anchor": "pull",
+        "training.lr": 1e-5,
+        "hsae.l1_child": 1e-6,
+    }
     config.write_text("teacher: {init: literal}\ntraining: {lr: 3.0e-3, log_every: 20}\n")
-    assert stated_config(str(config), {"training.lr": 2e-3}) != before
-    stated = {"teacher.init": "dual", "teacher.anchor": "pull", "training.lr": 2e-3}
+    assert stated_config(str(config), {"hsae.l1_child": 1e-6}) != before
+    stated = {"teacher.init": "dual", "teacher.anchor": "pull", "training": {"lr": 1e-5}, "hsae.l1_child": 1e-6}
     assert stated_config(str(config), stated) == before
+    assert stated_config(str(config), stated, ("teacher.",)) == {"training.lr": 1e-5, "hsae.l1_child": 1e-6}
 
 
 def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):

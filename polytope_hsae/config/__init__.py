@@ -8,7 +8,7 @@ from .block import FOLDER_NAME, GROUPS, PACKAGE, Block, ConfigError, Whole, firs
 from .evaluation import EvalConfig, LatentsConfig, SteeringConfig, TargetsConfig, TrackingConfig
 from .flat import FLAT_KINDS, BatchTopKConfig, FlatConfig, JumpReLUConfig, MatryoshkaConfig, TopKConfig
 from .hsae import HSAEConfig
-from .load import apply_override, dump_yaml, find_config, load_config
+from .load import apply_override, dump_yaml, find_config, load_config, put
 from .run import ArmConfig, Config
 from .sources import ConceptsConfig, CorpusConfig, DataConfig, GeometryConfig, ModelConfig, RunConfig
 from .training import LossOverrides, PhaseStages, StageConfig, TeacherConfig, TrainingConfig
@@ -50,4 +50,5 @@ __all__ = [
     "find_config",
     "first_line",
     "load_config",
+    "put",
 ]

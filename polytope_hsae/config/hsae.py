@@ -33,6 +33,12 @@ class HSAEConfig(Block):
         ge=0,
         description="Move of a parent's bias of the choice against its load, per batch, units of r.",
     )
+    router_load_max: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of rows above which that bias falls, from 0 down; null = it moves towards the mean load.",
+    )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
     recycle_every: Whole = Field(0, ge=0, description="Steps between recyclings of dead parents; 0 = never.")
@@ -215,8 +221,20 @@ class HSAEConfig(Block):
         require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
         both = self.parent_budget != "joint" or self.child_budget == "batch"
         require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
-        alone = self.parent_budget == "per_row" or self.router_balance_rate == 0
-        require("router_balance_rate", self.router_balance_rate, alone, "0 unless parent_budget is per_row")
+        limited = self.router_load_max is not None
+        require(
+            "router_load_max",
+            self.router_load_max,
+            not limited or self.router_balance_rate > 0,
+            "null unless router_balance_rate is above 0",
+        )
+        alone = self.parent_budget == "per_row" or self.router_balance_rate == 0 or limited
+        require(
+            "router_balance_rate",
+            self.router_balance_rate,
+            alone,
+            "0 unless parent_budget is per_row or router_load_max is set",
+        )
         for field in ("recycle_until", "split_above"):
             found = getattr(self, field)
             require(field, found, found is None or self.recycle_every > 0, "null unless recycle_every is above 0")

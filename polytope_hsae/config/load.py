@@ -58,6 +58,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"--set {cut(key)}: found {shown(text)}, allowed: a YAML value ({error})") from error
+    put(tree, key, value)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at "key.path" of a tree, making the blocks above it. Raises ConfigError where one is a value."""
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:

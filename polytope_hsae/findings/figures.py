@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from ..geometry.controls import CONTROLS
 from ..report.palette import LIGHT
 from ..report.svg import Drawing, Frame, draw
 from ..report.words import TARGETS, number
@@ -61,18 +62,18 @@ def _of(targets: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _evidence(found: Summary) -> list[Drawing]:
-    """One dot per parent: z of the direction that its children share, for the hierarchy and every control."""
-    hooks = [hook for hook in found.shown_hooks if hook in found.hooks]
-    if not hooks:
+    """One dot per parent: z of the direction that its children share, for the hierarchy, controls and other metrics."""
+    of_hook = [variants(found.hooks[hook]["evidence"]) for hook in found.shown_hooks if hook in found.hooks]
+    if not of_hook:
         return []
-    blocks = variants(found.hooks[hooks[0]]["evidence"]).items()
+    blocks = max(of_hook, key=lambda blocks: sum(map(_has_z, blocks.values()))).items()
     rows = {name: [z for z in block["parents"]["z"] if z is not None] for name, block in blocks if _has_z(block)}
     if not rows:
         return []
 
     def paint(axes: Axes) -> None:
-        for y, values in enumerate(rows.values()):
-            colour = LIGHT["s1"] if y == 0 else LIGHT["s3"]
+        for y, (name, values) in enumerate(rows.items()):
+            colour = LIGHT["s3" if name in CONTROLS else "s1"]
             axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
         axes.axvline(3, color=LIGHT["ink"], linewidth=0.8, linestyle=(0, (4, 2)))
         _name_rows(axes, [name.replace("_", " ") for name in rows])

@@ -9,10 +9,12 @@ from typing import Any
 
 from ..config import Config
 from ..fileio import update_text, write_json
+from ..geometry.controls import METRICS
 from ..report.words import DASH, TARGETS, TargetWords, counted, listed, number
 from ..study.results import Spread
 from .figures import drawings
-from .summary import OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results, variants
+from .plan import Findings
+from .summary import FAIL, OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results, variants
 
 AIM = 2  # hooks at which the targets should pass together
 HELD_OUT = {"val": "validation", "test": "test"}
@@ -33,14 +35,15 @@ def write_page(folder: Path, page: Path, split: str) -> list[Path]:
 def text(found: Summary, figures: dict[str, str]) -> str:
     """The page as Markdown; figures: path by name."""
     lines = [f"# Findings: {found.study.name}", "", *_made_from(found), "", "## In short", "", *_in_short(found)]
-    lines += ["", "## Evidence of the hierarchy", "", *_evidence(found), *_pictures(figures, "evidence")]
     lines += ["", "## The five targets", "", *_targets_words(found), *_pictures(figures, "target")]
     for hook in found.shown_hooks:
-        lines += ["", f"### {hook}", "", *_targets(found, hook)]
+        lines += ["", f"### Targets at {hook}", "", *_targets(found, hook)]
     lines += ["", "## What is missed, and by how much", "", *_missed(found)]
+    lines += ["", "## Arms", "", *_arms(found.study)]
     lines += ["", "## Ablations", "", *_ablation_words(found), *_pictures(figures, "arms")]
     for hook in found.shown_hooks:
-        lines += ["", f"### {hook}", "", *_ablations(found, hook)]
+        lines += ["", f"### Ablations at {hook}", "", *_ablations(found, hook)]
+    lines += ["", "## Evidence of the hierarchy", "", *_evidence(found), *_pictures(figures, "evidence")]
     lines += ["", "## All other metrics", ""]
     for hook in found.shown_hooks:
         lines += [f"<details><summary>{hook}</summary>", "", *_others(found, hook), "", "</details>", ""]
@@ -48,7 +51,7 @@ def text(found: Summary, figures: dict[str, str]) -> str:
 
 
 def _pictures(figures: dict[str, str], kind: str) -> list[str]:
-    shown = [f"![{name}]({path})" for name, path in figures.items() if name.startswith(kind)]
+    shown = [f"![{name.replace('-', ' ')}]({path})" for name, path in figures.items() if name.startswith(kind)]
     return ["", *shown] if shown else []
 
 
@@ -57,7 +60,11 @@ def _made_from(found: Summary) -> list[str]:
     config: Config = next(iter(found.configs.values()))
     steps = sorted({record["steps"] for record in found.records.values() if "steps" in record})
     tokens = sorted({record["tokens"] for record in found.records.values() if "tokens" in record})
-    text_hashes = ", ".join(f"{name} {value[:16]}" for name, value in first["text_sha256"].items())
+    text = first["text_sha256"]
+    if config.corpus.heldout_path is None:
+        text_hashes = f"{text['train'][:16]}, divided by document"
+    else:
+        text_hashes = ", ".join(f"{name} {value[:16]}" for name, value in text.items())
     devices = sorted({record["code"]["device"] for record in found.records.values()})
     parents = sorted({record["parents"] for record in found.records.values()})
     lines = [
@@ -70,10 +77,11 @@ def _made_from(found: Summary) -> list[str]:
         "",
         "A seed changes a model's start, the order of its rows, and the control teachers. Documents, the folds of words"
         f" and the evidence are the same for all seeds (seed {config.run.seed}). Text (sha256): {text_hashes}. An"
-        " interval is a 95 % bootstrap interval over concepts or groups of documents, paired where arms are compared;"
-        " *over seeds* every concept counts with the sum of its values of all seeds. PASS: the interval lies wholly"
-        " beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither. This page is written by `hsae findings"
-        " write`, from the records alone.",
+        " interval is a 95 % bootstrap interval over concepts (FVU: over groups of documents), paired where arms are"
+        " compared. *Over seeds*: a concept's values of all seeds are added up first, but for seeds where one of two"
+        " arms has none; the interval then resamples concepts, and says nothing of how much seeds differ. PASS: the"
+        " interval lies wholly beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither. Every metric is"
+        " defined in docs/method.md, section 5. This page is written by `hsae findings write`, from the records alone.",
     ]
     if len({record["code"]["sources_sha256"] for record in found.records.values()}) > 1:
         lines += ["", "The records were made with more than one version of the code; each says which."]
@@ -92,10 +100,11 @@ def _in_short(found: Summary) -> list[str]:
         f"{counted(len(hooks), 'hook')}{': ' + listed(held) if held else ''}; the aim is {AIM}, "
         f"which is {'met' if len(held) >= AIM else 'missed'}."
     ]
-    lines += _decisions(found)
     pooled = [hook for hook in hooks if found.together_over_seeds(hook, plans[hook].teacher)]
-    lines.append(f"- The same over seeds: at {len(pooled)}{': ' + listed(pooled) if pooled else ''}.")
-    for target in TARGETS:
+    lines.append(f"- Together over seeds: at {len(pooled)} of {len(hooks)}{': ' + listed(pooled) if pooled else ''}.")
+    judged = dict.fromkeys(plans[hook].teacher for hook in hooks)
+    lines.append(f"- Judged: {'; '.join(f'`{arm}` ({_arm(found.study, arm)})' for arm in judged)}.")
+    for target in TOGETHER:
         counts = [
             f"{hook} {passed} of {of}"
             for hook in hooks
@@ -119,7 +128,7 @@ def _in_short(found: Summary) -> list[str]:
             )
         )
         lines.append(f"- Permuted control ({control}) at {hook}: {said}.")
-    return lines
+    return lines + _decisions(found)
 
 
 def _all_rows(found: Summary) -> list[str]:
@@ -129,10 +138,12 @@ def _all_rows(found: Summary) -> list[str]:
         fall = found.fall(hook, found.study.plan(hook).teacher, "leakage_all_rows")
         if fall is not None and fall.value is not None:
             said.append(f"{hook} {number(100 * fall.value, 1)}{_bounds(fall.ci95, 100, 1)} %")
-    without = (
+    if not said:
+        return []
+    return [
         "- Fall of leakage with silent rows counted as leaked, so that a threshold cannot flatter it, over seeds: "
-    )
-    return [f"{without}{'; '.join(said)}."] if said else []
+        f"{'; '.join(said)}."
+    ]
 
 
 def _decisions(found: Summary) -> list[str]:
@@ -142,35 +153,50 @@ def _decisions(found: Summary) -> list[str]:
         blocks = variants(found.hooks.get(hook, {}).get("evidence", {}))
         decided = {name: block["decision"] for name, block in blocks.items() if "decision" in block}
         if "main" in decided:
-            calls = [name.replace("_", " ") for name, one in decided.items() if one["hierarchy"] and name != "main"]
-            main = decided["main"]
+            main = decided.pop("main")
             failed = [name.replace("_", " ") for name, test in main["tests"].items() if not test["passes"]]
             line = f"the decision on the evidence, at alpha {main['alpha']}, "
-            lacking = "" if main["hierarchy"] else f", for want of {listed(failed)}"
+            lacking = "" if main["hierarchy"] else f" (docs/method.md, section 3; failed: {listed(failed)})"
             line += ("calls" if main["hierarchy"] else "does not call") + f" the concepts a hierarchy{lacking}"
-            others = len(decided) - 1
-            line += f"; of {others} controls and metrics it calls {listed(calls) if calls else 'none'} one."
-            said.setdefault(line, []).append(hook)
+            for kind, of_kind in (("controls", False), ("other metrics", True)):
+                names = [name for name in decided if (name in METRICS) == of_kind]
+                calls = [name.replace("_", " ") for name in names if decided[name]["hierarchy"]]
+                line += f"; of {len(names)} {kind} it calls {listed(calls) if calls else 'none'} one"
+            said.setdefault(f"{line}.", []).append(hook)
     return [f"- At {listed(hooks)}: {line}" for line, hooks in said.items()]
 
 
+Blocks = dict[str, dict[str, str]]  # texts of the evidence's numbers by their name, for the hierarchy and every control
+
+
 def _evidence(found: Summary) -> list[str]:
+    """The evidence of every hook; once for hooks of which one has all that another has."""
     lines: list[str] = []
-    shown: dict[str, list[str]] = {}
-    for hook in found.shown_hooks:
-        table = _evidence_table(found.hooks.get(hook, {}).get("evidence", {}))
-        if table:
-            shown.setdefault("\n".join(table), []).append(hook)
-    for table_text, hooks in shown.items():
-        lines += [f"At {listed(hooks)}:", "", *table_text.split("\n"), ""]
+    shown: list[tuple[Blocks, list[str]]] = []
+    of_hook = {hook: _blocks(found.hooks.get(hook, {}).get("evidence", {})) for hook in found.shown_hooks}
+    for hook, blocks in sorted(of_hook.items(), key=lambda item: -len(item[1])):
+        same = next((hooks for larger, hooks in shown if blocks.items() <= larger.items()), None)
+        if same is not None:
+            same.append(hook)
+        elif blocks:
+            shown.append((blocks, [hook]))
+    for blocks, (first, *others) in shown:
+        lines += [
+            f"At {first}{f'; {listed(others)} have the same' if others else ''}:",
+            "",
+            *_evidence_table(blocks),
+            "",
+        ]
     return lines[:-1] if lines else ["Not there: `runs/HOOK.json` is missing."]
 
 
-def _evidence_table(evidence: dict[str, Any]) -> list[str]:
+def _blocks(evidence: dict[str, Any]) -> Blocks:
+    found = {name: dict(_numbers(block)) for name, block in variants(evidence).items()}
+    return {name: numbers for name, numbers in found.items() if set(numbers.values()) != {DASH}}
+
+
+def _evidence_table(blocks: Blocks) -> list[str]:
     """A row for every number of the hierarchy's evidence, a column for the hierarchy and every control or metric."""
-    blocks = {name: dict(_numbers(block)) for name, block in variants(evidence).items()}
-    if not blocks:
-        return []
     names = list(next(iter(blocks.values())))
     rows = [[name.replace("_", " "), *(numbers.get(name, DASH) for numbers in blocks.values())] for name in names]
     return markdown(["", *(name.replace("_", " ") for name in blocks)], rows)
@@ -206,8 +232,8 @@ def _targets_words(found: Summary) -> list[str]:
         " study's file says: "
         + "; ".join(f"`{teacher}` (control `{control}`) at {hook}" for hook, (teacher, control) in arms.items())
         + ". In the figures a tick is a seed, a dot with its bar the value over seeds with its interval, green for"
-        " PASS, orange for FAIL, grey for INCONCLUSIVE; a dashed line is a threshold. The angle is that of the"
-        " evidence, so it is the same for every seed and arm, and it decides nothing alone."
+        " PASS, orange for FAIL, grey for INCONCLUSIVE; a dashed line is a threshold. The angle is one number of the"
+        " evidence, the same for every seed and arm, and it decides nothing alone."
     ]
 
 
@@ -252,7 +278,8 @@ def _measured(target: dict[str, Any]) -> str:
     words = TARGETS[target["name"]]
     if target["measured"] is None:
         return f"{DASH} {target['verdict']}"
-    return f"{_with_interval(target, words)} {target['verdict']}"
+    less = target["name"] == "reconstruction_parity" and target["verdict"] == FAIL and target["measured"] < 0
+    return f"{_with_interval(target, words)} {'LESS' if less else target['verdict']}"
 
 
 def _with_interval(target: dict[str, Any], words: TargetWords) -> str:
@@ -282,11 +309,11 @@ def _reason(found: Summary, hook: str, place: int, target: dict[str, Any], passe
         return f"{said}Not measured: {target.get('why', 'no reason is recorded')}."
     low, high = target["required"]
     inside = (low is None or target["measured"] >= low) and (high is None or target["measured"] <= high)
-    units = f"{target['n']} concepts or groups of documents"
+    units = "groups of documents" if target["name"] == "reconstruction_parity" else "concepts"
     if inside and target["verdict"] == PASS:
         said += "Over seeds it passes; a single seed does not carry it."
     elif inside:
-        said += f"The estimate meets the threshold; the interval over {units} is too wide."
+        said += f"The estimate meets the threshold; the interval over {target['n']} {units} reaches beyond it."
     else:
         said += "The estimate itself falls short."
     if metric := _METRIC.get(target["name"]):
@@ -298,7 +325,7 @@ def _reason(found: Summary, hook: str, place: int, target: dict[str, Any], passe
         unreached = found.over_seeds(hook, plan.teacher, "steering_unreached")
         said += f" Share of concepts whose effect is not reached by the arm: {_mean(unreached)}; they have no value."
     best = _best(found, hook, place)
-    return said + (f" Largest of all arms: {best}." if best else "")
+    return said + (f" Largest of the arms with that baseline: {best}." if best else "")
 
 
 _METRIC = {
@@ -310,10 +337,11 @@ _METRIC = {
 
 
 def _best(found: Summary, hook: str, place: int) -> str:
-    """The arm that is best on a target whose required values are open above, and its value."""
+    """The best arm on a target whose required values are open above, of those with the judged arm's baseline."""
     values = {}
+    baseline = found.study.against(found.study.plan(hook).teacher)
     for arm in found.arms(hook):
-        if found.study.against(arm) != arm:
+        if found.study.against(arm) == baseline != arm:
             target = found.targets(hook, arm, found.seeds(hook, arm))[place]
             if target["measured"] is not None and target["required"][1] is None:
                 values[arm] = target
@@ -323,10 +351,32 @@ def _best(found: Summary, hook: str, place: int) -> str:
     return f"`{arm}` with {_measured(values[arm])}"
 
 
+def _arms(study: Findings) -> list[str]:
+    """What every arm is, as the study's file has it."""
+    return markdown(["arm", "what it is"], [[arm.name, _arm(study, arm.name)] for arm in study.arms])
+
+
+def _arm(study: Findings, name: str) -> str:
+    """An arm's kind or start, and the fields that it replaces."""
+    arm = study.arm(name)
+    if arm.kind != "hsae":
+        said = f"flat, {arm.kind}"
+    else:
+        said = "random start" if arm.init == "random" else f"starts from the {arm.init.replace('_', ' ')}"
+    if arm.stages is not None:
+        said += f", in the stages of {arm.stages}"
+    for block, fields in (("teacher", arm.teacher), ("hsae", arm.hsae), ("flat", arm.flat), ("match", arm.match)):
+        if fields:
+            said += f"; {block}: {', '.join(f'{key} {value}' for key, value in fields.items())}"
+    other = study.against(name)
+    return said if other in (name, study.arms[0].name) else f"{said}; against {other}"
+
+
 def _ablation_words(found: Summary) -> list[str]:
     return [
         "Mean ± standard deviation over seeds. The last columns are against the arm named in the second one: the value"
-        " over seeds with its interval and verdict."
+        " over seeds with its interval and verdict; LESS: less error than the target asks about. Zero sum rows: those"
+        " on which no concept's latent is on, which leakage leaves out."
     ]
 
 

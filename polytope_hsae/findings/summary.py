@@ -22,7 +22,7 @@ from .run import read_hooks, records_in
 
 TOGETHER = ("purity_gain_pp", "leakage_reduction", "steering_leakage_reduction", "reconstruction_parity")
 OF_CONCEPTS = TOGETHER[:3]
-PASS = "PASS"
+PASS, FAIL = "PASS", "FAIL"
 
 
 @dataclass(frozen=True)

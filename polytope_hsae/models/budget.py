@@ -27,6 +27,7 @@ class Budget(nn.Module):
         per_row: codes per row, on average where rows share them.
         of_batch: whether rows share them. In training the B * per_row largest positive codes of the batch are in use,
             afterwards those above `threshold`: the running mean of the smallest code in use, until it is calibrated.
+            With scores, these decide instead.
         spare: slots per row of a batch's budget, as a multiple of per_row.
         decay: memory of the running mean, per batch.
         start: codes per row at the start of training, where they are annealed.
@@ -53,11 +54,13 @@ class Budget(nn.Module):
         """Codes per row: from `start` (progress 0) to `per_row` (progress 1, or None)."""
         return self.per_row if progress is None else self.start + (self.per_row - self.start) * progress
 
-    def keep(self, code_Bn: Tensor, now: float | Tensor | None = None) -> Tensor:
+    def keep(self, code_Bn: Tensor, now: float | Tensor | None = None, score_Bn: Tensor | None = None) -> Tensor:
         """The codes [B, n], largest first in each row, with 0 in the slots that are not in use.
 
-        now: codes per row in training, where it is not `per_row`; nothing waits for its value.
+        now: codes per row in training, where it is not `per_row`; nothing waits for its value. score_Bn: what decides
+        instead of the code under a batch's budget; a slot whose score is not above 0 is not in use.
         """
+        score_Bn = code_Bn.detach() if score_Bn is None else score_Bn.detach()
         if not self.training:
             now = None
         if not self.of_batch:
@@ -65,12 +68,12 @@ class Budget(nn.Module):
                 return code_Bn
             return torch.where(first_slots(code_Bn.shape[1], now, code_Bn.device), code_Bn, 0.0)
         if not self.training:
-            return torch.where(code_Bn > self.threshold, code_Bn, 0.0)
+            return torch.where(score_Bn > self.threshold, code_Bn, 0.0)
         B = len(code_Bn)
         if now is None:
-            keep_Bn, self.smallest = largest_of_batch(code_Bn.detach(), B * self.per_row)
+            keep_Bn, self.smallest = largest_of_batch(score_Bn, B * self.per_row)
         else:
-            keep_Bn, self.smallest = largest_of_batch(code_Bn.detach(), code_Bn.numel(), B * now)
+            keep_Bn, self.smallest = largest_of_batch(score_Bn, score_Bn.numel(), B * now)
         running_mean_(self.threshold, self.batches, self.smallest, self.decay)
         return torch.where(keep_Bn, code_Bn, 0.0)
 
@@ -91,7 +94,9 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
         share = model.config.topk_parent / model.config.total_l0
         parents = target_l0 * (share if model.parent_share is None else model.parent_share.item())
         model.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
-        level = level_for_l0(lambda: (each.parent_value for each in codes()), parents)
+        level = level_for_l0(
+            lambda: (model.parent_scores(each.parent_index, each.parent_value) for each in codes()), parents
+        )
         model.parent_budget.threshold.fill_(max(0.0, level))
     if model.child_budget.of_batch:
         active = torch.cat([(each.parent_value > 0).sum(1) for each in codes()]).double().mean().item()

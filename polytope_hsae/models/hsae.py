@@ -154,7 +154,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         if straight_through:
             slots = torch.arange(config.topk_parent, device=logit.device).expand_as(logit)
             value = value * straight_through_gate(logit, slots, self.router_temperature)
-        return index, self.parent_budget.keep(value, self._wanted()[0]), logits, code_sum
+        return index, self._keep_parents(index, value), logits, code_sum
 
     def _handicap(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor] | None:
         """What the choice adds to the logits, as a function of them: the parents' balance, and in training noise."""
@@ -187,7 +187,15 @@ class HierarchicalSAE(ConstrainedDecoders):
         value_Bk = parent_code(logits_BP.gather(1, index_Bk), config.magnitude, self.threshold)
         if straight_through:
             value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.router_temperature)
-        return index_Bk, self.parent_budget.keep(value_Bk, self._wanted()[0]), logits_BP
+        return index_Bk, self._keep_parents(index_Bk, value_Bk), logits_BP
+
+    def _keep_parents(self, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
+        """The routed parents' codes [B, k], 0 where the budget leaves them out."""
+        return self.parent_budget.keep(value_Bk, self._wanted()[0], self.parent_scores(index_Bk, value_Bk))
+
+    def parent_scores(self, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
+        """What parents compete with under a batch's budget, [B, k]: their codes, or with balanced loads r + beta."""
+        return value_Bk if self.balance is None else torch.where(value_Bk > 0, value_Bk + self.balance[index_Bk], 0.0)
 
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: flat indices [B, K], codes [B, K], pre-activations [B, k, C].
@@ -270,7 +278,8 @@ class HierarchicalSAE(ConstrainedDecoders):
 
     @torch.no_grad()
     def update_balance(self, codes: Codes) -> None:
-        """Parents with less than the mean load of the batch rise in the choice, those with more fall.
+        """Parents with less than the mean load of the batch rise in the choice, those with more fall; or those above
+        `router_load_max` fall and the others rise again, up to 0.
 
         Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
         smallest child in use, and falls while it is smaller.
@@ -281,8 +290,11 @@ class HierarchicalSAE(ConstrainedDecoders):
             self.parent_share += SHARE_STEP * rise
             self.parent_share.clamp_(start / 2, (1 + start) / 2)
         if self.balance is not None:
-            load_P = load(codes, self.n_parents)
-            self.balance += self.config.router_balance_rate * (load_P.mean() - load_P).sign()
+            load_P, most = load(codes, self.n_parents), self.config.router_load_max
+            wanted = load_P.mean() if most is None else most * len(codes.parent_index)
+            self.balance += self.config.router_balance_rate * (wanted - load_P).sign()
+            if most is not None:
+                self.balance.clamp_(max=0)
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:

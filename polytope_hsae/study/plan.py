@@ -5,7 +5,7 @@ line: field, found, allowed.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -23,10 +23,12 @@ from ..config import (
     apply_override,
     find_config,
     load_config,
+    put,
 )
 from ..fileio import sha256_json
 from ..models.flops import latents_for, parameter_count
 from ..parsing import parse_yaml, shown
+from ..provenance import flatten
 from .files import read_study, validated
 
 TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}  # of a folder of texts
@@ -37,6 +39,9 @@ PLACES = (  # fields that say where something lies or runs, and change no result
 WATCHING = (  # other fields that change no result: how a run is watched and shown
     *("training.cuda_graph", "training.log_every", "training.val_every", "training.val_rows"),
     *("training.checkpoint_every", "training.allow_unequal_budget", "eval.targets", "eval.latents"),
+)
+UNUSED = (  # fields that the runs of `hsae study` do not read: a run's own stand in its study
+    *("teacher.", "eval.", "arms.", "training.lr", "training.batch_size", "training.baseline.", "training.teacher."),
 )
 
 
@@ -270,28 +275,22 @@ def settings_hash(study: Study, run: RunKey) -> str:
             "arm": [arm.kind, arm.size.atoms, arm.hsae, arm.flat, arm.training, arm.l0.get(run.l0)],
             "params": matched,
             "steps": [study.steps, study.batch_size],
-            "config": stated_config(study.config, study.set),
+            "config": stated_config(study.config, study.set, UNUSED),
             "measure": study.measure.model_dump(mode="json", exclude={"context_batch"}, exclude_defaults=True),
         }
     )
 
 
-def stated_config(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study's config says, key.path: value: its file's fields, those that the study replaces, and none that
-    change no result. A field that moves from the file to the study's `set` leaves it as it was.
+def stated_config(name: str, fields: Mapping[str, Any], unused: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a study's config says, key.path: value: its file's fields and those that the study replaces, but for those
+    that change no result, ever or (`unused`) in this kind of study. A field that moves from the file to the study's
+    `set` leaves it as it was.
     """
     tree = parse_yaml(find_config(name).read_text(encoding="utf-8")) or {}
     for key, value in fields.items():
-        apply_override(tree, f"{key}={json.dumps(value)}")
-    return {key: value for key, value in _flat(tree, "") if not key.startswith((*PLACES, *WATCHING))}
-
-
-def _flat(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
+        put(tree, key, value)
+    without = (*PLACES, *WATCHING, *unused)
+    return {key: value for key, value in flatten(tree).items() if not key.startswith(without)}
 
 
 SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters

@@ -36,7 +36,7 @@ HIERARCHY = (
     "smaller of both",
     "concepts",
 )
-TRIALS = ("every rate, first seed, validation", "rate", "EV", "CE recovered", "dead parents", "dead children")
+TRIALS = ("arm", "rate", "EV", "CE recovered", "dead parents", "dead children")
 NOTES = (
     "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
     "rows read for it. Largest load: share of validation rows with the parent (a flat arm's latent) that is on most.",
@@ -80,7 +80,8 @@ def table(results: Results, split: str) -> str:
             "",
             f"Left out, because the study does not ask for them as they were made: {len(results.left_out)} runs.",
         ]
-    if len({record["code"]["sources_sha256"] for result in results.found for record in result.records.values()}) > 1:
+    every = [record for found in results.found for record in (*found.records.values(), *found.trials.values())]
+    if len({record["code"]["sources_sha256"] for record in every}) > 1:
         lines += ["", "The runs were made with more than one version of the code; each says which."]
     for hook in study.hooks:
         for l0 in study.l0:
@@ -97,7 +98,8 @@ def table(results: Results, split: str) -> str:
             if nested:
                 lines += ["", *_markdown(HIERARCHY, nested)]
             if len(study.lr) > 1:
-                lines += ["", *_markdown(TRIALS, [row for result in found for row in _trials(result)])]
+                lines += ["", f"Every rate with seed {study.seeds[0]}, validation values:", ""]
+                lines += _markdown(TRIALS, [row for result in found for row in _trials(result)])
     lines += ["", *NOTES, ""]
     return "\n".join(lines)
 
@@ -171,10 +173,10 @@ def _trials(result: Result) -> list[list[str]]:
     """A row for every rate that the arm has tried with the first seed."""
     rows = []
     for lr, record in result.trials.items():
-        trial = result._replace(records={} if record["failed"] is not None else {0: record})
-        quality = [shown(trial.spread("val", name)) for name in ("ev", "ce_recovered")]
-        dead = [_percent(trial.spread("usage", name)) for name in ("dead_parents", "dead_children")]
-        rows.append([result.cell.arm, f"{lr:g}", *quality, *dead])
+        trial = result._replace(records={record["seed"]: record})
+        values = [shown(trial.spread("val", name)) for name in ("ev", "ce_recovered")]
+        values += [_percent(trial.spread("usage", name)) for name in ("dead_parents", "dead_children")]
+        rows.append([result.cell.arm, f"{lr:g}", *(["failed", DASH, DASH, DASH] if record["failed"] else values)])
     return rows
 
 
