@@ -3,18 +3,17 @@
 Every statement is computed from the records: change them, and the words change with the numbers.
 """
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..fileio import update_text, write_json
-from ..geometry.controls import METRICS
-from ..report.words import DASH, TARGETS, TargetWords, counted, listed, number
+from ..report.words import DASH, TARGETS, TargetWords, counted, listed, markdown_table, number
 from ..study.results import Spread
+from .evidence import bounds, decisions, evidence
 from .figures import drawings
 from .plan import Findings
-from .summary import FAIL, OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results, variants
+from .summary import FAIL, OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results
 
 AIM = 2  # hooks at which the targets should pass together
 HELD_OUT = {"val": "validation", "test": "test"}
@@ -43,7 +42,7 @@ def text(found: Summary, figures: dict[str, str]) -> str:
     lines += ["", "## Ablations", "", *_ablation_words(found), *_pictures(figures, "arms")]
     for hook in found.shown_hooks:
         lines += ["", f"### Ablations at {hook}", "", *_ablations(found, hook)]
-    lines += ["", "## Evidence of the hierarchy", "", *_evidence(found), *_pictures(figures, "evidence")]
+    lines += ["", "## Evidence of the hierarchy", "", *evidence(found), *_pictures(figures, "evidence")]
     lines += ["", "## All other metrics", ""]
     for hook in found.shown_hooks:
         lines += [f"<details><summary>{hook}</summary>", "", *_others(found, hook), "", "</details>", ""]
@@ -128,7 +127,7 @@ def _in_short(found: Summary) -> list[str]:
             )
         )
         lines.append(f"- Permuted control ({control}) at {hook}: {said}.")
-    return lines + _decisions(found)
+    return lines + decisions(found)
 
 
 def _all_rows(found: Summary) -> list[str]:
@@ -137,92 +136,13 @@ def _all_rows(found: Summary) -> list[str]:
     for hook in found.shown_hooks:
         fall = found.fall(hook, found.study.plan(hook).teacher, "leakage_all_rows")
         if fall is not None and fall.value is not None:
-            said.append(f"{hook} {number(100 * fall.value, 1)}{_bounds(fall.ci95, 100, 1)} %")
+            said.append(f"{hook} {number(100 * fall.value, 1)}{bounds(fall.ci95, 100, 1)} %")
     if not said:
         return []
     return [
         "- Fall of leakage with silent rows counted as leaked, so that a threshold cannot flatter it, over seeds: "
         f"{'; '.join(said)}."
     ]
-
-
-def _decisions(found: Summary) -> list[str]:
-    """What the decision of phase 1 says of the hierarchy and of its controls, once for the hooks that agree."""
-    said: dict[str, list[str]] = {}
-    for hook in found.shown_hooks:
-        blocks = variants(found.hooks.get(hook, {}).get("evidence", {}))
-        decided = {name: block["decision"] for name, block in blocks.items() if "decision" in block}
-        if "main" in decided:
-            main = decided.pop("main")
-            failed = [name.replace("_", " ") for name, test in main["tests"].items() if not test["passes"]]
-            line = f"the decision on the evidence, at alpha {main['alpha']}, "
-            lacking = "" if main["hierarchy"] else f" (docs/method.md, section 3; failed: {listed(failed)})"
-            line += ("calls" if main["hierarchy"] else "does not call") + f" the concepts a hierarchy{lacking}"
-            for kind, of_kind in (("controls", False), ("other metrics", True)):
-                names = [name for name in decided if (name in METRICS) == of_kind]
-                calls = [name.replace("_", " ") for name in names if decided[name]["hierarchy"]]
-                line += f"; of {len(names)} {kind} it calls {listed(calls) if calls else 'none'} one"
-            said.setdefault(f"{line}.", []).append(hook)
-    return [f"- At {listed(hooks)}: {line}" for line, hooks in said.items()]
-
-
-Blocks = dict[str, dict[str, str]]  # texts of the evidence's numbers by their name, for the hierarchy and every control
-
-
-def _evidence(found: Summary) -> list[str]:
-    """The evidence of every hook; once for hooks of which one has all that another has."""
-    lines: list[str] = []
-    shown: list[tuple[Blocks, list[str]]] = []
-    of_hook = {hook: _blocks(found.hooks.get(hook, {}).get("evidence", {})) for hook in found.shown_hooks}
-    for hook, blocks in sorted(of_hook.items(), key=lambda item: -len(item[1])):
-        same = next((hooks for larger, hooks in shown if blocks.items() <= larger.items()), None)
-        if same is not None:
-            same.append(hook)
-        elif blocks:
-            shown.append((blocks, [hook]))
-    for blocks, (first, *others) in shown:
-        lines += [
-            f"At {first}{f'; {listed(others)} have the same' if others else ''}:",
-            "",
-            *_evidence_table(blocks),
-            "",
-        ]
-    return lines[:-1] if lines else ["Not there: `runs/HOOK.json` is missing."]
-
-
-def _blocks(evidence: dict[str, Any]) -> Blocks:
-    found = {name: dict(_numbers(block)) for name, block in variants(evidence).items()}
-    return {name: numbers for name, numbers in found.items() if set(numbers.values()) != {DASH}}
-
-
-def _evidence_table(blocks: Blocks) -> list[str]:
-    """A row for every number of the hierarchy's evidence, a column for the hierarchy and every control or metric."""
-    names = list(next(iter(blocks.values())))
-    rows = [[name.replace("_", " "), *(numbers.get(name, DASH) for numbers in blocks.values())] for name in names]
-    return markdown(["", *(name.replace("_", " ") for name in blocks)], rows)
-
-
-def _numbers(block: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """(name, text) of the numbers in a block of evidence.json, an interval behind its value, nested ones too."""
-    for name, value in block.items():
-        if isinstance(value, dict) and name not in ("parents", "children"):
-            if "median" in value:
-                yield before + name, number(value["median"]) + _bounds(value.get("ci95"))
-            else:
-                yield from _numbers(value, f"{before}{name}: ")
-        elif isinstance(value, bool):
-            yield before + name, "yes" if value else "no"
-        elif (isinstance(value, int | float) or value is None) and name not in ("n", "alpha") and "ci95" not in name:
-            stem = name.removeprefix("median_").removesuffix("_deg")
-            keys = (f"{name}_ci95", f"{stem}_ci95", "median_ci95" if stem == "angle" else "")
-            yield before + name, number(value) + _bounds(next((block[key] for key in keys if block.get(key)), None))
-
-
-def _bounds(ci95: Sequence[float] | None, factor: float = 1.0, digits: int = 3) -> str:
-    if ci95 is None:
-        return ""
-    low, high = (number(bound * factor, digits) for bound in ci95)
-    return f" [{low}, {high}]"
 
 
 def _targets_words(found: Summary) -> list[str]:
@@ -263,7 +183,7 @@ def _targets(found: Summary, hook: str) -> list[str]:
             "over seeds",
             "n",
         ]
-        lines += ["", *markdown(header, rows)]
+        lines += ["", *markdown_table(header, rows)]
     return lines[1:]
 
 
@@ -352,8 +272,21 @@ def _best(found: Summary, hook: str, place: int) -> str:
 
 
 def _arms(study: Findings) -> list[str]:
-    """What every arm is, as the study's file has it."""
-    return markdown(["arm", "what it is"], [[arm.name, _arm(study, arm.name)] for arm in study.arms])
+    """What every arm is, as the study's file has it, and what all arms have."""
+    common = [f"`{key}` {value}" for key, value in study.set.items() if key.startswith(("hsae.", "teacher."))]
+    of_hooks = [
+        f"{plan.hook}: {', '.join(f'`{key}` {value}' for key, value in plan.set.items())}"
+        for plan in study.hooks
+        if plan.set
+    ]
+    said = f"The packaged config `{study.config}`" + (f", but {', '.join(common)}" if common else "")
+    said += f"; at {'; at '.join(of_hooks)}" if of_hooks else ""
+    rows = [[arm.name, _arm(study, arm.name)] for arm in study.arms]
+    return [
+        f"{said}. What an arm has beside or instead of it:",
+        "",
+        *markdown_table(["arm", "what it is"], rows, numbers=False),
+    ]
 
 
 def _arm(study: Findings, name: str) -> str:
@@ -393,7 +326,7 @@ def _ablations(found: Summary, hook: str) -> list[str]:
         rows.append([*row, str(len(seeds))])
     chances = ["chance", "", *(_mean(found.chance(hook, name)) for name in names)]
     rows.append([*chances, *[""] * (len(header) - len(chances))])
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _others(found: Summary, hook: str) -> list[str]:
@@ -404,7 +337,7 @@ def _others(found: Summary, hook: str) -> list[str]:
         if name not in found.study.shown:
             cells = [_shown(found.over_seeds(hook, arm, name)) for arm in arms]
             rows.append([name.replace("_", " "), _mean(found.chance(hook, name)), *cells])
-    return markdown(["metric", "chance", *arms], rows)
+    return markdown_table(["metric", "chance", *arms], rows)
 
 
 def _shown(over: Spread | None) -> str:
@@ -415,9 +348,3 @@ def _shown(over: Spread | None) -> str:
 
 def _mean(over: Spread | None) -> str:
     return DASH if over is None else number(over.mean)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,5 +1,6 @@
 """Numbers and names as a reader sees them: formats with units, metrics and arms in words."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..config import Config
@@ -39,6 +40,12 @@ def listed(items: list[str]) -> str:
 def counted(count: int, noun: str) -> str:
     """'1 concept', '16 concepts'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
+    """The lines of a Markdown table; numbers: whether all columns but the first are set to the right."""
+    lines = [header, ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 class TargetWords(NamedTuple):

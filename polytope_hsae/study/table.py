@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..fileio import update_text
-from ..report.words import DASH, listed, number
+from ..report.words import DASH, listed, markdown_table, number
 from .pareto import page, picture
 from .results import TOLERANCE, Result, Results, Spread, best_flat, difference, read_results
 
@@ -92,14 +92,14 @@ def table(results: Results, split: str) -> str:
                 "",
                 f"## {hook}, L0 {l0}",
                 "",
-                *_markdown(MAIN, [_main(found, result, split) for result in found]),
+                *markdown_table(MAIN, [_main(found, result, split) for result in found]),
             ]
             nested = [_hierarchy(result) for result in found if result.kind == "hsae"]
             if nested:
-                lines += ["", *_markdown(HIERARCHY, nested)]
+                lines += ["", *markdown_table(HIERARCHY, nested)]
             if len(study.lr) > 1:
                 lines += ["", f"Every rate with seed {study.seeds[0]}, validation values:", ""]
-                lines += _markdown(TRIALS, [row for result in found for row in _trials(result)])
+                lines += markdown_table(TRIALS, [row for result in found for row in _trials(result)])
     lines += ["", *NOTES, ""]
     return "\n".join(lines)
 
@@ -111,11 +111,6 @@ def _workers(results: Results) -> str:
 
 def _devices(results: Results) -> list[str]:
     return sorted({record["code"]["device"] for result in results.found for record in result.records.values()})
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _main(found: Sequence[Result], result: Result, split: str) -> list[str]:

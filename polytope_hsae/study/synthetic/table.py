@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...fileio import read_json, update_text
-from ...report.words import DASH, listed, number
+from ...report.words import DASH, listed, markdown_table, number
 from .plan import SyntheticStudy, load_synthetic, settings_hash
 
 Columns = dict[str, tuple[str, ...]]  # a column's title: where its number lies in a record
@@ -104,7 +104,7 @@ def _table(study: SyntheticStudy, records: dict[str, list[Any]]) -> str:
 def _markdown(columns: Columns, records: dict[str, list[Any]]) -> list[str]:
     paths = columns.values()
     rows = [[_name(name, found), *(_shown(found, path) for path in paths)] for name, found in records.items()]
-    return _lines(["arm", *columns], rows)
+    return markdown_table(["arm", *columns], rows)
 
 
 def _speed(records: dict[str, list[Any]]) -> list[str]:
@@ -125,7 +125,7 @@ def _speed(records: dict[str, list[Any]]) -> list[str]:
                 DASH if peak is None else f"{peak / 2**30:.1f}",
             ]
         )
-    return _lines(header, rows)
+    return markdown_table(header, rows)
 
 
 def _name(name: str, found: list[Any]) -> str:
@@ -159,8 +159,3 @@ def _shown(found: list[Any], path: Sequence[str]) -> str:
         return f"{values[0]:,.0f}"
     text = number(statistics.fmean(values), 4)
     return text if len(values) == 1 else f"{text} ± {number(statistics.stdev(values), 4)}"
-
-
-def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return ["| " + " | ".join(line) + " |" for line in [header, rule, *rows]]
