@@ -451,3 +451,8 @@ def test_held_out_documents_come_from_a_file_of_their_own_and_no_longer_than_ask
     assert set(members["train"].tolist()) == {0, 1, 2}
     assert documents.lengths[3:].tolist() == [40] * 4
     assert documents.lengths[:3].min() > 90
+    # of one file that is divided, the val and test documents are shortened and the others are whole
+    one = ["corpus.source=text", paths[0], "corpus.split=[0.34, 0.33, 0.33]", "corpus.heldout_document_tokens=40"]
+    documents, members = load_corpus(load_config("smoke", one), tokenizer, None)
+    assert documents.lengths[torch.cat([members["val"], members["test"]])].tolist() == [40, 40]
+    assert documents.lengths[members["train"]].min() > 90

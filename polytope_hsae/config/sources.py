@@ -40,7 +40,7 @@ class CorpusConfig(Block):
     heldout_document_tokens: Whole | None = Field(
         None,
         ge=3,
-        description="Tokens used of each document of heldout_path at most, so that no book outweighs the rest.",
+        description="Tokens used of each val and test document at most, so that no book outweighs the rest.",
     )
     context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
 

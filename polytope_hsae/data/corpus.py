@@ -132,9 +132,11 @@ def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> 
     return dict(zip(SPLITS, parts, strict=True))
 
 
-def shortened(documents: Documents, most: int) -> Documents:
-    """Every document's first `most` tokens."""
-    length_D = documents.lengths.clamp_max(most)
+def shortened(documents: Documents, most: int, doc_ids: Tensor | None = None) -> Documents:
+    """The documents with the first `most` tokens of those numbered `doc_ids` (None: of all)."""
+    length_D = documents.lengths
+    which = slice(None) if doc_ids is None else doc_ids
+    length_D[which] = length_D[which].clamp_max(most)
     parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
     return Documents(torch.cat(parts), length_D.cumsum(0) - length_D, documents.start_id)
 

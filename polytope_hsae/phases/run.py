@@ -224,13 +224,14 @@ def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) ->
             tokenizer_sha256=tokenizer_sha256,
         )
 
-    documents = load(options.path, options.max_tokens)
+    documents, most = load(options.path, options.max_tokens), options.heldout_document_tokens
     if options.heldout_path is None:
-        return documents, split_documents(documents.n_documents, options.split, seed)
+        splits = split_documents(documents.n_documents, options.split, seed)
+        if most is not None:
+            documents = shortened(documents, most, torch.cat([splits["val"], splits["test"]]))
+        return documents, splits
     held_out = load(options.heldout_path, options.heldout_tokens)
-    if options.heldout_document_tokens is not None:
-        held_out = shortened(held_out, options.heldout_document_tokens)
-    return with_held_out(documents, held_out, seed)
+    return with_held_out(documents, held_out if most is None else shortened(held_out, most), seed)
 
 
 def run_folder_of(path: Path) -> Path:
