@@ -24,6 +24,10 @@ OPTIONS = {
         "parent_budget": "batch", "child_budget": "batch", "l1_scope": "all", "l1_parent": 0.01, "l1_child": 0.01,
     },
     "balance": {"gate": "straight_through", "router_balance_rate": 0.1},
+    "largest load, joint": {
+        "parent_budget": "joint", "child_budget": "batch", "topk_child_total": 5, "router_balance_rate": 0.1,
+        "router_load_max": 0.2,
+    },
     "balance of codes": {
         "magnitude": "leaky_offset", "router_balance_rate": 0.1, "child_input": "input", "child_budget": "per_parent",
         "l1_scope": "all", "l1_parent": 0.01, "l1_child": 0.01,
