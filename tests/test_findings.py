@@ -91,7 +91,7 @@ def test_a_study_leaves_one_small_record_for_every_arm(done):
         assert found["steps"] == 4
         assert found["settings_sha256"] == settings_hash(study, key)
         assert {"ev", "purity", "steering_leakage"} <= set(found["val"]["metrics"])
-        assert set(found["val"]["units"]) == {"purity", "leakage", "steering_leakage", "fvu"}
+        assert set(found["val"]["units"]) == {"purity", "leakage", "leakage_all_rows", "steering_leakage", "fvu"}
     for hook in HOOKS:
         kept = json.loads((done / "runs" / f"{hook}.json").read_text())
         assert kept["evidence"]["main"]["parents"]["z"]
