@@ -212,17 +212,21 @@ def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):
     main, hierarchy, trials = (
         [line for line in part.splitlines() if line.startswith("|")] for part in table.split("\n\n| arm ")[1:]
     )
-    assert [len(part) for part in (main, hierarchy, trials)] == [3, 2, 5]  # arms; one has a hierarchy; two rates each
+    assert [len(part) for part in (main, hierarchy, trials)] == [
+        4,
+        3,
+        6,
+    ]  # head; arms; one has a hierarchy; two rates each
     assert all(len({line.count("|") for line in part[1:]}) == 1 for part in (main, hierarchy, trials))
     first_seed = [record for record in records(out).values() if record["seed"] == 0]
     shown = {f"| {one['arm']} | {one['lr']:g} | {one['val']['ev']['value']:.4f} " for one in first_seed}
     assert len(shown) == 4
     assert all(any(line.startswith(start) for line in trials) for start in shown)
-    first = next(line for line in main if line.startswith("| nested"))
-    assert first.split("|")[2].strip() == "64"
+    nested = next(line for line in main if line.startswith("| nested"))
+    assert nested.split("|")[2].strip() == "64"
     values = [record["val"]["ev"]["value"] for record in records(out).values() if record["arm"] == "topk"]
-    assert "(topk)" in first
-    assert "no flat arm" in first  # none has as few atoms
+    assert "(topk)" in nested
+    assert "no flat arm" in nested  # none has as few atoms
     assert len(values) == 3
     picture, page = ((out / name).read_text() for name in ("pareto.svg", "pareto.html"))
     assert picture.count("<svg ") == 9
