@@ -199,7 +199,11 @@ def test_a_changed_config_is_seen_and_a_field_stated_by_the_study_is_as_in_the_c
     assert stated_config(str(config), {"hsae.l1_child": 1e-6}) != before
     stated = {"teacher.init": "dual", "teacher.anchor": "pull", "training": {"lr": 1e-5}, "hsae.l1_child": 1e-6}
     assert stated_config(str(config), stated) == before
-    assert stated_config(str(config), stated, ("teacher.",)) == {"training.lr": 1e-5, "hsae.l1_child": 1e-6}
+    assert stated_config(str(config), {**stated, "training.lr_end_fraction": 0.5}, ("teacher", "training.lr")) == {
+        "training.lr_end_fraction": 0.5,  # another field than training.lr
+        "hsae.l1_child": 1e-6,
+    }
+    assert stated_config(str(config), stated, ("teacher",)) == {"training.lr": 1e-5, "hsae.l1_child": 1e-6}
 
 
 def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):

@@ -191,7 +191,6 @@ def concept_metrics(
     with_sum_Q = np.bincount(label_N[active_N], minlength=n_concepts)
     leak_sum_Q = np.bincount(label_N, weights=leak_N, minlength=n_concepts)
     leakage_Q = np.divide(leak_sum_Q, with_sum_Q, out=np.full(n_concepts, np.nan), where=with_sum_Q > 0)
-
     silent_Q = rows_Q - with_sum_Q
 
     columns = np.broadcast_to(np.arange(n_concepts), acts_NQ.shape)

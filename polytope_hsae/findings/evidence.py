@@ -80,6 +80,7 @@ def _numbers(block: dict[str, Any], before: str = "") -> Iterator[tuple[str, str
 
 
 def bounds(ci95: Sequence[float] | None, factor: float = 1.0, digits: int = 3) -> str:
+    """' [0.12, 0.34]', to stand behind a value; nothing where there is no interval."""
     if ci95 is None:
         return ""
     low, high = (number(bound * factor, digits) for bound in ci95)

@@ -6,6 +6,7 @@ line: field, found, allowed.
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -32,8 +33,8 @@ from ..provenance import flatten
 from .files import read_study, validated
 
 TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}  # of a folder of texts
-PLACES = (  # fields that say where something lies or runs, and change no result
-    *("text", "model.name", "corpus.path", "concepts.ontology", "data.batch_tokens", "tracking."),
+PLACES = (  # fields, or blocks of them, that say where something lies or runs, and change no result
+    *("text", "model.name", "corpus.path", "concepts.ontology", "data.batch_tokens", "tracking"),
     *("run.name", "run.device", "run.threads"),
 )
 WATCHING = (  # other fields that change no result: how a run is watched and shown
@@ -41,7 +42,7 @@ WATCHING = (  # other fields that change no result: how a run is watched and sho
     *("training.checkpoint_every", "training.allow_unequal_budget", "eval.targets", "eval.latents"),
 )
 UNUSED = (  # fields that the runs of `hsae study` do not read: a run's own stand in its study
-    *("teacher.", "eval.", "arms.", "training.lr", "training.batch_size", "training.baseline.", "training.teacher."),
+    *("teacher", "eval", "arms", "training.lr", "training.batch_size", "training.baseline", "training.teacher"),
 )
 
 
@@ -288,9 +289,9 @@ def stated_config(name: str, fields: Mapping[str, Any], unused: tuple[str, ...] 
     """
     tree = parse_yaml(find_config(name).read_text(encoding="utf-8")) or {}
     for key, value in fields.items():
-        put(tree, key, value)
+        put(tree, key, deepcopy(value))  # a later field may go into it
     without = (*PLACES, *WATCHING, *unused)
-    return {key: value for key, value in flatten(tree).items() if not key.startswith(without)}
+    return {key: value for key, value in flatten(tree).items() if not _of(key, without)}
 
 
 SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters
@@ -306,9 +307,14 @@ SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameter
 )
 
 
+def _of(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a field is one of these, or in a block that is: training.lr is not training.lr_mult."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
 def places_removed(overrides: list[str]) -> list[str]:
     """The overrides that change results: not those that say where something lies or runs."""
-    return [override for override in overrides if not override.split("=")[0].startswith(PLACES)]
+    return [override for override in overrides if not _of(override.split("=")[0], PLACES)]
 
 
 def require_unique(field: str, values: list[Any]) -> None:
