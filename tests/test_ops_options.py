@@ -28,6 +28,13 @@ OPTIONS = {
         "parent_budget": "joint", "child_budget": "batch", "topk_child_total": 5, "router_balance_rate": 0.1,
         "router_load_max": 0.2,
     },
+    "smallest load, joint": {
+        "parent_budget": "joint", "child_budget": "batch", "topk_child_total": 5, "router_balance_rate": 0.1,
+        "load_min": 0.1,
+    },
+    "smallest load, per parent": {
+        "child_input": "input", "child_budget": "per_parent", "router_balance_rate": 0.1, "load_min": 0.1,
+    },
     "balance of codes": {
         "magnitude": "leaky_offset", "router_balance_rate": 0.1, "child_input": "input", "child_budget": "per_parent",
         "l1_scope": "all", "l1_parent": 0.01, "l1_child": 0.01,
@@ -48,6 +55,8 @@ def test_the_model_is_the_reference(name, monkeypatch):
             parameter += 0.05 * normal(*parameter.shape).float()
         if model.balance is not None:
             model.balance.copy_(0.5 * normal(24))
+        if model.child_balance is not None:
+            model.child_balance.copy_(normal(*model.child_balance.shape).abs())
     model.normalize_decoder_weights()
     model.update_k(3)
     reference, mine = copy.deepcopy(model).double(), copy.deepcopy(model).to(DEVICE)

@@ -37,7 +37,14 @@ class HSAEConfig(Block):
         None,
         gt=0,
         le=1,
-        description="Share of rows above which that bias falls, from 0 down; null = it moves towards the mean load.",
+        description="Share of rows above which that bias falls, from 0 down; at least 1.5 times the mean load.",
+    )
+    load_min: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the mean load below which a parent's bias, and a child's, rises, from 0 up; 0 = none. "
+        "With neither limit router_balance_rate moves all parents towards the mean load.",
     )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
@@ -221,19 +228,18 @@ class HSAEConfig(Block):
         require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
         both = self.parent_budget != "joint" or self.child_budget == "batch"
         require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
-        limited = self.router_load_max is not None
-        require(
-            "router_load_max",
-            self.router_load_max,
-            not limited or self.router_balance_rate > 0,
-            "null unless router_balance_rate is above 0",
-        )
-        alone = self.parent_budget == "per_row" or self.router_balance_rate == 0 or limited
+        limited = self.router_load_max is not None or self.load_min > 0
+        for field, off in (("router_load_max", None), ("load_min", 0)):
+            found, allowed = (
+                getattr(self, field),
+                f"{'null' if off is None else off} unless router_balance_rate is above 0",
+            )
+            require(field, found, found == off or self.router_balance_rate > 0, allowed)
         require(
             "router_balance_rate",
             self.router_balance_rate,
-            alone,
-            "0 unless parent_budget is per_row or router_load_max is set",
+            self.parent_budget == "per_row" or self.router_balance_rate == 0 or limited,
+            "0 unless parent_budget is per_row, or router_load_max or load_min is set",
         )
         for field in ("recycle_until", "split_above"):
             found = getattr(self, field)

@@ -101,6 +101,9 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
     if model.child_budget.of_batch:
         active = torch.cat([(each.parent_value > 0).sum(1) for each in codes()]).double().mean().item()
         model.child_budget.threshold.zero_()
-        level = level_for_l0(lambda: (each.child_value for each in codes()), max(0.0, target_l0 - active))
+        level = level_for_l0(
+            lambda: (model.child_scores(each.child_index, each.child_value) for each in codes()),
+            max(0.0, target_l0 - active),
+        )
         model.child_budget.threshold.fill_(max(0.0, level))
     model.train(was_training)

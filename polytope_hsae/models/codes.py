@@ -31,10 +31,10 @@ class Codes(NamedTuple):
         return dense.scatter_add(1, self.parent_index, self.parent_value)
 
 
-def load(codes: Codes, n_parents: int) -> Tensor:
-    """In how many rows each parent is active: [P], in the type of the codes; no boolean indexing, so no GPU waits."""
-    used_Bk = (codes.parent_value > 0).to(codes.parent_value.dtype)
-    return used_Bk.new_zeros(n_parents).scatter_add_(0, codes.parent_index.flatten(), used_Bk.flatten())
+def load(index_Bk: Tensor, value_Bk: Tensor, n: int) -> Tensor:
+    """In how many rows each of n latents is active: [n], in the type of the codes. Nothing waits for a GPU."""
+    used_Bk = (value_Bk > 0).to(value_Bk.dtype)
+    return used_Bk.new_zeros(n).scatter_add_(0, index_Bk.flatten(), used_Bk.flatten())
 
 
 class Dead(NamedTuple):

@@ -23,7 +23,7 @@ from .codes import Codes, Dead, ModelOutput, load
 from .constraints import geometric_median
 from .losses import causal_orthogonality, loss_terms, reconstruction_error
 from .norms import ConstrainedDecoders
-from .routing import routing_noise, straight_through_gate, topk_lowest
+from .routing import balanced_scores, move_balance_, routing_noise, straight_through_gate, topk_lowest
 from .start import ChildInit, RandomStart, SquareRoots, put_teacher, start_from_rows, tied
 
 SHARE_STEP = 1e-3  # by which a batch moves the parents' share of a joint budget
@@ -46,6 +46,7 @@ class HierarchicalSAE(ConstrainedDecoders):
     transient_names: ClassVar[tuple[str, ...]] = ("gram_reference",)
     threshold: Tensor | None
     balance: Tensor | None
+    child_balance: Tensor | None
     parent_share: Tensor | None
 
     def __init__(self, config: HSAEConfig, width: int, normalize: str = "rms", seed: int = 0):
@@ -83,6 +84,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         share = torch.tensor(config.topk_parent / config.total_l0)
         self.register_buffer("parent_share", share if joint else None)
         self.register_buffer("balance", torch.zeros(P) if config.router_balance_rate > 0 else None)
+        self.register_buffer("child_balance", torch.zeros(P, C) if config.load_min > 0 else None)
 
     def _needs_metric(self) -> bool:
         return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
@@ -195,7 +197,12 @@ class HierarchicalSAE(ConstrainedDecoders):
 
     def parent_scores(self, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
         """What parents compete with under a batch's budget, [B, k]: their codes, or with balanced loads r + beta."""
-        return value_Bk if self.balance is None else torch.where(value_Bk > 0, value_Bk + self.balance[index_Bk], 0.0)
+        return balanced_scores(value_Bk, self.balance, index_Bk)
+
+    def child_scores(self, index_BK: Tensor, value_BK: Tensor) -> Tensor:
+        """What children compete with under a batch's budget, [B, K]: their codes, or with balanced loads q + beta."""
+        balance = self.child_balance
+        return balanced_scores(value_BK, None if balance is None else balance.flatten(), index_BK)
 
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: flat indices [B, K], codes [B, K], pre-activations [B, k, C].
@@ -217,26 +224,28 @@ class HierarchicalSAE(ConstrainedDecoders):
         """The chosen children's flat indices [B, K], and the children."""
         config, parent_Bk = self.config, routes.parent_Bk
         pre_BkC = ops.encode_children(x_Bd, routes, self.Down, self.F, self.b_F, origin)
+        choice_BkC = balanced_scores(pre_BkC.detach(), self.child_balance, parent_Bk)
         if config.child_budget != "per_parent":
             most = self.child_budget.slots(parent_Bk.shape[1] * self.n_children, self.k_progress is not None)
-            place_BK = ops.best_children(pre_BkC, value_Bk, most)
+            place_BK = ops.best_children(choice_BkC, value_Bk, most)
         elif config.topk_child == 1:
-            place_BK = ops.best_child(pre_BkC, value_Bk)
+            place_BK = ops.best_child(choice_BkC, value_Bk)
         else:
-            place_BK = self._best_per_parent(pre_BkC, value_Bk)
+            place_BK = self._best_per_parent(choice_BkC, value_Bk)
+        C = self.n_children
+        index_BK = parent_Bk.gather(1, place_BK // C) * C + place_BK % C
         children = ops.keep_children(pre_BkC, place_BK, value_Bk, config.magnitude, self.threshold)
-        kept_BK = self.child_budget.keep(children.value, self._wanted()[1])
+        kept_BK = self.child_budget.keep(children.value, self._wanted()[1], self.child_scores(index_BK, children.value))
         if kept_BK is not children.value:
             children = ops.with_codes(children, kept_BK)
-        C = self.n_children
-        return parent_Bk.gather(1, place_BK // C) * C + place_BK % C, children
+        return index_BK, children
 
-    def _best_per_parent(self, pre_BkC: Tensor, value_Bk: Tensor) -> Tensor:
+    def _best_per_parent(self, choice_BkC: Tensor, value_Bk: Tensor) -> Tensor:
         """Places in [k*C] of the topk_child largest children of every parent: [B, K]."""
-        k, C = pre_BkC.shape[1:]
-        score_BkC = pre_BkC.detach().masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf)
-        best_Bkc = torch.topk(score_BkC, self.config.topk_child, dim=2).indices
-        return (best_Bkc + torch.arange(0, k * C, C, device=pre_BkC.device).view(1, k, 1)).flatten(1)
+        k, C = choice_BkC.shape[1:]
+        open_BkC = choice_BkC.masked_fill(value_Bk.unsqueeze(2) <= 0, -torch.inf)
+        best_Bkc = torch.topk(open_BkC, self.config.topk_child, dim=2).indices
+        return (best_Bkc + torch.arange(0, k * C, C, device=choice_BkC.device).view(1, k, 1)).flatten(1)
 
     def _wanted(self) -> tuple[float | Tensor | None, float | Tensor | None]:
         """Parents and children per row at this step of training; None: k, and K_c or k_c for each parent."""
@@ -278,23 +287,27 @@ class HierarchicalSAE(ConstrainedDecoders):
 
     @torch.no_grad()
     def update_balance(self, codes: Codes) -> None:
-        """Parents with less than the mean load of the batch rise in the choice, those with more fall; or those above
-        `router_load_max` fall and the others rise again, up to 0.
+        """Move the biases of the choice against the loads of a training batch (docs/method.md section 1).
 
         Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
         smallest child in use, and falls while it is smaller.
         """
+        config = self.config
         if self.parent_share is not None:
-            start = self.config.topk_parent / self.config.total_l0
+            start = config.topk_parent / config.total_l0
             rise = (self.parent_budget.smallest - self.child_budget.smallest).sign()
             self.parent_share += SHARE_STEP * rise
             self.parent_share.clamp_(start / 2, (1 + start) / 2)
         if self.balance is not None:
-            load_P, most = load(codes, self.n_parents), self.config.router_load_max
-            wanted = load_P.mean() if most is None else most * len(codes.parent_index)
-            self.balance += self.config.router_balance_rate * (wanted - load_P).sign()
-            if most is not None:
-                self.balance.clamp_(max=0)
+            load_P, rate = load(codes.parent_index, codes.parent_value, self.n_parents), config.router_balance_rate
+            if config.router_load_max is None and config.load_min == 0:
+                self.balance += rate * (load_P.mean() - load_P).sign()
+            else:
+                most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)
+                move_balance_(self.balance, load_P, rate, config.load_min, most)
+        if self.child_balance is not None:
+            load_R = load(codes.child_index, codes.child_value, self.child_balance.numel())
+            move_balance_(self.child_balance.view(-1), load_R, config.router_balance_rate, config.load_min)
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:

@@ -32,7 +32,9 @@ def recycle(
     output = model(h_Bd)
     model.train(was_training)
     dead = (dead_P & free_P).nonzero().flatten().tolist()
-    share_P = (load(output.codes, model.n_parents) / max(1, len(h_Bd))).masked_fill(dead_P | ~free_P, 0)
+    share_P = (
+        load(output.codes.parent_index, output.codes.parent_value, model.n_parents) / max(1, len(h_Bd))
+    ).masked_fill(dead_P | ~free_P, 0)
     order = share_P.argsort(descending=True, stable=True).tolist()
     crowded = order[: int((share_P > split_above).sum())] if split_above is not None else []
     pairs = list(zip(crowded, dead, strict=False))
@@ -50,9 +52,11 @@ def recycle(
 def _split(model: HierarchicalSAE, p: int, q: int, generator: torch.Generator) -> None:
     """Make q a copy of p, E and D moved apart; children with odd numbers move to q, which gives p its own for them."""
     tensors = {id(tensor): (name, tensor) for name, tensor in model.tensors().items() if name != "b_dec"}
+    if model.child_balance is not None:
+        tensors[id(model.child_balance)] = ("child_balance", model.child_balance)
     direction_d = torch.randn(model.width, generator=generator, device=model.D.device).to(model.D)
     for name, tensor in tensors.values():
-        if name in ("F", "b_F", "G"):
+        if name in ("F", "b_F", "G", "child_balance"):
             tensor[p, 1::2], tensor[q, 1::2] = tensor[q, 1::2].clone(), tensor[p, 1::2].clone()
             continue
         tensor[q] = tensor[p]

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .. import ops
 
+SPREAD = 1.5  # times the mean load: a largest load below that would leave the choice no room
+
 
 def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: torch.Generator | None) -> Tensor:
     """Gumbel noise times the temperature, and for `relative` times the row's standard deviation too: [B, P]."""
@@ -42,3 +44,31 @@ def topk_lowest(value_BP: Tensor, k: int) -> Tensor:
     if bool(tied_B.any()):
         index_Bk[tied_B] = torch.sort(value_BP[tied_B], dim=1, descending=True, stable=True).indices[:, :k]
     return index_Bk
+
+
+def balanced_scores(value_Bn: Tensor, balance_m: Tensor | None, index_Bn: Tensor) -> Tensor:
+    """What codes compete with: themselves, or where they are above 0 themselves plus the bias of the choice.
+
+    A score is not above 0 where the code is not. value [B, n] with a bias [m], or [B, n, C] with one of [m, C].
+    """
+    if balance_m is None:
+        return value_Bn
+    return torch.where(value_Bn > 0, value_Bn + balance_m[index_Bn], value_Bn)
+
+
+@torch.no_grad()
+def move_balance_(balance_m: Tensor, load_m: Tensor, rate: float, least: float, most: float | None = None) -> None:
+    """Move the biases of the choice, in place, by the rows of a batch in which each parent, or child, is on.
+
+    Above `most` rows, or 1.5 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
+    to 0. Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
+    falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
+    """
+    mean = load_m.mean()
+    up_m = (balance_m + rate * (least * mean - load_m).clamp(-1, 1)).clamp_min(0)
+    if most is None:
+        balance_m.copy_(up_m)
+        return
+    limit = torch.clamp_min(SPREAD * mean, most)
+    down_m = (balance_m + rate * (limit - load_m).sign()).clamp_max(0)
+    balance_m.copy_(torch.where((balance_m < 0) | (load_m > limit), down_m, up_m))
