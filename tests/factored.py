@@ -15,6 +15,9 @@ FACTORED: dict[str, Any] = {
     "child_encoder": "factored",
     "child_decoder": "factored",
     "use_tied_decoders_child": "init",
+    "router_balance_rate": 0.0,
+    "router_load_max": None,
+    "load_min": 0.0,
 }
 
 

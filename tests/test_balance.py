@@ -6,7 +6,7 @@ from factored import factored
 from test_models import SHAPE, generator, normal, random_parameters
 from test_training import assert_same_run, planted_rows, train
 
-from polytope_hsae.models.codes import Codes
+from polytope_hsae.models.codes import Codes, load
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 WIDTH = 6
@@ -86,8 +86,74 @@ def test_a_largest_load_holds_back_only_what_is_above_it():
     model.update_balance(codes_of(index, value))
     assert torch.equal(model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0]))  # loads 3, 1, 0, 1 of 1.5
     model.update_balance(codes_of(index, value))
-    model.update_balance(codes_of([[1, 2]], [[1.0, 1.0]]))
-    assert torch.allclose(model.balance, torch.tensor([-0.1, -0.1, -0.1, 0.0]))
+    model.update_balance(codes_of([[1, 2], [1, 3]], [[1.0, 1.0], [1.0, 1.0]]))
+    assert torch.allclose(
+        model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0])
+    )  # loads 0, 2, 1, 1 of 2.2 times their mean
+    model.update_balance(codes_of([[1, 2]] * 3 + [[1, 3]], [[1.0, 0.0]] * 4))
+    assert torch.allclose(model.balance, torch.tensor([0.0, -0.1, 0.0, 0.0]))  # loads 0, 4, 0, 0
+    model.update_balance(codes_of([[1, 2]], [[0.0, 1.0]]))
+    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, -0.1, 0.0]))  # loads 0, 0, 1, 0 of 0.55
+
+
+def test_a_smallest_load_is_kept_in_the_mean_of_batches():
+    model = make_model(n_parents=4, topk_parent=2, load_min=0.1)
+    assert model.child_balance.shape == (4, model.n_children)
+    model.child_balance = None  # this is about parents
+    index = [[0, 1]] * 10 + [[2, 1]] * 10
+    for _ in range(3):  # loads 10, 20, 10, 0: a mean of 10, so one row is wanted
+        model.update_balance(codes_of(index, [[1.0, 1.0]] * 20))
+    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0, 0.3]))
+    model.update_balance(
+        codes_of([[0, 1], [3, 1]], [[1.0, 1.0], [1.0, 0.0]])
+    )  # loads 1, 1, 0, 1: 0.075 rows are wanted
+    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0075, 0.3 - 0.0925]))
+
+
+def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
+    for budget in ({"child_budget": "per_parent"}, {"child_budget": "per_parent", "topk_child": 2}, {}):
+        model = make_model(load_min=0.1, **budget).double()
+        random_parameters(model)
+        rows = normal(40, WIDTH)
+        parents, values, _ = model.encode_parent(rows)
+        pre_BkC = model.encode_children(rows, parents, values)[2]
+        model.child_balance.copy_(5 * normal(*model.child_balance.shape).abs())
+        index, codes, _ = model.encode_children(rows, parents, values)
+        C, chosen = model.n_children, codes > 0
+        slot = (parents.unsqueeze(2) == (index // C).unsqueeze(1)).int().argmax(1)
+        q = pre_BkC.flatten(1).gather(1, slot * C + index % C)
+        assert torch.equal(codes[chosen], q[chosen]) and chosen.any()
+        # what is not chosen has a smaller score, q + beta, than what is, among those that compete with it
+        score_BkC = torch.where(pre_BkC > 0, pre_BkC + model.child_balance[parents], -torch.inf)
+        score_BkC[values <= 0] = -torch.inf
+        n = model.config.active_children if not budget else model.config.topk_child
+        pool = score_BkC.flatten(1) if not budget else score_BkC
+        expected = pool.topk(n, dim=-1).values
+        assert torch.allclose(
+            expected[expected > -torch.inf].sort().values,
+            (q + model.child_balance.flatten()[index])[chosen].sort().values,
+        )
+
+
+def test_a_smallest_load_brings_back_what_is_hardly_ever_on():
+    options = {"parent_budget": "joint", "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
+    options |= {"router_load_max": None, "normalize_decoder": True}
+
+    def load_and_never_on(least):
+        model = make_model(rate=0.05 if least else 0, topk_parent=2, load_min=least, **options)
+        with torch.no_grad():
+            model.b_E[0], model.b_F[1:, 0] = -4.0, -2.0
+        rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
+        for _ in range(1000):
+            model.update_balance(model(rows).codes)
+        model.calibrate([rows], 4.0)
+        codes = model.eval().encode(rows)
+        assert codes.l0().double().mean().item() == pytest.approx(4, abs=0.02)
+        on_R = load(codes.child_index, codes.child_value, 6 * model.n_children) > 0
+        return load(codes.parent_index, codes.parent_value, 6)[0].item(), (~on_R).sum().item()
+
+    assert load_and_never_on(0) == (2, 3)
+    assert load_and_never_on(0.2) == (12, 0)
 
 
 @pytest.mark.parametrize("parents", ["batch", "joint"])
@@ -114,13 +180,9 @@ def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
     assert largest(0.01, 0.6) < 0.65
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"parent_budget": "batch"}, "router_balance_rate: found 0.1, allowed: 0 unless parent_budget is per_row or"),
-        ({"rate": 0, "router_load_max": 0.2}, "router_load_max: found 0.2, allowed: null unless router_balance_rate"),
-    ],
-)
-def test_a_balance_that_cannot_be_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_model(**options)
+def test_a_balance_that_cannot_be_is_refused():
+    with pytest.raises(
+        ValueError, match="router_balance_rate: found 0.1, allowed: 0 unless parent_budget is per_row, or"
+    ):
+        make_model(parent_budget="batch")
+    assert make_model(rate=0, router_load_max=0.2, load_min=0.1).child_balance is None

@@ -12,11 +12,11 @@ class HSAEConfig(Block):
     """Shape and losses of an H-SAE (docs/method.md sections 1 and 2). The defaults are what won in `studies/win`."""
 
     n_parents: Whole = Field(1024, ge=1, description="P: parents (experts).")
-    topk_parent: Whole = Field(24, ge=1, description="k: active parents per row.")
+    topk_parent: Whole = Field(28, ge=1, description="k: active parents per row.")
     n_children_per_parent: Whole = Field(7, ge=1, description="C: children per parent.")
     topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
     topk_child_total: Whole | None = Field(
-        8, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
+        4, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
     )
     subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("hard", description="Gradient of the choice.")
@@ -29,22 +29,24 @@ class HSAEConfig(Block):
         "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
     )
     router_balance_rate: float = Field(
-        0.0,
+        0.01,
         ge=0,
-        description="Move of a parent's bias of the choice against its load, per batch, units of r.",
+        description="Move of the biases of the choice against the loads, per batch, units of r; 0 = none. With neither "
+        "router_load_max nor load_min all parents move towards the mean load.",
     )
     router_load_max: float | None = Field(
-        None,
+        0.13,
         gt=0,
         le=1,
-        description="Share of rows above which that bias falls, from 0 down; at least 1.5 times the mean load.",
+        description="Largest load: share of rows, or 2.2 times the mean load if that is more, above which a parent's "
+        "bias falls, from 0 down.",
     )
     load_min: float = Field(
-        0.0,
+        0.05,
         ge=0,
         lt=1,
-        description="Share of the mean load below which a parent's bias, and a child's, rises, from 0 up; 0 = none. "
-        "With neither limit router_balance_rate moves all parents towards the mean load.",
+        description="Smallest load: share of the mean load of parents (children) below which the bias of a parent (a "
+        "child) rises, from 0 up.",
     )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
@@ -143,6 +145,7 @@ class HSAEConfig(Block):
             topk_child_total=None,
             subspace_dim=subspace_dim,
             gate="hard",
+            router_balance_rate=0,
             magnitude="leaky_offset",
             child_input="input",
             parent_budget="per_row",
@@ -174,6 +177,11 @@ class HSAEConfig(Block):
     def total_l0(self) -> int:
         """Active parents and children per row, on average where rows share them."""
         return self.topk_parent + self.active_children
+
+    @property
+    def has_load_limits(self) -> bool:
+        """Whether a largest or a smallest load is kept, and not the mean load."""
+        return self.router_load_max is not None or self.load_min > 0
 
     def _check_annealing(self) -> None:
         k, K = self.topk_parent_start, self.active_children_start
@@ -228,17 +236,10 @@ class HSAEConfig(Block):
         require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
         both = self.parent_budget != "joint" or self.child_budget == "batch"
         require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
-        limited = self.router_load_max is not None or self.load_min > 0
-        for field, off in (("router_load_max", None), ("load_min", 0)):
-            found, allowed = (
-                getattr(self, field),
-                f"{'null' if off is None else off} unless router_balance_rate is above 0",
-            )
-            require(field, found, found == off or self.router_balance_rate > 0, allowed)
         require(
             "router_balance_rate",
             self.router_balance_rate,
-            self.parent_budget == "per_row" or self.router_balance_rate == 0 or limited,
+            self.parent_budget == "per_row" or self.router_balance_rate == 0 or self.has_load_limits,
             "0 unless parent_budget is per_row, or router_load_max or load_min is set",
         )
         for field in ("recycle_until", "split_above"):

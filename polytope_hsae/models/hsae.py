@@ -84,7 +84,9 @@ class HierarchicalSAE(ConstrainedDecoders):
         share = torch.tensor(config.topk_parent / config.total_l0)
         self.register_buffer("parent_share", share if joint else None)
         self.register_buffer("balance", torch.zeros(P) if config.router_balance_rate > 0 else None)
-        self.register_buffer("child_balance", torch.zeros(P, C) if config.load_min > 0 else None)
+        self.register_buffer(
+            "child_balance", torch.zeros(P, C) if config.router_balance_rate > 0 and config.load_min > 0 else None
+        )
 
     def _needs_metric(self) -> bool:
         return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
@@ -300,7 +302,7 @@ class HierarchicalSAE(ConstrainedDecoders):
             self.parent_share.clamp_(start / 2, (1 + start) / 2)
         if self.balance is not None:
             load_P, rate = load(codes.parent_index, codes.parent_value, self.n_parents), config.router_balance_rate
-            if config.router_load_max is None and config.load_min == 0:
+            if not config.has_load_limits:
                 self.balance += rate * (load_P.mean() - load_P).sign()
             else:
                 most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)

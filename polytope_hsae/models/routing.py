@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import ops
 
-SPREAD = 1.5  # times the mean load: a largest load below that would leave the choice no room
+SPREAD = 2.2  # times the mean load: what a largest load is at least, so that the choice keeps room (docs/LOG.md)
 
 
 def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: torch.Generator | None) -> Tensor:
@@ -60,7 +60,7 @@ def balanced_scores(value_Bn: Tensor, balance_m: Tensor | None, index_Bn: Tensor
 def move_balance_(balance_m: Tensor, load_m: Tensor, rate: float, least: float, most: float | None = None) -> None:
     """Move the biases of the choice, in place, by the rows of a batch in which each parent, or child, is on.
 
-    Above `most` rows, or 1.5 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
+    Above `most` rows, or 2.2 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
     to 0. Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
     falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
     """

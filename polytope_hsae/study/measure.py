@@ -80,7 +80,7 @@ def run_once(study: Study, base: Config, data: StudyData, run: RunKey, *, test: 
         "rows": trainer.step * trainer.rows_per_step,
         "train_seconds": round(train_seconds, 2),
         "peak_bytes": peak.record(),
-        "config": made.model_dump(mode="json", exclude_defaults=True),
+        "config": made.model_dump(mode="json"),
     }
     del trainer
     if failed is None:

@@ -62,7 +62,7 @@ def run_once(study: SyntheticStudy, run: SyntheticRun, device: str, workers: int
         "rows_per_second": round(rows / seconds) if rows else None,
         "drawn_per_second": drawing_speed(world, study.batch_size),
         "peak_bytes": peak.record(),
-        "config": made.model_dump(mode="json", exclude_defaults=True),
+        "config": made.model_dump(mode="json"),
         "world_l0": round(float(world.rate_N.sum()), 4),
     }
     if failed is None:
