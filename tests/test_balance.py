@@ -122,7 +122,8 @@ def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
         C, chosen = model.n_children, codes > 0
         slot = (parents.unsqueeze(2) == (index // C).unsqueeze(1)).int().argmax(1)
         q = pre_BkC.flatten(1).gather(1, slot * C + index % C)
-        assert torch.equal(codes[chosen], q[chosen]) and chosen.any()
+        assert torch.equal(codes[chosen], q[chosen])
+        assert chosen.any()
         # what is not chosen has a smaller score, q + beta, than what is, among those that compete with it
         score_BkC = torch.where(pre_BkC > 0, pre_BkC + model.child_balance[parents], -torch.inf)
         score_BkC[values <= 0] = -torch.inf
@@ -182,7 +183,7 @@ def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
 
 def test_a_balance_that_cannot_be_is_refused():
     with pytest.raises(
-        ValueError, match="router_balance_rate: found 0.1, allowed: 0 unless parent_budget is per_row, or"
+        ValueError, match=r"router_balance_rate: found 0\.1, allowed: 0 unless parent_budget is per_row, or"
     ):
         make_model(parent_budget="batch")
     assert make_model(rate=0, router_load_max=0.2, load_min=0.1).child_balance is None
