@@ -1,0 +1,5 @@
+"""`python -m polytope_hsae` is `hsae`."""
+
+from .cli import main
+
+main()
