@@ -6,6 +6,7 @@ from factored import factored
 from test_models import SHAPE, generator, normal, random_parameters
 from test_training import assert_same_run, planted_rows, train
 
+from polytope_hsae.config import HSAEConfig
 from polytope_hsae.models.codes import Codes, load
 from polytope_hsae.models.hsae import HierarchicalSAE
 
@@ -186,4 +187,39 @@ def test_a_balance_that_cannot_be_is_refused():
         ValueError, match=r"router_balance_rate: found 0\.1, allowed: 0 unless parent_budget is per_row, or"
     ):
         make_model(parent_budget="batch")
-    assert make_model(rate=0, router_load_max=0.2, load_min=0.1).child_balance is None
+    with pytest.raises(
+        ValueError, match=r"router_load_max: found 0\.2, allowed: null unless router_balance_rate is above"
+    ):
+        make_model(rate=0, router_load_max=0.2)
+    with pytest.raises(ValueError, match=r"load_min: found 0\.2, allowed: 0 unless router_balance_rate is above 0"):
+        make_model(rate=0, load_min=0.2)
+
+
+def test_no_rate_means_no_limits_and_the_config_says_so():
+    off = HSAEConfig(router_balance_rate=0)
+    assert (off.router_load_max, off.load_min) == (None, 0)
+    assert HSAEConfig(**off.model_dump()) == off
+    assert HierarchicalSAE(off, 64, "none").child_balance is None
+    on = HierarchicalSAE(HSAEConfig(), 64, "none")
+    assert on.balance.shape == (1024,)
+    assert on.child_balance.shape == (1024, 7)
+
+
+@pytest.mark.parametrize("parents", ["per_row", "joint"])
+def test_what_is_silent_on_every_row_takes_no_slot(parents):
+    options = {"parent_budget": parents, "topk_parent": 2, "load_min": 0.5, "normalize_decoder": True}
+    if parents == "joint":
+        options |= {"child_budget": "batch", "topk_child_total": 2}
+    model = make_model(rate=0.1, **options)
+    with torch.no_grad():
+        model.b_E[:2] = -20.0
+    rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
+    before = model(rows).codes.l0().sum()
+    for _ in range(500):
+        model.update_balance(model(rows).codes)
+    codes = model(rows).codes
+    load_P = load(codes.parent_index, codes.parent_value, 6)
+    assert load_P[:2].sum() == 0
+    assert codes.l0().sum() > 0.95 * before
+    mean_code = codes.parent_value.sum() / load_P.sum()
+    assert torch.allclose(model.balance[:2], mean_code, rtol=0.05)  # and it waits where it could come back at once

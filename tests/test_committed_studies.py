@@ -59,7 +59,9 @@ def test_the_readme_says_what_the_records_say():
         rows, [(hook, l0) for hook in results.study.hooks for l0 in results.study.l0], strict=True
     ):
         assert first.split(",")[-1].strip().split()[-1] == str(l0)
-        flat = {"BatchTopK": "batchtopk", "BatchTopK-aux": "batchtopk-aux", "JumpReLU": "jumprelu"}[cells[1].split()[-1]]
+        flat = {"BatchTopK": "batchtopk", "BatchTopK-aux": "batchtopk-aux", "JumpReLU": "jumprelu"}[
+            cells[1].split()[-1]
+        ]
         evs = {
             found.cell.arm: mean(found.spread("test", "ev"))
             for found in results.found

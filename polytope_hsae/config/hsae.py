@@ -1,7 +1,7 @@
 """The hierarchical SAE's own options (docs/method.md sections 1, 2 and 6)."""
 
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,8 +31,8 @@ class HSAEConfig(Block):
     router_balance_rate: float = Field(
         0.01,
         ge=0,
-        description="Move of the biases of the choice against the loads, per batch, units of r; 0 = none. With neither "
-        "router_load_max nor load_min all parents move towards the mean load.",
+        description="Move of the biases of the choice against the loads, per batch, units of r; 0 = none, and no "
+        "limits. With neither router_load_max nor load_min all parents move towards the mean load.",
     )
     router_load_max: float | None = Field(
         0.13,
@@ -201,6 +201,14 @@ class HSAEConfig(Block):
             shared = self.child_budget != "per_parent"
             require("active_children_start", K, shared, "null unless child_budget is shared or batch")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_limits_without_a_rate(cls, fields: Any) -> Any:
+        """A rate of 0 switches the limits of the load off; who sets them as well is told (`_consistent`)."""
+        if isinstance(fields, dict) and fields.get("router_balance_rate") == 0:
+            return {"router_load_max": None, "load_min": 0.0, **fields}
+        return fields
+
     @model_validator(mode="after")
     def _consistent(self) -> "HSAEConfig":
         require(
@@ -236,6 +244,10 @@ class HSAEConfig(Block):
         require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
         both = self.parent_budget != "joint" or self.child_budget == "batch"
         require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
+        for field, off in (("router_load_max", None), ("load_min", 0)):
+            found = getattr(self, field)
+            allowed = f"{'null' if off is None else off} unless router_balance_rate is above 0"
+            require(field, found, found == off or self.router_balance_rate > 0, allowed)
         require(
             "router_balance_rate",
             self.router_balance_rate,

@@ -163,14 +163,23 @@ class HierarchicalSAE(ConstrainedDecoders):
     def _handicap(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor] | None:
         """What the choice adds to the logits, as a function of them: the parents' balance, and in training noise."""
         if self.config.gate == "hard" or not self.training:
-            balance = self.balance
-            return None if balance is None else lambda _: balance
+            return None if self.balance is None else self._bias
 
         def noise(logits_BP: Tensor) -> Tensor:
             noise_BP = routing_noise(logits_BP, self.router_temperature, self.config.router_noise, generator)
-            return noise_BP if self.balance is None else noise_BP + self.balance
+            return noise_BP if self.balance is None else noise_BP + self._bias(logits_BP)
 
         return noise
+
+    def _bias(self, logits_BP: Tensor) -> Tensor:
+        """The parents' balance; with limits of the load only where a parent's code would be above 0, [B, P].
+
+        Else what is silent on a row would take a slot there and still be silent.
+        """
+        assert self.balance is not None
+        if not self.config.has_load_limits or self.config.magnitude == "binary":
+            return self.balance
+        return torch.where(parent_code(logits_BP, self.config.magnitude, self.threshold) > 0, self.balance, 0.0)
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
@@ -306,10 +315,11 @@ class HierarchicalSAE(ConstrainedDecoders):
                 self.balance += rate * (load_P.mean() - load_P).sign()
             else:
                 most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)
-                move_balance_(self.balance, load_P, rate, config.load_min, most)
+                move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, most)
         if self.child_balance is not None:
             load_R = load(codes.child_index, codes.child_value, self.child_balance.numel())
-            move_balance_(self.child_balance.view(-1), load_R, config.router_balance_rate, config.load_min)
+            balance_R = self.child_balance.view(-1)
+            move_balance_(balance_R, load_R, codes.child_value, config.router_balance_rate, config.load_min)
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:

@@ -53,6 +53,7 @@ def _split(model: HierarchicalSAE, p: int, q: int, generator: torch.Generator) -
     """Make q a copy of p, E and D moved apart; children with odd numbers move to q, which gives p its own for them."""
     tensors = {id(tensor): (name, tensor) for name, tensor in model.tensors().items() if name != "b_dec"}
     if model.child_balance is not None:
+        model.child_balance[q] = 0
         tensors[id(model.child_balance)] = ("child_balance", model.child_balance)
     direction_d = torch.randn(model.width, generator=generator, device=model.D.device).to(model.D)
     for name, tensor in tensors.values():
@@ -80,3 +81,5 @@ def _restart(model: HierarchicalSAE, parent_n: Tensor, error_nd: Tensor, alive_P
         model.b_E[parent_n] = 0
     if model.balance is not None:
         model.balance[parent_n] = 0
+    if model.child_balance is not None:
+        model.child_balance[parent_n] = 0

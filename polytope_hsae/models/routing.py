@@ -57,15 +57,19 @@ def balanced_scores(value_Bn: Tensor, balance_m: Tensor | None, index_Bn: Tensor
 
 
 @torch.no_grad()
-def move_balance_(balance_m: Tensor, load_m: Tensor, rate: float, least: float, most: float | None = None) -> None:
+def move_balance_(
+    balance_m: Tensor, load_m: Tensor, value_Bn: Tensor, rate: float, least: float, most: float | None = None
+) -> None:
     """Move the biases of the choice, in place, by the rows of a batch in which each parent, or child, is on.
 
     Above `most` rows, or 2.2 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
     to 0. Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
     falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
+    It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen.
     """
     mean = load_m.mean()
-    up_m = (balance_m + rate * (least * mean - load_m).clamp(-1, 1)).clamp_min(0)
+    highest = value_Bn.sum() / load_m.sum().clamp_min(1)
+    up_m = (balance_m + rate * (least * mean - load_m).clamp(-1, 1)).clamp_min(0).clamp_max(highest)
     if most is None:
         balance_m.copy_(up_m)
         return
