@@ -177,7 +177,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         Else what is silent on a row would take a slot there and still be silent.
         """
         assert self.balance is not None
-        if not self.config.has_load_limits or self.config.magnitude == "binary":
+        if not self.config.has_load_limits:
             return self.balance
         return torch.where(parent_code(logits_BP, self.config.magnitude, self.threshold) > 0, self.balance, 0.0)
 
