@@ -42,6 +42,11 @@ def dead_share(result: Result) -> float:
     return 100 * (mean(parents) + per_parent * mean(children)) / (1 + per_parent)
 
 
+def short(hook: str) -> str:
+    """A hook's name in a title."""
+    return hook.split("_pre_")[0].replace("_", " ")
+
+
 def plot_lead(axes: Axes, results: Results, hook: str) -> None:
     """EV minus BatchTopK's, in points, paired by seed; bars are deviations over seeds."""
     references = cells(results, REFERENCE, hook)
@@ -51,9 +56,9 @@ def plot_lead(axes: Axes, results: Results, hook: str) -> None:
             for result, other in zip(cells(results, arm, hook), references, strict=True)
         ]
         values = [100 * mean(gap) for gap in gaps]
-        bars = [100 * (gap.sd or 0.0) if gap else 0.0 for gap in gaps]
+        bars = [100 * (gap.sd or 0.0) for gap in gaps if gap is not None]  # none of them is: `mean` has seen to that
         axes.errorbar(results.study.l0, values, bars, color=colour, linewidth=width, marker="o", markersize=4)
-    axes.set_title(f"EV, points from BatchTopK: {hook.split('_pre_')[0].replace('_', ' ')}", loc="left", fontsize=10)
+    axes.set_title(f"EV, points from BatchTopK: {short(hook)}", loc="left", fontsize=10)
 
 
 def plot_dead(axes: Axes, results: Results, hook: str) -> None:
@@ -61,7 +66,7 @@ def plot_dead(axes: Axes, results: Results, hook: str) -> None:
     for arm, (name, colour, width) in ARMS.items():
         shares = [dead_share(result) for result in cells(results, arm, hook)]
         axes.plot(results.study.l0, shares, color=colour, linewidth=width, marker="o", markersize=4, label=name)
-    axes.set_title("Dead latents, %: final residual", loc="left", fontsize=10)
+    axes.set_title(f"Dead latents, %: {short(hook)}", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -84,9 +84,7 @@ class HierarchicalSAE(ConstrainedDecoders):
         share = torch.tensor(config.topk_parent / config.total_l0)
         self.register_buffer("parent_share", share if joint else None)
         self.register_buffer("balance", torch.zeros(P) if config.router_balance_rate > 0 else None)
-        self.register_buffer(
-            "child_balance", torch.zeros(P, C) if config.router_balance_rate > 0 and config.load_min > 0 else None
-        )
+        self.register_buffer("child_balance", torch.zeros(P, C) if config.load_min > 0 else None)
 
     def _needs_metric(self) -> bool:
         return self.config.causal_ortho_lambda > 0 or self.config.norm_metric == "causal"
