@@ -107,8 +107,8 @@ def test_a_smallest_load_is_kept_in_the_mean_of_batches():
     assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0, 0.3]))
     model.update_balance(
         codes_of([[0, 1], [3, 1]], [[1.0, 1.0], [1.0, 0.0]])
-    )  # loads 1, 1, 0, 1: 0.075 rows are wanted
-    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0075, 0.3 - 0.0925]))
+    )  # loads 1, 1, 0, 1: 0.075 rows are wanted, and what wants less than 0.1 goes as fast as if it wanted 0.1
+    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.01, 0.3 - 0.0925 * 0.1 / 0.075]))
 
 
 def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
@@ -141,8 +141,9 @@ def test_a_smallest_load_brings_back_what_is_hardly_ever_on():
     options = {"parent_budget": "joint", "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
     options |= {"router_load_max": None, "normalize_decoder": True}
 
-    def load_and_never_on(least):
+    def load_and_never_on(least, frozen=()):
         model = make_model(rate=0.05 if least else 0, topk_parent=2, load_min=least, **options)
+        model.freeze(frozen)
         with torch.no_grad():
             model.b_E[0], model.b_F[1:, 0] = -4.0, -2.0
         rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
@@ -155,7 +156,8 @@ def test_a_smallest_load_brings_back_what_is_hardly_ever_on():
         return load(codes.parent_index, codes.parent_value, 6)[0].item(), (~on_R).sum().item()
 
     assert load_and_never_on(0) == (2, 3)
-    assert load_and_never_on(0.2) == (12, 0)
+    assert load_and_never_on(0.2, {"b_E", "b_F"}) == (12, 0)  # the parent reads no more than 12 rows
+    assert load_and_never_on(0.2) == (32, 0)  # of 34 that are wanted: 0.2 of the mean load
 
 
 @pytest.mark.parametrize("parents", ["batch", "joint"])
@@ -211,6 +213,7 @@ def test_what_is_silent_on_every_row_takes_no_slot(parents):
     if parents == "joint":
         options |= {"child_budget": "batch", "topk_child_total": 2}
     model = make_model(rate=0.1, **options)
+    model.freeze({"b_E"})
     with torch.no_grad():
         model.b_E[:2] = -20.0
     rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
@@ -223,3 +226,28 @@ def test_what_is_silent_on_every_row_takes_no_slot(parents):
     assert codes.l0().sum() > 0.95 * before
     mean_code = codes.parent_value.sum() / load_P.sum()
     assert torch.allclose(model.balance[:2], mean_code, rtol=0.05)  # and it waits where it could come back at once
+
+
+def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():
+    model = make_model(rate=0.1, load_min=0.5, router_load_max=None)
+    with torch.no_grad():
+        model.b_E[0], model.b_F[1, 0] = -8.0, -4.0
+    rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
+    others_P, others_PC = model.b_E.clone(), model.b_F.clone()
+    for _ in range(20):
+        model.update_balance(model(rows).codes)
+    assert (model.b_E - others_P).nonzero().tolist() == [[0]]  # what has its share keeps its bias
+    for _ in range(200):
+        model.update_balance(model(rows).codes)
+    codes = model(rows).codes
+    load_P = load(codes.parent_index, codes.parent_value, 6)
+    assert load_P[0] > 0.45 * load_P.mean()
+    assert load(codes.child_index, codes.child_value, 6 * model.n_children)[model.n_children] > 0
+    assert model.b_F[1, 0] > others_PC[1, 0]
+
+
+def test_a_batch_without_any_code_moves_no_bias():
+    model = make_model(rate=0.1, load_min=0.5, router_load_max=0.5)
+    model.update_balance(codes_of([[0, 1]], [[0.0, 0.0]]))
+    for tensor in (model.balance, model.child_balance, model.b_E, model.b_F):
+        assert not tensor.any()

@@ -301,23 +301,24 @@ class HierarchicalSAE(ConstrainedDecoders):
         Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
         smallest child in use, and falls while it is smaller.
         """
-        config = self.config
+        config, rate = self.config, self.config.router_balance_rate
         if self.parent_share is not None:
             start = config.topk_parent / config.total_l0
             rise = (self.parent_budget.smallest - self.child_budget.smallest).sign()
             self.parent_share += SHARE_STEP * rise
             self.parent_share.clamp_(start / 2, (1 + start) / 2)
         if self.balance is not None:
-            load_P, rate = load(codes.parent_index, codes.parent_value, self.n_parents), config.router_balance_rate
+            load_P = load(codes.parent_index, codes.parent_value, self.n_parents)
             if not config.has_load_limits:
                 self.balance += rate * (load_P.mean() - load_P).sign()
             else:
                 most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)
-                move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, most)
+                bias_P = _trained(self.b_E)
+                move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, most, bias_P)
         if self.child_balance is not None:
             load_R = load(codes.child_index, codes.child_value, self.child_balance.numel())
-            balance_R = self.child_balance.view(-1)
-            move_balance_(balance_R, load_R, codes.child_value, config.router_balance_rate, config.load_min)
+            balance_R, bias_R = self.child_balance.view(-1), _trained(self.b_F)
+            move_balance_(balance_R, load_R, codes.child_value, rate, config.load_min, bias_m=bias_R)
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
@@ -377,6 +378,11 @@ class HierarchicalSAE(ConstrainedDecoders):
     ) -> None:
         """Put a teacher into the first Q parents, in the order of `parent_vectors`; see `start.put_teacher`."""
         put_teacher(self, parent_vectors, child_projectors, geometry, seed_parent, seed_child, seed_projectors)
+
+
+def _trained(bias: nn.Parameter | None) -> Tensor | None:
+    """An encoder's bias as one vector, where there is one that is not frozen."""
+    return bias.view(-1) if bias is not None and bias.requires_grad else None
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import ops
 
 SPREAD = 2.2  # times the mean load: what a largest load is at least, so that the choice keeps room (docs/LOG.md)
+RARE = 0.1  # rows of a batch: a smallest load below it moves its bias as fast as if it were that (docs/LOG.md)
 
 
 def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: torch.Generator | None) -> Tensor:
@@ -58,18 +59,30 @@ def balanced_scores(value_Bn: Tensor, balance_m: Tensor | None, index_Bn: Tensor
 
 @torch.no_grad()
 def move_balance_(
-    balance_m: Tensor, load_m: Tensor, value_Bn: Tensor, rate: float, least: float, most: float | None = None
+    balance_m: Tensor,
+    load_m: Tensor,
+    value_Bn: Tensor,
+    rate: float,
+    least: float,
+    most: float | None = None,
+    bias_m: Tensor | None = None,
 ) -> None:
     """Move the biases of the choice, in place, by the rows of a batch in which each parent, or child, is on.
 
     Above `most` rows, or 2.2 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
     to 0. Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
     falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
-    It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen.
+    Where that share is below 0.1 rows, both go faster by as much as it is, or no rise would be seen while training.
+    It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen; what it
+    would rise beyond goes to the encoder's bias [m], where there is one, and lifts codes that are nowhere above 0.
     """
     mean = load_m.mean()
-    highest = value_Bn.sum() / load_m.sum().clamp_min(1)
-    up_m = (balance_m + rate * (least * mean - load_m).clamp(-1, 1)).clamp_min(0).clamp_max(highest)
+    highest, wanted = value_Bn.sum() / load_m.sum().clamp_min(1), least * mean
+    step_m = rate * (RARE / wanted.clamp(1e-6, RARE)) * (wanted - load_m).clamp(-1, 1)
+    up_m = balance_m + step_m
+    if bias_m is not None:
+        bias_m += torch.minimum(step_m, up_m - highest).clamp_min(0)
+    up_m = up_m.clamp_min(0).clamp_max(highest)
     if most is None:
         balance_m.copy_(up_m)
         return
