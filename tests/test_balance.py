@@ -102,13 +102,13 @@ def test_a_smallest_load_is_kept_in_the_mean_of_batches():
     assert model.child_balance.shape == (4, model.n_children)
     model.child_balance = None  # this is about parents
     index = [[0, 1]] * 10 + [[2, 1]] * 10
-    for _ in range(3):  # loads 10, 20, 10, 0: a mean of 10, so one row is wanted
+    for _ in range(6):  # loads 10, 20, 10, 0: a mean of 10, so one row is wanted
         model.update_balance(codes_of(index, [[1.0, 1.0]] * 20))
-    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0, 0.3]))
+    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0, 0.6]))
     model.update_balance(
         codes_of([[0, 1], [3, 1]], [[1.0, 1.0], [1.0, 0.0]])
-    )  # loads 1, 1, 0, 1: 0.075 rows are wanted, and what wants less than 0.1 goes as fast as if it wanted 0.1
-    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.01, 0.3 - 0.0925 * 0.1 / 0.075]))
+    )  # loads 1, 1, 0, 1: 0.075 rows are wanted, and what wants less than 0.3 goes as fast as if it wanted 0.3
+    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.03, 0.6 - 0.0925 * 0.3 / 0.075]))
 
 
 def test_the_bias_of_children_changes_the_choice_and_not_the_codes():

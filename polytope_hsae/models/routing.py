@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import ops
 
 SPREAD = 2.2  # times the mean load: what a largest load is at least, so that the choice keeps room (docs/LOG.md)
-RARE = 0.1  # rows of a batch: a smallest load below it moves its bias as fast as if it were that (docs/LOG.md)
+RARE = 0.3  # rows of a batch: a smallest load below it moves its bias as fast as if it were that (docs/LOG.md)
 
 
 def routing_noise(logits_BP: Tensor, temperature: float, kind: str, generator: torch.Generator | None) -> Tensor:
@@ -72,7 +72,7 @@ def move_balance_(
     Above `most` rows, or 2.2 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
     to 0. Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
     falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
-    Where that share is below 0.1 rows, both go faster by as much as it is, or no rise would be seen while training.
+    Where that share is below 0.3 rows, both go faster by as much as it is, or no rise would be seen while training.
     It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen; what it
     would rise beyond goes to the encoder's bias [m], where there is one, and lifts codes that are nowhere above 0.
     """
