@@ -46,7 +46,7 @@ class HSAEConfig(Block):
         ge=0,
         lt=1,
         description="Smallest load: share of the mean load of parents (children) below which the bias of a parent (a "
-        "child) rises, from 0 up.",
+        "child) rises, from 0 up to the mean code, and after that the encoder's bias.",
     )
     router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
     router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
