@@ -246,6 +246,20 @@ def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():
     assert model.b_F[1, 0] > others_PC[1, 0]
 
 
+def test_a_child_is_lifted_only_while_its_parent_is_on():
+    model = make_model(rate=0.1, load_min=0.5, router_load_max=None)
+    model.freeze({"b_E"})
+    with torch.no_grad():
+        model.b_E[0] = -20.0
+        model.b_F.fill_(-4.0)
+        model.b_F[3, 0] = 1.0  # the one child that is ever on, at first
+    rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
+    for _ in range(60):
+        model.update_balance(model(rows).codes)
+    assert (model.b_F[0] == -4).all()
+    assert (model.b_F[1:3] > -4).any(1).all()
+
+
 def test_a_batch_without_any_code_moves_no_bias():
     model = make_model(rate=0.1, load_min=0.5, router_load_max=0.5)
     model.update_balance(codes_of([[0, 1]], [[0.0, 0.0]]))

@@ -307,18 +307,20 @@ class HierarchicalSAE(ConstrainedDecoders):
             rise = (self.parent_budget.smallest - self.child_budget.smallest).sign()
             self.parent_share += SHARE_STEP * rise
             self.parent_share.clamp_(start / 2, (1 + start) / 2)
-        if self.balance is not None:
-            load_P = load(codes.parent_index, codes.parent_value, self.n_parents)
-            if not config.has_load_limits:
-                self.balance += rate * (load_P.mean() - load_P).sign()
-            else:
-                most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)
-                bias_P = _trained(self.b_E)
-                move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, most, bias_P)
+        if self.balance is None:
+            return
+        load_P = load(codes.parent_index, codes.parent_value, self.n_parents)
+        if not config.has_load_limits:
+            self.balance += rate * (load_P.mean() - load_P).sign()
+            return
+        most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)
+        lacking_P = move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, most)
+        _lift(self.b_E, lacking_P)
         if self.child_balance is not None:
             load_R = load(codes.child_index, codes.child_value, self.child_balance.numel())
-            balance_R, bias_R = self.child_balance.view(-1), _trained(self.b_F)
-            move_balance_(balance_R, load_R, codes.child_value, rate, config.load_min, bias_m=bias_R)
+            lacking_R = move_balance_(self.child_balance.view(-1), load_R, codes.child_value, rate, config.load_min)
+            # A child of a parent that is off in this batch could not be on, whatever its bias.
+            _lift(self.b_F, lacking_R.view_as(self.child_balance) * (load_P > 0).unsqueeze(1))
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
@@ -380,9 +382,10 @@ class HierarchicalSAE(ConstrainedDecoders):
         put_teacher(self, parent_vectors, child_projectors, geometry, seed_parent, seed_child, seed_projectors)
 
 
-def _trained(bias: nn.Parameter | None) -> Tensor | None:
-    """An encoder's bias as one vector, where there is one that is not frozen."""
-    return bias.view(-1) if bias is not None and bias.requires_grad else None
+def _lift(bias: nn.Parameter | None, by: Tensor) -> None:
+    """Raise an encoder's bias, where there is one that is not frozen."""
+    if bias is not None and bias.requires_grad:
+        bias.add_(by)
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:
