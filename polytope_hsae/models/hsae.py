@@ -296,9 +296,9 @@ class HierarchicalSAE(ConstrainedDecoders):
 
     @torch.no_grad()
     def update_balance(self, codes: Codes) -> None:
-        """Move the biases of the choice against the loads of a training batch (docs/method.md section 1).
+        """Move the biases of the choice, and where they can do no more b_E and b_F, against the loads of a batch.
 
-        Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
+        See docs/method.md section 1. Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
         smallest child in use, and falls while it is smaller.
         """
         config, rate = self.config, self.config.router_balance_rate

@@ -69,7 +69,7 @@ def move_balance_(
     Where that share is below 0.3 rows both are faster, by 0.3 / share: else what is rare would rise too slowly.
     It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen.
 
-    Returns by how much each would have risen beyond that, [m]: what is on nowhere although a bias can do no more.
+    Returns by how much each would have risen beyond that, [m], for the encoder's bias: mostly what is above 0 nowhere.
     """
     mean = load_m.mean()
     highest, wanted = value_Bn.sum() / load_m.sum().clamp_min(1), least * mean
