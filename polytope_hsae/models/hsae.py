@@ -298,8 +298,8 @@ class HierarchicalSAE(ConstrainedDecoders):
     def update_balance(self, codes: Codes) -> None:
         """Move the biases of the choice, and where they can do no more b_E and b_F, against the loads of a batch.
 
-        See docs/method.md section 1. Under a joint budget the codes' share of parents rises while the smallest parent in use is larger than the
-        smallest child in use, and falls while it is smaller.
+        See docs/method.md section 1. Under a joint budget the codes' share of parents rises while the smallest parent
+        in use is larger than the smallest child in use, and falls while it is smaller.
         """
         config, rate = self.config, self.config.router_balance_rate
         if self.parent_share is not None:
