@@ -233,17 +233,17 @@ def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():
     with torch.no_grad():
         model.b_E[0], model.b_F[1, 0] = -8.0, -4.0
     rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
-    others_P, others_PC = model.b_E.clone(), model.b_F.clone()
+    before_P, before_PC = model.b_E.clone(), model.b_F.clone()
     for _ in range(20):
         model.update_balance(model(rows).codes)
-    assert (model.b_E - others_P).nonzero().tolist() == [[0]]  # what has its share keeps its bias
+    assert (model.b_E - before_P).nonzero().tolist() == [[0]]  # what has its share keeps its bias
     for _ in range(200):
         model.update_balance(model(rows).codes)
     codes = model(rows).codes
     load_P = load(codes.parent_index, codes.parent_value, 6)
     assert load_P[0] > 0.45 * load_P.mean()
     assert load(codes.child_index, codes.child_value, 6 * model.n_children)[model.n_children] > 0
-    assert model.b_F[1, 0] > others_PC[1, 0]
+    assert model.b_F[1, 0] > before_PC[1, 0]
 
 
 def test_a_child_is_lifted_only_while_its_parent_is_on():
