@@ -220,7 +220,7 @@ class HSAETrainer:
         return norm
 
     def _look_for_nan(self, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
-        """On a GPU nothing waits for a gradient norm; one that is not finite moves no parameter, save for lifted biases.
+        """On a GPU nothing waits for a gradient norm; one that is not finite moves no parameter but lifted biases.
 
         It is looked for on the steps that wait anyway: those that are logged, validated or saved.
         """
