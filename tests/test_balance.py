@@ -195,6 +195,10 @@ def test_a_balance_that_cannot_be_is_refused():
         make_model(rate=0, router_load_max=0.2)
     with pytest.raises(ValueError, match=r"load_min: found 0\.2, allowed: 0 unless router_balance_rate is above 0"):
         make_model(rate=0, load_min=0.2)
+    with pytest.raises(
+        ValueError, match=r"router_load_spread: found 1\.0, allowed: 2\.2 unless router_load_max is set"
+    ):
+        make_model(router_load_max=None, router_load_spread=1)
 
 
 def test_no_rate_means_no_limits_and_the_config_says_so():
@@ -258,6 +262,25 @@ def test_a_child_is_lifted_only_while_its_parent_is_on():
         model.update_balance(model(rows).codes)
     assert (model.b_F[0] == -4).all()
     assert (model.b_F[1:3] > -4).any(1).all()
+
+
+def test_children_of_a_rare_parent_hardly_lift_each_other():
+    model = make_model(rate=0.1, load_min=0.3, router_load_max=None, child_budget="per_parent")
+    model.freeze({"b_E"})
+    with torch.no_grad():
+        model.b_E[0] = -5.0  # on in one row of every eight batches, always with one of its four children
+    draw = generator(0)
+    for _ in range(2000):
+        model.update_balance(model(2 * torch.randn(32, WIDTH, generator=draw)).codes)
+    assert model.b_F[0].max() < 1.6  # 7.2 if it were lifted whenever its parent is on and it is not
+
+
+def test_a_spread_of_1_makes_the_largest_load_strict():
+    index, value = [[0, 1], [0, 2], [0, 3], [1, 2]], [[1.0, 1.0]] * 4  # loads 3, 2, 2, 1 of 4 rows: a mean of 2
+    for spread, balance in ((2.2, 0.0), (1.6, 0.0), (1.4, -0.1), (1.0, -0.1)):
+        model = make_model(n_parents=4, topk_parent=2, router_load_max=0.6, router_load_spread=spread)
+        model.update_balance(codes_of(index, value))
+        assert torch.equal(model.balance, torch.tensor([balance, 0.0, 0.0, 0.0]))
 
 
 def test_a_batch_without_any_code_moves_no_bias():

@@ -38,8 +38,12 @@ class HSAEConfig(Block):
         0.13,
         gt=0,
         le=1,
-        description="Largest load: share of rows, or 2.2 times the mean load if that is more, above which a parent's "
-        "bias falls, from 0 down.",
+        description="Largest load: share of rows above which a parent's bias falls, from 0 down; null = none.",
+    )
+    router_load_spread: float = Field(
+        2.2,
+        ge=1,
+        description="Times the mean load that the largest load is at least, whatever router_load_max; 1 = strict.",
     )
     load_min: float = Field(
         0.05,
@@ -248,6 +252,14 @@ class HSAEConfig(Block):
             found = getattr(self, field)
             allowed = f"{'null' if off is None else off} unless router_balance_rate is above 0"
             require(field, found, found == off or self.router_balance_rate > 0, allowed)
+        spread = self.router_load_spread
+        unused = spread == type(self).model_fields["router_load_spread"].default
+        require(
+            "router_load_spread",
+            spread,
+            unused or self.router_load_max is not None,
+            "2.2 unless router_load_max is set",
+        )
         require(
             "router_balance_rate",
             self.router_balance_rate,

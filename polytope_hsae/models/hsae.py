@@ -313,14 +313,23 @@ class HierarchicalSAE(ConstrainedDecoders):
         if not config.has_load_limits:
             self.balance += rate * (load_P.mean() - load_P).sign()
             return
-        most = None if config.router_load_max is None else config.router_load_max * len(codes.parent_index)
-        lacking_P = move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, most)
+        limit = None
+        if config.router_load_max is not None:
+            limit = (config.router_load_spread * load_P.mean()).clamp_min(
+                config.router_load_max * len(codes.parent_index)
+            )
+        lacking_P = move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, limit)
         _lift(self.b_E, lacking_P)
         if self.child_balance is not None:
             load_R = load(codes.child_index, codes.child_value, self.child_balance.numel())
-            lacking_R = move_balance_(self.child_balance.view(-1), load_R, codes.child_value, rate, config.load_min)
-            # A child of a parent that is off in this batch could not be on, whatever its bias.
-            _lift(self.b_F, lacking_R.view_as(self.child_balance) * (load_P > 0).unsqueeze(1))
+            # What a child can have is bounded by its parent's rows: lifted beyond half of its part, siblings would
+            # push each other out in turn.
+            half_PC = (load_P * load_R.mean() / (2 * load_P.mean().clamp_min(1e-6))).unsqueeze(1)
+            within_R = half_PC.expand_as(self.child_balance).reshape(-1)
+            lacking_R = move_balance_(
+                self.child_balance.view(-1), load_R, codes.child_value, rate, config.load_min, within_m=within_R
+            )
+            _lift(self.b_F, lacking_R.view_as(self.child_balance))
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:

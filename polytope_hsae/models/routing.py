@@ -5,7 +5,6 @@ from torch import Tensor
 
 from .. import ops
 
-SPREAD = 2.2  # times the mean load: what a largest load is at least, so that the choice keeps room (docs/LOG.md)
 RARE = 0.3  # rows of a batch: a smallest load below it moves its bias as fast as if it were that (docs/LOG.md)
 
 
@@ -59,27 +58,36 @@ def balanced_scores(value_Bn: Tensor, balance_m: Tensor | None, index_Bn: Tensor
 
 @torch.no_grad()
 def move_balance_(
-    balance_m: Tensor, load_m: Tensor, value_Bn: Tensor, rate: float, least: float, most: float | None = None
+    balance_m: Tensor,
+    load_m: Tensor,
+    value_Bn: Tensor,
+    rate: float,
+    least: float,
+    limit: Tensor | None = None,
+    within_m: Tensor | None = None,
 ) -> Tensor:
     """Move the biases of the choice, in place, by the rows of a batch in which each parent, or child, is on.
 
-    Above `most` rows, or 2.2 times the mean where that is more, a bias falls by `rate`; below that it rises again, up
-    to 0. Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
+    Above `limit` rows a bias falls by `rate`; below that it rises again, up to 0.
+    Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
     falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
     Where that share is below 0.3 rows both are faster, by 0.3 / share: else what is rare would rise too slowly.
     It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen.
 
     Returns by how much each would have risen beyond that, [m], for the encoder's bias: mostly what is above 0 nowhere.
+    Rows lack there only up to `within` [m], where it is given: what is reached at most, whatever the biases.
     """
     mean = load_m.mean()
     highest, wanted = value_Bn.sum() / load_m.sum().clamp_min(1), least * mean
-    step_m = rate * (RARE / wanted.clamp(1e-6, RARE)) * (wanted - load_m).clamp(-1, 1)
+    speed = rate * (RARE / wanted.clamp(1e-6, RARE))
+    step_m = speed * (wanted - load_m).clamp(-1, 1)
     risen_m = balance_m + step_m
     up_m = risen_m.clamp_min(0).clamp_max(highest)
-    if most is None:
+    if limit is None:
         balance_m.copy_(up_m)
     else:
-        limit = torch.clamp_min(SPREAD * mean, most)
         down_m = (balance_m + rate * (limit - load_m).sign()).clamp_max(0)
         balance_m.copy_(torch.where((balance_m < 0) | (load_m > limit), down_m, up_m))
+    if within_m is not None:
+        step_m = speed * (torch.minimum(wanted, within_m) - load_m).clamp(-1, 1)
     return torch.minimum(step_m, risen_m - highest).clamp_min(0)
