@@ -82,7 +82,7 @@ def test_the_balance_resumes_exactly(tmp_path):
 
 
 def test_a_largest_load_holds_back_only_what_is_above_it():
-    model = make_model(n_parents=4, topk_parent=2, router_load_max=0.5)
+    model = make_model(n_parents=4, topk_parent=2, router_load_max=0.5, router_load_spread=2.2)
     index, value = [[0, 1], [0, 2], [0, 3]], [[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]]
     model.update_balance(codes_of(index, value))
     assert torch.equal(model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0]))  # loads 3, 1, 0, 1 of 1.5
@@ -196,7 +196,7 @@ def test_a_balance_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"load_min: found 0\.2, allowed: 0 unless router_balance_rate is above 0"):
         make_model(rate=0, load_min=0.2)
     with pytest.raises(
-        ValueError, match=r"router_load_spread: found 1\.0, allowed: 2\.2 unless router_load_max is set"
+        ValueError, match=r"router_load_spread: found 1\.0, allowed: 1\.3 unless router_load_max is set"
     ):
         make_model(router_load_max=None, router_load_spread=1)
 

@@ -285,12 +285,16 @@ def test_text_from_a_folder_and_test_values(fixtures, tmp_path):
         ({"arms": with_arm(0, size={"atoms": 65})}, ["arms.nested.size.atoms: found 65"]),
         ({"arms": with_arm(0, size={"params": "topk"})}, ["allowed: atoms for an H-SAE"]),
         ({"arms": with_arm(0, size={})}, ["allowed: one of atoms and params"]),
-        ({"arms": with_arm(0, l0={})}, ["arms.nested.l0", "found nothing for 4"]),
+        ({"arms": with_arm(0, l0={})}, ["arms.nested.l0: found nothing, allowed: fields of hsae"]),
         (
             {"arms": with_arm(0, l0={4: {"topk_parent": 3, "topk_child_total": 2}})},
             ["found 5 active latents, allowed: 4"],
         ),
         ({"arms": with_arm(0, hsae={"gate": "soft", "n_children_per_parent": 3})}, ["arms.nested", "gate", "'soft'"]),
+        (
+            {"l0": [4, 8], "arms": with_arm(1, size={"params": "nested"})},
+            ["arms.topk.size.params: found 'nested', which has no L0 of 8, allowed: an arm with every L0"],
+        ),
         ({"arms": with_arm(1, size={"params": "nobody"})}, ["size.params", "'nobody'", "allowed: nested"]),
         ({"arms": with_arm(1, flat={"colour": 1})}, ["arms.topk", "colour"]),
         ({"arms": with_arm(1, lr=[1e-3])}, ["arms.topk.lr", "allowed: 2 rates"]),
@@ -327,7 +331,9 @@ def test_records_of_other_data_do_not_share_a_table(done, tmp_path):
     refused(hsae("study", "table", out), path.name)
 
 
-@pytest.mark.parametrize("name,runs", [("win", 2 * 4 * 8 * (2 + 2)), ("explore", 15 * 2), ("explore-l0", 2 * 4 * 8)])
+@pytest.mark.parametrize(
+    "name,runs", [("win", 2 * (4 * 8 + 2) * (2 + 2)), ("explore", 15 * 2), ("explore-l0", 2 * 4 * 8)]
+)
 def test_the_studies_of_the_repository_are_some(name, runs):
     """Every run has a config, and every H-SAE as many parameters as the flat SAEs beside it, within 1 %."""
     study, base = load_study(Path(__file__).parents[1] / "studies" / name / "study.yaml")
@@ -335,8 +341,9 @@ def test_the_studies_of_the_repository_are_some(name, runs):
     one = RunKey("batchtopk", HOOK, 32, 0, study.lr[0])
     wanted = parameter_count(model_config(study, base, one, 256), 256)
     for arm in study.arms:
-        if arm.kind == "hsae" and arm.name not in ("published", "recommended-atoms"):
-            found = parameter_count(model_config(study, base, one._replace(arm=arm.name), 256), 256)
+        if arm.kind == "hsae" and arm.name != "published" and "-atoms" not in arm.name:
+            key = one._replace(arm=arm.name, l0=max(arm.l0))
+            found = parameter_count(model_config(study, base, key, 256), 256)
             assert abs(found - wanted) < 0.01 * wanted
 
 

@@ -41,9 +41,10 @@ class HSAEConfig(Block):
         description="Largest load: share of rows above which a parent's bias falls, from 0 down; null = none.",
     )
     router_load_spread: float = Field(
-        2.2,
+        1.3,
         ge=1,
-        description="Times the mean load that the largest load is at least, whatever router_load_max; 1 = strict.",
+        description="Times the mean load that the largest load is at least, where router_load_max is below that. More "
+        "rebuilds more where the mean load is high.",
     )
     load_min: float = Field(
         0.05,
@@ -258,7 +259,7 @@ class HSAEConfig(Block):
             "router_load_spread",
             spread,
             unused or self.router_load_max is not None,
-            "2.2 unless router_load_max is set",
+            "1.3 unless router_load_max is set",
         )
         require(
             "router_balance_rate",

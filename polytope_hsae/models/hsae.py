@@ -315,20 +315,18 @@ class HierarchicalSAE(ConstrainedDecoders):
             return
         limit = None
         if config.router_load_max is not None:
-            limit = (config.router_load_spread * load_P.mean()).clamp_min(
-                config.router_load_max * len(codes.parent_index)
-            )
+            rows = config.router_load_max * len(codes.parent_index)
+            limit = (config.router_load_spread * load_P.mean()).clamp_min(rows)
         lacking_P = move_balance_(self.balance, load_P, codes.parent_value, rate, config.load_min, limit)
         _lift(self.b_E, lacking_P)
         if self.child_balance is not None:
             load_R = load(codes.child_index, codes.child_value, self.child_balance.numel())
-            # What a child can have is bounded by its parent's rows: lifted beyond half of its part, siblings would
-            # push each other out in turn.
-            half_PC = (load_P * load_R.mean() / (2 * load_P.mean().clamp_min(1e-6))).unsqueeze(1)
-            within_R = half_PC.expand_as(self.child_balance).reshape(-1)
-            lacking_R = move_balance_(
-                self.child_balance.view(-1), load_R, codes.child_value, rate, config.load_min, within_m=within_R
-            )
+            # Half of a mean child's part of its parent's rows: if all of a rare parent's children asked for more, they
+            # would take the rows from each other, and lift each other without end.
+            part = load_R.mean() / (2 * load_P.mean().clamp_min(1e-6))
+            within_R = (part * load_P).repeat_interleave(self.n_children)
+            balance_R = self.child_balance.view(-1)
+            lacking_R = move_balance_(balance_R, load_R, codes.child_value, rate, config.load_min, within_m=within_R)
             _lift(self.b_F, lacking_R.view_as(self.child_balance))
 
     @torch.no_grad()

@@ -68,14 +68,14 @@ def move_balance_(
 ) -> Tensor:
     """Move the biases of the choice, in place, by the rows of a batch in which each parent, or child, is on.
 
-    Above `limit` rows a bias falls by `rate`; below that it rises again, up to 0.
-    Below `least` times the mean it rises by `rate` for every row that is lacking, at most one, and above that it
-    falls again, down to 0: so in the mean over batches even what is on in less than one row of a batch gets its share.
-    Where that share is below 0.3 rows both are faster, by 0.3 / share: else what is rare would rise too slowly.
-    It rises to the mean of the batch's codes value [B, n] at most, with which a code just above 0 is chosen.
+    Above `limit` rows a bias falls by `rate`; below that it rises again, up to 0. Below `least` times the mean it rises
+    by `rate` for every row that is lacking, at most one, and above that it falls again, down to 0: so in the mean over
+    batches even what is on in less than one row of a batch gets its share. Where that share is below 0.3 rows both are
+    faster, by 0.3 / share: else what is rare would rise too slowly. It rises to the mean of the batch's codes value
+    [B, n] at most, with which a code just above 0 is chosen.
 
     Returns by how much each would have risen beyond that, [m], for the encoder's bias: mostly what is above 0 nowhere.
-    Rows lack there only up to `within` [m], where it is given: what is reached at most, whatever the biases.
+    There the share is `within` [m] at most, the rows of this batch that a child can ask of its parent's.
     """
     mean = load_m.mean()
     highest, wanted = value_Bn.sum() / load_m.sum().clamp_min(1), least * mean

@@ -67,7 +67,9 @@ class StudyArm(Block):
     flat: dict[str, Any] = Field({}, description="Fields of a flat arm's config, but for n_latents and k.")
     training: dict[str, Any] = Field({}, description="Fields of training that this arm replaces.")
     l0: dict[Whole, dict[str, Any]] = Field(
-        {}, description="H-SAE: the fields of hsae that give each total L0. A flat arm's k is the L0."
+        {},
+        description="H-SAE: the L0s that it is run at, and the fields of hsae that give each. A flat arm is run at "
+        "every L0, and its k is the L0.",
     )
     lr: list[float] | None = Field(None, description="Rates tried instead of the study's; as many of them.")
 
@@ -119,11 +121,8 @@ class Study(Block):
                 field = "lr" if arm.lr is None else f"{where}.lr"
                 raise ValueError(f"{field}: found {rates}, allowed: rates that differ in their first six digits")
             if arm.kind == "hsae":
-                lacking = [l0 for l0 in self.l0 if l0 not in arm.l0]
-                if lacking:
-                    raise ValueError(
-                        f"{where}.l0: found nothing for {lacking[0]}, allowed: fields of hsae that give it"
-                    )
+                if not arm.l0:
+                    raise ValueError(f"{where}.l0: found nothing, allowed: fields of hsae for every L0 that it runs at")
                 if arm.size.params is not None:
                     raise ValueError(f"{where}.size: found params, allowed: atoms for an H-SAE")
             elif arm.l0:
@@ -131,6 +130,11 @@ class Study(Block):
             if arm.size.params is not None and self.kind_of(arm.size.params) != "hsae":
                 allowed = ", ".join(other.name for other in self.arms if other.kind == "hsae") or "an arm of kind hsae"
                 raise ValueError(f"{where}.size.params: found {shown(arm.size.params)}, allowed: {allowed}")
+            if arm.size.params is not None:
+                lacking = [l0 for l0 in self.l0 if l0 not in self.arm(arm.size.params).l0]
+                if lacking:
+                    found = f"found {shown(arm.size.params)}, which has no L0 of {lacking[0]}"
+                    raise ValueError(f"{where}.size.params: {found}, allowed: an arm with every L0")
         return self
 
     def arm(self, name: str) -> StudyArm:
@@ -153,7 +157,13 @@ class Study(Block):
     @property
     def cells(self) -> list["Cell"]:
         """Every (hook, L0, arm), hook by hook."""
-        return [Cell(arm.name, hook, l0) for hook in self.hooks for l0 in self.l0 for arm in self.arms]
+        return [
+            Cell(arm.name, hook, l0)
+            for hook in self.hooks
+            for l0 in self.l0
+            for arm in self.arms
+            if arm.kind != "hsae" or l0 in arm.l0
+        ]
 
 
 class Cell(NamedTuple):
