@@ -17,6 +17,7 @@ from polytope_hsae.report.palette import LIGHT
 from polytope_hsae.study.results import Result, Results, difference, mean, read_results
 
 REFERENCE = "batchtopk"
+LOOSE = "recommended-loose"  # drawn apart: where it is not run it would be the same
 ARMS = {
     "recommended": ("H-SAE", LIGHT["s1"], 2.4),
     "batchtopk": ("BatchTopK", LIGHT["s3"], 1.4),
@@ -58,6 +59,15 @@ def plot_lead(axes: Axes, results: Results, hook: str) -> None:
         values = [100 * mean(gap) for gap in gaps]
         bars = [100 * (gap.sd or 0.0) for gap in gaps if gap is not None]  # none of them is: `mean` has seen to that
         axes.errorbar(results.study.l0, values, bars, color=colour, linewidth=width, marker="o", markersize=4)
+    for result in cells(results, LOOSE, hook):
+        reference = next(other for other in references if other.cell.l0 == result.cell.l0)
+        gap, (_, colour, _) = difference(result, reference, "test", "ev"), ARMS["recommended"]
+        label = f"H-SAE, parents on in up to {100 * mean(result.spread('hierarchy', 'largest_load')):.0f} % of rows"
+        axes.plot(
+            result.cell.l0, 100 * mean(gap), color=colour, marker="o", fillstyle="none", linestyle="", label=label
+        )
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.set_title(f"EV, points from BatchTopK: {short(hook)}", loc="left", fontsize=10)
 
 
