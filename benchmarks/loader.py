@@ -20,7 +20,7 @@ from torch import Tensor
 from polytope_hsae.bench.run import device_of
 from polytope_hsae.bench.shapes import Shape, load_shape
 from polytope_hsae.data.feed import Prefetch
-from polytope_hsae.data.store import ActivationStore, Manifest, ResidentStore, Shard
+from polytope_hsae.data.store import FORMAT, ActivationStore, Manifest, ResidentStore, Shard
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.fileio import write_json, write_tensors, write_text
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -52,7 +52,15 @@ def make_store(folder: Path, rows: int, width: int) -> Manifest:
             write_tensors(folder / file, {"acts": torch.randn(n, width, generator=generator).bfloat16()})
         size = (folder / file).stat().st_size
         shards.append({"file": file, "split": "train", "rows": n, "bytes": size, "sha256": ""})
-    return {"dtype": "bfloat16", "rows": {"train": rows}, "width": width, "complete": True, "shards": shards}
+    made: Manifest = {
+        "format": FORMAT,
+        "dtype": "bfloat16",
+        "rows": {"train": rows},
+        "width": width,
+        "complete": True,
+        "shards": shards,
+    }
+    return made
 
 
 def steps_ms(
@@ -95,7 +103,8 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     folder = options.out / f"rows-{options.rows}-{shape.width}"
     manifest = make_store(folder, options.rows, shape.width)
-    stored, resident = ActivationStore(folder, manifest), ResidentStore(folder, manifest, device)
+    stored = ActivationStore(folder, manifest)
+    resident = ResidentStore(stored, device)
 
     def stream(way: str) -> RowStream | Prefetch:
         plain = RowStream(resident if way == "resident" else stored, "train", shape.training.batch_size, seed=0)

@@ -101,6 +101,8 @@ class Metrics(TypedDict):
     """The metrics of one arm that are printed; there are more."""
 
     ev: Metric
+    ev_all_rows: NotRequired[Metric]  # runs of earlier versions lack it, as the next
+    ev_row_mean: NotRequired[Metric]
     ev_causal: Metric
     ev_logit: Metric
     ce_recovered: Metric

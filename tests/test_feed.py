@@ -159,7 +159,7 @@ def test_the_store_is_chosen_by_the_free_memory(store, monkeypatch):
 
 def test_a_resident_store_gives_the_same_batches(store):
     plain = RowStream(store, "train", 16, 7, window_rows=130)
-    resident = RowStream(ResidentStore(store.folder, store.manifest, "cpu"), "train", 16, 7, window_rows=130)
+    resident = RowStream(ResidentStore(store, "cpu"), "train", 16, 7, window_rows=130)
     for _ in range(2 * store.n_rows("train") // 16 + 1):
         assert torch.equal(resident.next(), plain.next())
     assert resident.state_dict() == plain.state_dict()

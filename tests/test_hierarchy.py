@@ -9,7 +9,7 @@ from factored import factored
 from tiny import concepts
 
 from polytope_hsae.config import TopKConfig
-from polytope_hsae.data.store import ActivationStore, ResidentStore
+from polytope_hsae.data.store import FORMAT, ActivationStore, ResidentStore
 from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics, sampled_rows
 from polytope_hsae.evaluation.hierarchy import Probes, make_probes, probe_metrics
 from polytope_hsae.fileio import sha256_file, write_json, write_tensors
@@ -152,14 +152,16 @@ def labelled(tmp_path) -> ActivationStore:
     child_of = tree.token_to_child(vocab_size=64, folds=("train",))
     means = torch.from_numpy(generator.normal(size=(tree.n_children + 1, d))).float()
     noise = torch.from_numpy(generator.normal(size=(n, d))).float() * torch.tensor([5.0] + [1.0] * (d - 1))
+    acts = means[child_of[token.long()].long()] + noise
     columns = {
-        "acts": means[child_of[token.long()].long()] + noise,
+        "acts": acts,
         "token": token,
         **{
             name: torch.zeros(n, dtype=torch.int32)
             for name in ("next_token", "doc", "pos", "belief_concept", "belief_token")
         },
         "belief_prob": torch.zeros(n),
+        "norm": acts.norm(dim=1),
     }
     shards = []
     for split in ("train", "val", "test"):
@@ -169,7 +171,7 @@ def labelled(tmp_path) -> ActivationStore:
             made = {"file": path.name, "split": split, "rows": len(rows), "bytes": path.stat().st_size}
             shards.append({**made, "sha256": sha256_file(path)})
     rows = dict.fromkeys(("train", "val", "test"), n)
-    manifest = {"dtype": "float32", "rows": rows, "width": d, "complete": True, "shards": shards}
+    manifest = {"format": FORMAT, "dtype": "float32", "rows": rows, "width": d, "complete": True, "shards": shards}
     write_json(tmp_path / "manifest.json", manifest)
     return ActivationStore.open(tmp_path)
 
@@ -197,7 +199,7 @@ def test_probes_are_those_of_linear_discriminant_analysis(labelled):
 
 
 def test_a_resident_store_gives_the_same_rows(labelled):
-    resident = ResidentStore(labelled.folder, labelled.manifest, "cpu")
+    resident = ResidentStore(labelled, "cpu")
     rows = torch.tensor([3999, 0, 1500, 1499, 7])
     assert torch.equal(resident.acts("val", rows), labelled.acts("val", rows))
     mean, spread = resident.moments("train")

@@ -20,8 +20,9 @@ from polytope_hsae.training.trainer import HSAETrainer
 
 NAMES = [arm["name"] for arm in ARMS]
 METRICS = {
-    "ev", "fvu", "l0", "dead_parents", "dead_children", "ce_recovered", "delta_ce", "kl", "ce_clean", "ce_ablated",
-    "ce_spliced", "purity", "leakage", "recall", "steering_leakage", "sibling_kl", "steering_unreached",
+    "ev", "fvu", "ev_all_rows", "fvu_all_rows", "ev_row_mean", "l0", "dead_parents", "dead_children", "ce_recovered",
+    "delta_ce", "kl", "ce_clean", "ce_ablated", "ce_spliced", "ce_recovered_massive_kept", "delta_ce_massive_kept",
+    "kl_massive_kept", "purity", "leakage", "recall", "steering_leakage", "sibling_kl", "steering_unreached",
     "ev_causal", "ev_logit", "ev_dimension", "ev_dimension_q05", "split", "f1_best", "f1_best_few", "absorb",
     "absorb_with_children", "probe_recall", "largest_load", "entropy", "decoder_norm",
 }  # fmt: skip
@@ -48,7 +49,8 @@ def test_every_artifact_is_there_and_nothing_else(finished):
     shards = [shard["file"] for shard in read_json(finished / "activations/manifest.json")["shards"]]
     expected = {"config.yaml", "provenance.json", "metrics.jsonl", "activations/manifest.json"}
     expected |= {f"activations/{name}" for name in shards}
-    phase1 = ("concepts.json", "checks.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    phase1 = ("concepts.json", "checks.json", "norms.json", "evidence.json")
+    phase1 += ("geometry.safetensors", "teacher.safetensors")
     expected |= {f"phase1/{name}" for name in phase1}
     expected |= {f"phase4/{name}.json" for name in ("results", "steering", "interventions", "ablations", "latents")}
     for name in NAMES:
@@ -72,7 +74,7 @@ def test_phase_1_files_have_their_fields(finished):
     assert sum(shard["rows"] for shard in manifest["shards"]) == sum(manifest["rows"].values())
     assert set(manifest["shards"][0]) == {"file", "split", "rows", "bytes", "sha256"}
     columns, _ = read_tensors(finished / "activations/train-00000.safetensors")
-    labels = {"token", "next_token", "doc", "pos", "belief_concept", "belief_token", "belief_prob"}
+    labels = {"token", "next_token", "doc", "pos", "belief_concept", "belief_token", "belief_prob", "norm"}
     assert set(columns) == {"acts"} | labels
 
     parents = read_json(finished / "phase1/concepts.json")["parents"]

@@ -93,6 +93,12 @@ class DataConfig(Block):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Stored activations.")
     shard_rows: Whole = Field(65_536, ge=256, description="Rows per shard file.")
     batch_tokens: Whole = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
+    max_norm_multiple: float | None = Field(
+        10.0,
+        gt=1,
+        description="Rows whose norm is above this multiple of the train rows' median are left out of training and of "
+        "pooled metrics, and counted; null = none is left out.",
+    )
     normalize: Literal["rms", "unit_row", "none"] = Field(
         "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
     )

@@ -36,7 +36,7 @@ def place(store: ActivationStore, device: str | torch.device, reserved: int) -> 
     free, _ = torch.cuda.mem_get_info(device)
     if not rows_fit(store.n_bytes("train") + store.n_bytes("val"), free, reserved):
         return store
-    return ResidentStore(store.folder, store.manifest, device)
+    return ResidentStore(store, device)
 
 
 @contextmanager

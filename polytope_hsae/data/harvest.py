@@ -15,13 +15,12 @@ from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.corpus import SPLITS, Documents, context_batches, contexts, split_documents
-from polytope_hsae.data.store import MANIFEST, ActivationStore, read_manifest
+from polytope_hsae.data.store import FORMAT, MANIFEST, ActivationStore, read_manifest
 from polytope_hsae.fileio import sha256_file, sha256_json, write_json, write_tensors
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.lm_loading import DTYPES
 from polytope_hsae.parsing import shown
 
-FORMAT = 1
 CHUNK_LOGITS = 1 << 24  # logits held at once while beliefs are computed: 64 MiB
 
 Progress = Callable[[int, int], None]
@@ -204,6 +203,7 @@ def _harvest_shard(
         if "acts" not in columns:
             columns["acts"] = torch.empty(n_rows, stored_nd.shape[1], dtype=dtype)
         columns["acts"][row_n] = stored_nd.cpu()
+        columns["norm"][row_n] = stored_nd.float().norm(dim=1).cpu()
         if index is not None:
             final_nd = acts_nd if captured.final is None else captured.final[kept_BT.to(lm.device)]
             beliefs = index.beliefs(final_nd, manifest["belief_threshold"])
@@ -231,6 +231,7 @@ def _label_columns(documents: Documents, shard: _Shard, n_rows: int) -> dict[str
         "belief_concept": torch.full((n_rows,), -1, dtype=torch.int32),
         "belief_token": torch.full((n_rows,), -1, dtype=torch.int32),
         "belief_prob": torch.zeros(n_rows),
+        "norm": torch.zeros(n_rows),
     }
 
 

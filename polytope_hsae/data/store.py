@@ -2,13 +2,13 @@
 
 A folder holds `manifest.json` and shards `train-00000.safetensors`, `val-…`, `test-…`. Columns, one row per
 token: `acts` [N,d] (the manifest's dtype), `token`, `next_token` (-1 at a context's end), `doc`, `pos`
-(place in the document, 0 = its first token), `belief_concept` (child row or -1), `belief_token` (all int32)
-and `belief_prob` (float32).
+(place in the document, 0 = its first token), `belief_concept` (child row or -1), `belief_token` (all int32),
+`belief_prob` and `norm` (the row's length as stored; float32).
 Shapes: N rows of a split, n or b rows asked for, d residual width.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,9 +22,10 @@ from typing_extensions import TypedDict
 from polytope_hsae.fileio import check_tensors, read_json, read_tensors, sha256_file
 
 MANIFEST = "manifest.json"
+FORMAT: Literal[2] = 2  # 1 had no norms
 LABELS = {
     **dict.fromkeys(("token", "next_token", "doc", "pos", "belief_concept", "belief_token"), torch.int32),
-    "belief_prob": torch.float32,
+    **dict.fromkeys(("belief_prob", "norm"), torch.float32),
 }
 LABEL_COLUMNS = tuple(LABELS)
 COLUMNS = ("acts", *LABEL_COLUMNS)
@@ -45,6 +46,7 @@ class Shard(TypedDict):
 class Manifest(TypedDict):
     """What is read of manifest.json; a harvest writes more (docs/design.md, Artifacts)."""
 
+    format: Literal[2]
     dtype: Literal["float32", "bfloat16", "float16"]
     rows: dict[Split, Count]
     width: Count
@@ -57,18 +59,32 @@ class ActivationStore:
 
     device = torch.device("cpu")  # where `acts` gives its rows
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, kept: Mapping[str, Tensor] | None = None) -> None:
+        """`kept`: ascending row numbers (int64) of every split that are to be seen, all others are not; None: all."""
         self.folder = folder
         self.manifest = manifest
         self.width = manifest["width"]
+        self.kept = kept
         self._files: dict[str, list[str]] = {}
-        self._bounds: dict[str, np.ndarray] = {}
+        self._stored_bounds: dict[str, np.ndarray] = {}  # of the shards' rows
+        self._bounds: dict[str, np.ndarray] = {}  # of those that are kept
         self._acts: dict[str, Tensor] = {}
         self._columns: dict[tuple[str, str], Tensor] = {}
         for split in manifest["rows"]:
             shards = [shard for shard in manifest["shards"] if shard["split"] == split]
             self._files[split] = [shard["file"] for shard in shards]
-            self._bounds[split] = np.cumsum([0] + [shard["rows"] for shard in shards])
+            bounds = self._stored_bounds[split] = np.cumsum([0] + [shard["rows"] for shard in shards])
+            self._bounds[split] = bounds if kept is None else np.searchsorted(kept[split].numpy(), bounds)
+
+    def parted(self, limit: float) -> tuple["ActivationStore", "ActivationStore"]:
+        """Two views of a whole store: the rows whose norm is at most `limit`, and the others."""
+        assert self.kept is None
+        ordinary = {split: self.column(split, "norm") <= limit for split in self._files}
+        if all(bool(rows_N.all()) for rows_N in ordinary.values()):
+            return self, ActivationStore(self.folder, self.manifest, dict.fromkeys(ordinary, torch.empty(0).long()))
+        below = {split: rows_N.nonzero().squeeze(1) for split, rows_N in ordinary.items()}
+        above = {split: (~rows_N).nonzero().squeeze(1) for split, rows_N in ordinary.items()}
+        return ActivationStore(self.folder, self.manifest, below), ActivationStore(self.folder, self.manifest, above)
 
     @classmethod
     def open(cls, folder: Path | str, *, verify: bool = False) -> "ActivationStore":
@@ -116,7 +132,8 @@ class ActivationStore:
             raise ValueError(f"column: found {name!r}, allowed: {', '.join(LABEL_COLUMNS)}")
         files = self._files[self._checked(split)]
         if (split, name) not in self._columns:
-            self._columns[split, name] = torch.cat([self._read(file, name) for file in files])
+            whole_N = torch.cat([self._read(file, name) for file in files])
+            self._columns[split, name] = whole_N if self.kept is None else whole_N[self.kept[split]]
         return self._columns[split, name]
 
     def acts(self, split: str, indices: Tensor) -> Tensor:
@@ -131,6 +148,9 @@ class ActivationStore:
             raise ValueError(
                 f"rows: found {int(index_n.min())} to {int(index_n.max())}, allowed: 0 to {bounds[-1] - 1}"
             )
+        if self.kept is not None:
+            index_n = self.kept[split][index_n]
+        bounds = self._stored_bounds[split]
         sorted_n, order_n = index_n.sort()  # so every shard is read once, from its beginning to its end
         edges = torch.searchsorted(sorted_n, torch.from_numpy(bounds)).tolist()
         dtype = getattr(torch, self.manifest["dtype"])
@@ -185,8 +205,8 @@ class ResidentStore(ActivationStore):
     A split is loaded when it is first asked for.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str | torch.device = "cpu") -> None:
-        super().__init__(folder, manifest)
+    def __init__(self, store: ActivationStore, device: str | torch.device = "cpu") -> None:
+        super().__init__(store.folder, store.manifest, store.kept)
         self.device = torch.device(device)
         self._resident: dict[str, Tensor] = {}
 
@@ -197,11 +217,14 @@ class ResidentStore(ActivationStore):
         return self._resident[split].index_select(0, indices.to(self.device))
 
     def _load(self, split: str) -> Tensor:
-        bounds = self.shard_bounds(split)
         dtype = getattr(torch, self.manifest["dtype"])
-        acts_Nd = torch.empty(bounds[-1], self.width, dtype=dtype, device=self.device)
-        for first, last, file in zip(bounds, bounds[1:], self._files[split], strict=False):
-            acts_Nd[first:last] = self._read(file, "acts").to(self.device)
+        acts_Nd = torch.empty(self.n_rows(split), self.width, dtype=dtype, device=self.device)
+        shards = zip(pairwise(self.shard_bounds(split)), self._stored_bounds[split], self._files[split], strict=False)
+        for (first, last), start, file in shards:
+            acts_Md = self._read(file, "acts")
+            if self.kept is not None:
+                acts_Md = acts_Md[self.kept[split][first:last] - int(start)]
+            acts_Nd[first:last] = acts_Md.to(self.device)
         return acts_Nd
 
 

@@ -145,6 +145,7 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
     settings: dict[str, Any] = {
         "seed": config.arm_seed(arm),
         "normalize": config.data.normalize,
+        "max_norm_multiple": config.data.max_norm_multiple,
         "hsae": config.arm_hsae(arm).model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", exclude=set(NOT_IN_RESULTS)),
         "stages": [stage.model_dump(mode="json") for stage in config.arm_stages(arm)],

@@ -25,7 +25,7 @@ from ..models.base import SparseAutoencoder
 from .run import Run
 
 SHOWN = (
-    "ev", "ev_causal", "ev_logit", "ce_recovered", "kl", "l0",
+    "ev", "ev_all_rows", "ev_row_mean", "ev_causal", "ev_logit", "ce_recovered", "kl", "l0",
     "purity", "leakage", "recall", "split", "absorb", "absorb_with_children",
     "steering_leakage", "edge_precision", "edge_recall", "child_given_parent", "probe_min",
     "dead_parents", "dead_children", "entropy",
@@ -69,6 +69,7 @@ def measure_models(
         run.train_moments[0],
         documents=held_out.documents,
         mask_NT=held_out.mask,
+        norm_limit=run.norm_limit,
         **common,
     )
     found = {}
@@ -78,7 +79,7 @@ def measure_models(
             own = (teacher_parents or {}).get(name, ())
             evaluation = of_language_model[name] | Evaluation(norm_metrics(sae))
             evaluation |= evaluate_reconstruction(
-                sae, run.store, split, run.train_moments[0], sigma_dd=sigma_dd, **common
+                sae, run.store, split, run.train_moments[0], massive=run.massive, sigma_dd=sigma_dd, **common
             )
             found[name] = _measure(run, sae, held_out, evaluation, own, common)
         ticker(len(models), len(models))
@@ -194,7 +195,11 @@ def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Table
         table.add_column(escape(name), justify="right", overflow="fold")
     table.add_column("chance", justify="right")
     for key in SHOWN:
+        if not all(key in found for found in metrics.values()):
+            continue  # runs of earlier versions lack some
         cells = [found[key]["value"] for found in metrics.values()]
+        if key == "ev_all_rows" and cells == [found["ev"]["value"] for found in metrics.values()]:
+            continue  # no row is massive
         chance = next(iter(metrics.values()))[key]["chance"]
         table.add_row(key, *(_cell(value) for value in cells), _cell(chance))
     return table

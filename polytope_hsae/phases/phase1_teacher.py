@@ -10,13 +10,15 @@ from torch import Tensor
 from ..config import Config, ConfigError, HSAEConfig
 from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
 from ..data.concepts import Concepts, build_concepts
-from ..data.corpus import Documents
+from ..data.corpus import SPLITS, Documents
 from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
 from ..data.store import ActivationStore
 from ..data.wordnet_nltk import nltk_sha256
 from ..data.words import graph_tokens, load_graphs, uses_nltk
+from ..evaluation.massive import describe_norms, massive_warnings
+from ..evaluation.words import TokenTexts
 from ..fileio import sha256_file, write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
@@ -28,7 +30,14 @@ from .run import Run
 def run_phase1(run: Run) -> None:
     """Make phase1/ and activations/, unless they are there already."""
     folder = run.phase(1)
-    names = ("concepts.json", "checks.json", "geometry.safetensors", "teacher.safetensors", "evidence.json")
+    names = (
+        "concepts.json",
+        "checks.json",
+        "norms.json",
+        "geometry.safetensors",
+        "teacher.safetensors",
+        "evidence.json",
+    )
     outputs = [run.activations / "manifest.json", *(folder / name for name in names)]
     inputs = source_files(run.config)
     if run.provenance.is_done(1, run.config, inputs, outputs, run.force):
@@ -45,13 +54,18 @@ def run_phase1(run: Run) -> None:
     checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
     if checks["warnings"]:
         run.say(f"phase 1: {len(checks['warnings'])} warnings on the concepts in checks.json; hsae concepts shows them")
-    store = make_activations(run, concepts, documents)  # before anything is written: the model may refuse the corpus
+    make_activations(run, concepts, documents)  # before anything is written: the model may refuse the corpus
     if templates is not None:
         harvest_templates(run, concepts, templates)
     write_json(folder / "concepts.json", concepts.to_json())
     write_json(folder / "checks.json", checks)
-    rows = ", ".join(f"{store.n_rows(split):,} {split}" for split in ("train", "val", "test"))
-    run.say(f"phase 1: activations of {run.hook}: {rows} rows of width {store.width}")
+    rows = ", ".join(f"{run.all_rows.n_rows(split):,} {split}" for split in SPLITS)
+    run.say(f"phase 1: activations of {run.hook}: {rows} rows of width {run.all_rows.width}")
+    norms = describe_norms(run.all_rows, run.config.data.max_norm_multiple, TokenTexts(run.lm.tokenizer))
+    write_json(folder / "norms.json", norms)
+    for line in massive_warnings(norms):
+        run.say(f"phase 1: warning: {line}")
+    store = run.store
     geometry = token_geometry(run)
     geometry.save(folder / "geometry.safetensors")
     make_teacher(run, concepts, store, geometry).save(folder / "teacher.safetensors")

@@ -23,6 +23,7 @@ from ..data.concepts import Concepts
 from ..data.corpus import Documents, load_documents, shortened, split_documents, with_held_out
 from ..data.store import ActivationStore
 from ..evaluation.concepts import Label
+from ..evaluation.massive import norm_limit
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
 from ..provenance import Provenance, dependencies
@@ -165,8 +166,29 @@ class Run:
         return load_corpus(self.config, self.lm.tokenizer, self.lm.tokenizer_sha256)
 
     @cached_property
-    def store(self) -> ActivationStore:
+    def all_rows(self) -> ActivationStore:
+        """Every row of the harvest, those of massive norm too."""
         return ActivationStore.open(self.activations, verify=True)
+
+    @cached_property
+    def norm_limit(self) -> float | None:
+        """The norm above which a row is massive and left out; None where none is (data.max_norm_multiple)."""
+        multiple = self.config.data.max_norm_multiple
+        return None if multiple is None else norm_limit(self.all_rows, multiple)
+
+    @cached_property
+    def _parted(self) -> tuple[ActivationStore, ActivationStore | None]:
+        return (self.all_rows, None) if self.norm_limit is None else self.all_rows.parted(self.norm_limit)
+
+    @property
+    def store(self) -> ActivationStore:
+        """The rows that models are trained and measured on."""
+        return self._parted[0]
+
+    @property
+    def massive(self) -> ActivationStore | None:
+        """The rows that are left out of `store`; None where none can be."""
+        return self._parted[1]
 
     @cached_property
     def from_templates(self) -> ActivationStore | None:
@@ -175,7 +197,10 @@ class Run:
             return None
         checks = read_json(self.phase(1) / "checks.json", Checks)
         made = any(parent["templated"] is not None for parent in checks["parents"])
-        return ActivationStore.open(self.templates, verify=True) if made else None
+        if not made:
+            return None
+        store = ActivationStore.open(self.templates, verify=True)
+        return store if self.norm_limit is None else store.parted(self.norm_limit)[0]
 
     @cached_property
     def train_moments(self) -> tuple[Tensor, float]:

@@ -29,6 +29,7 @@ from ..data.harvest import harvest
 from ..data.store import ActivationStore, ResidentStore
 from ..evaluation.concepts import Label
 from ..evaluation.hierarchy import Probes, make_probes, probes_to_tensors
+from ..evaluation.massive import norm_limit
 from ..fileio import read_tensors, sha256_file, sha256_json, write_json, write_tensors
 from ..geometry.causal import CausalGeometry
 from ..lm import FINAL_HOOK, LanguageModel
@@ -80,6 +81,7 @@ def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, 
         "concepts": options.model_dump(mode="json", exclude=left_out),
         "ontology": "wordnet" if options.ontology == "wordnet" else sha256_file(options.ontology),
         "shrinkage": config.geometry.shrinkage,
+        **({} if config.data.max_norm_multiple == 10 else {"max_norm_multiple": config.data.max_norm_multiple}),
         "contexts": {"number": study.measure.contexts, "order": "of each document in turn"},
         "probe_rows": study.measure.probe_rows,
     }
@@ -135,7 +137,7 @@ class StudyData:
         write_json(self.folder / "concepts.json", concepts.to_json())
         for hook in self.study.hooks:
             opened = self._harvest(hook, documents, members)
-            store = ResidentStore(opened.folder, opened.manifest, self.device)
+            store = ResidentStore(self._ordinary(opened), self.device)
             say(f"{hook}: {', '.join(f'{store.n_rows(split):,} {split}' for split in SPLITS)} rows")
             self._write_probes(hook, store, concepts)
         write_json(self.folder / "identity.json", self.identity)
@@ -185,6 +187,11 @@ class StudyData:
             members=members,
         )
 
+    def _ordinary(self, store: ActivationStore) -> ActivationStore:
+        """The store without rows of massive norm (data.max_norm_multiple)."""
+        multiple = self.config.data.max_norm_multiple
+        return store if multiple is None else store.parted(norm_limit(store, multiple))[0]
+
     def label(self, hook: str) -> Label:
         """Which concept a row carries: the next token's at the final residual, the present one's elsewhere."""
         return "next_token" if hook == FINAL_HOOK and self.lm.has_head else "current_token"
@@ -219,7 +226,7 @@ class StudyData:
             tensors, _ = read_tensors(self._probe_file(hook))
             moments = (tensors.pop("mean"), float(tensors.pop("spread")))
             sigma = tensors.pop("sigma")
-            store = ResidentStore(opened.folder, opened.manifest, self.device)
+            store = ResidentStore(self._ordinary(opened), self.device)
             for split in ("train", "val"):
                 store.acts(split, torch.zeros(1, dtype=torch.int64))  # they are loaded now, and not in a run's time
             self._opened[hook] = HookData(store, moments, Probes(**tensors), sigma)
