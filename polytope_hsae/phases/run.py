@@ -180,7 +180,7 @@ class Run:
     def _parted(self) -> tuple[ActivationStore, ActivationStore | None]:
         return (self.all_rows, None) if self.norm_limit is None else self.all_rows.parted(self.norm_limit)
 
-    @property
+    @cached_property
     def store(self) -> ActivationStore:
         """The rows that models are trained and measured on."""
         return self._parted[0]
