@@ -74,4 +74,4 @@ def test_the_readme_says_what_the_records_say():
         }
         assert flat == max(evs, key=evs.__getitem__)
         cells[1] = cells[1].removesuffix(cells[1].split()[-1]).strip()
-        assert cells == [ev_and_ce(results, arm, hook, l0) for arm in (ours, flat, "matryoshka", "published")]
+        assert cells == [ev_and_ce(results, arm, hook, l0) for arm in (ours, flat, "matryoshka", "published-routing")]

@@ -198,7 +198,7 @@ def test_the_words_follow_the_numbers(done, tmp_path):
     assert f"at 2 of 2 hooks: {HOOKS[0]} and {HOOKS[1]}; the aim is 2, which is met" in good
     assert f"Permuted control (permuted_teacher) at {HOOKS[0]}: passes none of the targets" in good
     assert "**40.0 [40.0, 40.0] PASS**" in good
-    assert f"cannot flatter it, over seeds: {HOOKS[0]} 33.2 [33.2, 33.2] %; {HOOKS[1]} 33.2" in good
+    assert f"counted as leaked, over seeds: {HOOKS[0]} 33.2 [33.2, 33.2] %; {HOOKS[1]} 33.2" in good
     assert "Gain of purity at" not in good  # nothing of it is missed
     planted(copy, {"teacher": 0.25, "permuted_teacher": 0.6})
     bad = page()
@@ -206,6 +206,36 @@ def test_the_words_follow_the_numbers(done, tmp_path):
     assert "passes gain of purity in 2 of 2 seeds, which it should not" in bad
     assert f"**Gain of purity at {HOOKS[0]}**: PASS in 0 of 2 seeds; over seeds 5.0 [5.0, 5.0] FAIL" in bad
     assert "The estimate itself falls short." in bad
+
+
+def test_arms_that_are_not_at_matched_l0_are_marked(done, tmp_path):
+    copy = shutil.copytree(done, tmp_path / "copy")
+    l0 = {"baseline": 32.0, "flat_topk": 36.0, "teacher": 32.6, "permuted_teacher": 31.0}
+    for path in (copy / "runs").glob("*/*.json"):
+        found = json.loads(path.read_text())
+        found["val"]["metrics"]["l0"]["value"] = l0[found["arm"]]
+        path.write_text(json.dumps(found))
+    assert hsae("findings", "write", copy).code == 0
+    page = (copy / "results.md").read_text()
+    assert page.count("| flat_topk | baseline † |") == len(HOOKS)
+    assert page.count("| teacher | baseline |") == len(HOOKS)
+    assert page.count("| permuted_teacher − baseline † |") == len(HOOKS)
+    assert "| teacher − baseline |" in page
+    said = "Not at matched L0: flat_topk 36.0 against 32.0 (+12 %); permuted_teacher 31.0 against 32.0 (−3 %)."
+    assert page.count(said) == len(HOOKS)
+
+
+def test_n_is_of_the_value_over_seeds_and_each_seed_stands_beside(done, tmp_path):
+    copy = shutil.copytree(done, tmp_path / "copy")
+    planted(copy, {"teacher": 0.6})
+    for path in (copy / "runs").glob(f"{HOOKS[0]}-s1/*.json"):
+        found = json.loads(path.read_text())
+        found["val"]["units"]["purity"]["numerator"][5:] = [None] * 3
+        path.write_text(json.dumps(found))
+    assert hsae("findings", "write", copy).code == 0
+    rows = [line for line in (copy / "results.md").read_text().splitlines() if line.startswith("| Gain of purity")]
+    assert [row.split("|")[-2].strip() for row in rows] == ["8 (8 and 5)", "8 (8 and 5)", "8", "8"]
+    assert "over seeds | n over seeds |" in (copy / "results.md").read_text()
 
 
 def test_over_seeds_a_concept_counts_with_its_sum():

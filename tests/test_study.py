@@ -16,6 +16,7 @@ from tiny import save_family
 
 from polytope_hsae.config import ConfigError, HSAEConfig, load_config
 from polytope_hsae.data.corpus import Documents, shortened
+from polytope_hsae.fileio import write_json
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.study.data import of_each_document
 from polytope_hsae.study.plan import RunKey, load_study, model_config, stated_config
@@ -241,6 +242,18 @@ def test_the_table_needs_the_files_alone_and_is_deterministic(done, tmp_path):
     refused(hsae("study", "table", out, "--test"), "test values", "--test")
 
 
+@pytest.mark.parametrize("l0, mark", [(3.95, ""), (3.90, " †")])
+def test_a_difference_that_is_not_at_matched_l0_is_marked(done, tmp_path, l0, mark):
+    for path in (done / "runs").glob("*.json"):
+        found = json.loads(path.read_text())
+        found["val"]["l0"]["value"] = l0 if found["arm"] == "nested" else 4.0
+        write_json(tmp_path / "runs" / path.name, found)
+    shutil.copy(done / "study.yaml", tmp_path)
+    assert hsae("study", "table", tmp_path).code == 0
+    nested = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| nested"))
+    assert f"(topk){mark} |" in nested
+
+
 def test_packed_runs_are_the_same_files_again(done, tmp_path):
     packed = tmp_path / "runs.jsonl"
     assert hsae("study", "pack", done, packed).code == 0
@@ -341,7 +354,7 @@ def test_the_studies_of_the_repository_are_some(name, runs):
     one = RunKey("batchtopk", HOOK, 32, 0, study.lr[0])
     wanted = parameter_count(model_config(study, base, one, 256), 256)
     for arm in study.arms:
-        if arm.kind == "hsae" and arm.name != "published" and "-atoms" not in arm.name:
+        if arm.kind == "hsae" and arm.name != "published-routing" and "-atoms" not in arm.name:
             key = one._replace(arm=arm.name, l0=max(arm.l0))
             found = parameter_count(model_config(study, base, key, 256), 256)
             assert abs(found - wanted) < 0.01 * wanted

@@ -9,7 +9,7 @@ from .block import Block, Tie, Whole, require
 
 
 class HSAEConfig(Block):
-    """Shape and losses of an H-SAE (docs/method.md sections 1 and 2). The defaults are what won in `studies/win`."""
+    """Shape and losses of an H-SAE (docs/method.md sections 1 and 2). Defaults: `recommended` of `studies/win`."""
 
     n_parents: Whole = Field(1024, ge=1, description="P: parents (experts).")
     topk_parent: Whole = Field(28, ge=1, description="k: active parents per row.")

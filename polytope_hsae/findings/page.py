@@ -9,13 +9,14 @@ from typing import Any
 from ..config import Config
 from ..fileio import update_text, write_json
 from ..report.words import DASH, TARGETS, TargetWords, counted, listed, markdown_table, number
-from ..study.results import Spread
+from ..study.results import TOLERANCE, Spread
 from .evidence import bounds, decisions, evidence
 from .figures import drawings
 from .plan import Findings
 from .summary import FAIL, OF_CONCEPTS, PASS, TOGETHER, Summary, read_summary, results
 
 AIM = 2  # hooks at which the targets should pass together
+UNMATCHED = " †"  # stands behind an arm that is not compared at matched L0
 HELD_OUT = {"val": "validation", "test": "test"}
 
 
@@ -139,10 +140,7 @@ def _all_rows(found: Summary) -> list[str]:
             said.append(f"{hook} {number(100 * fall.value, 1)}{bounds(fall.ci95, 100, 1)} %")
     if not said:
         return []
-    return [
-        "- Fall of leakage with silent rows counted as leaked, so that a threshold cannot flatter it, over seeds: "
-        f"{'; '.join(said)}."
-    ]
+    return [f"- Fall of leakage with silent rows counted as leaked, over seeds: {'; '.join(said)}."]
 
 
 def _targets_words(found: Summary) -> list[str]:
@@ -153,7 +151,9 @@ def _targets_words(found: Summary) -> list[str]:
         + "; ".join(f"`{teacher}` (control `{control}`) at {hook}" for hook, (teacher, control) in arms.items())
         + ". In the figures a tick is a seed, a dot with its bar the value over seeds with its interval, green for"
         " PASS, orange for FAIL, grey for INCONCLUSIVE; a dashed line is a threshold. The angle is one number of the"
-        " evidence, the same for every seed and arm, and it decides nothing alone."
+        " evidence, the same for every seed and arm, and it decides nothing alone. n is a union over seeds: concepts"
+        " (of the angle, children; of the reconstruction error, groups of documents) with a value of both arms in at"
+        " least one seed. In brackets each seed's own n, where they differ."
     ]
 
 
@@ -172,19 +172,33 @@ def _targets(found: Summary, hook: str) -> list[str]:
                 _required(target),
                 *(_measured(targets[place]) for targets in by_seed),
                 f"**{_measured(target)}**",
-                str(target["n"]),
+                _units(target["n"], [targets[place]["n"] for targets in by_seed]),
             ]
             for place, target in enumerate(over)
         ]
         header = [
-            f"{arm} − {found.study.against(arm)}",
+            f"{arm} − {_against(found, hook, arm)}",
             "required",
             *(f"seed {seed}" for seed in seeds),
             "over seeds",
-            "n",
+            "n over seeds",
         ]
         lines += ["", *markdown_table(header, rows)]
     return lines[1:]
+
+
+def _units(over: int, by_seed: list[int]) -> str:
+    """'40 (37, 38 and 36)': the units of the value over seeds, and of every seed."""
+    return str(over) if set(by_seed) == {over} else f"{over} ({listed([str(n) for n in by_seed])})"
+
+
+def _against(found: Summary, hook: str, arm: str) -> str:
+    """The arm that an arm is compared with, marked where their L0s are not matched."""
+    return found.study.against(arm) + _mark(found, hook, arm)
+
+
+def _mark(found: Summary, hook: str, arm: str) -> str:
+    return UNMATCHED if found.l0_gap(hook, arm) else ""
 
 
 def _required(target: dict[str, Any]) -> str:
@@ -231,7 +245,7 @@ def _reason(found: Summary, hook: str, place: int, target: dict[str, Any], passe
     inside = (low is None or target["measured"] >= low) and (high is None or target["measured"] <= high)
     units = "groups of documents" if target["name"] == "reconstruction_parity" else "concepts"
     if inside and target["verdict"] == PASS:
-        said += "Over seeds it passes; a single seed does not carry it."
+        said += "Over seeds it passes, but not in every seed."
     elif inside:
         said += f"The estimate meets the threshold; the interval over {target['n']} {units} reaches beyond it."
     else:
@@ -268,7 +282,7 @@ def _best(found: Summary, hook: str, place: int) -> str:
     if not values:
         return ""
     arm = max(values, key=lambda name: float(values[name]["measured"]))
-    return f"`{arm}` with {_measured(values[arm])}"
+    return f"`{arm}`{_mark(found, hook, arm)} with {_measured(values[arm])}"
 
 
 def _arms(study: Findings) -> list[str]:
@@ -309,7 +323,8 @@ def _ablation_words(found: Summary) -> list[str]:
     return [
         "Mean ± standard deviation over seeds. The last columns are against the arm named in the second one: the value"
         " over seeds with its interval and verdict; LESS: less error than the target asks about. Zero sum rows: those"
-        " on which no concept's latent is on, which leakage leaves out."
+        f" on which no concept's latent is on, which leakage leaves out.{UNMATCHED}: not at matched L0, the arms'"
+        f" differ by more than {TOLERANCE:.0%}; part of what differs in EV, CE and FVU is due to that."
     ]
 
 
@@ -320,13 +335,28 @@ def _ablations(found: Summary, hook: str) -> list[str]:
     rows = []
     for arm in found.arms(hook):
         other, seeds = found.study.against(arm), found.seeds(hook, arm)
-        row = [arm, DASH if other == arm else other, *(_shown(found.over_seeds(hook, arm, name)) for name in names)]
+        row = [
+            arm,
+            DASH if other == arm else _against(found, hook, arm),
+            *(_shown(found.over_seeds(hook, arm, name)) for name in names),
+        ]
         targets = [] if other == arm else found.targets(hook, arm, seeds)
         row += [_measured(target) for target in targets if target["name"] in TOGETHER] or [DASH] * len(TOGETHER)
         rows.append([*row, str(len(seeds))])
     chances = ["chance", "", *(_mean(found.chance(hook, name)) for name in names)]
     rows.append([*chances, *[""] * (len(header) - len(chances))])
-    return markdown_table(header, rows)
+    return [*markdown_table(header, rows), *_unmatched(found, hook)]
+
+
+def _unmatched(found: Summary, hook: str) -> list[str]:
+    """Which arms are not compared at matched L0, and how far they are from it."""
+    said = [
+        f"{arm} {_mean(found.over_seeds(hook, arm, 'l0'), 1)} against"
+        f" {_mean(found.over_seeds(hook, found.study.against(arm), 'l0'), 1)} ({number(100 * gap, 0, sign=True)} %)"
+        for arm in found.arms(hook)
+        if (gap := found.l0_gap(hook, arm))
+    ]
+    return ["", f"Not at matched L0: {'; '.join(said)}."] if said else []
 
 
 def _others(found: Summary, hook: str) -> list[str]:
@@ -346,5 +376,5 @@ def _shown(over: Spread | None) -> str:
     return number(over.mean) if over.sd is None else f"{number(over.mean)} ± {number(over.sd)}"
 
 
-def _mean(over: Spread | None) -> str:
-    return DASH if over is None else number(over.mean)
+def _mean(over: Spread | None, digits: int = 3) -> str:
+    return DASH if over is None else number(over.mean, digits)

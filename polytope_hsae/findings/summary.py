@@ -15,7 +15,7 @@ import numpy as np
 from ..config import Config
 from ..evaluation.bootstrap import Metric, Units, paired
 from ..evaluation.targets import Thresholds, assess_targets
-from ..study.results import Spread, spread
+from ..study.results import TOLERANCE, Spread, spread
 from .plan import Findings, Key, load_findings, settings_hash
 from .record import unpack_units
 from .run import read_hooks, records_in
@@ -66,6 +66,16 @@ class Summary:
         """Mean and deviation of a metric over the seeds that have a value."""
         found = [self.metrics(hook, seed, arm).get(metric, {}).get("value") for seed in self.seeds(hook, arm)]
         return spread([value for value in found if value is not None])
+
+    def l0_gap(self, hook: str, arm: str) -> float:
+        """How far an arm's L0 is from that of the arm that it is compared with, relative to the latter; means over
+        seeds. 0 where it is within the tolerance of matched arms, or not known.
+        """
+        l0, other = (self.over_seeds(hook, name, "l0") for name in (arm, self.study.against(arm)))
+        if l0 is None or other is None:
+            return 0.0
+        gap = l0.mean / other.mean - 1
+        return gap if abs(gap) > TOLERANCE else 0.0
 
     def chance(self, hook: str, metric: str) -> Spread | None:
         """The mean chance level of a metric over arms and seeds."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .plan import Cell, RunKey, Study, load_study, settings_hash
 from .run import best_trial, records_in
 
-TOLERANCE = 0.02  # relative difference up to which two arms have equally many atoms or parameters
+TOLERANCE = 0.02  # relative difference up to which two arms have equally many atoms or parameters, or one L0
 
 
 class Spread(NamedTuple):
@@ -108,16 +108,21 @@ def _result(study: Study, cell: Cell, records: Mapping[RunKey, Any]) -> Result |
 
 def best_flat(results: Sequence[Result], of: Result, size: str, split: str) -> Result | None:
     """The flat arm with the largest mean EV among those as large as `of`; `size`: atoms or parameters."""
-    wanted = mean(of.spread(size))
     rivals = [
         other
         for other in results
         if other.kind != "hsae"
         and other.cell[1:] == of.cell[1:]
         and other.numbers(split, "ev")
-        and abs(mean(other.spread(size)) - wanted) <= TOLERANCE * wanted
+        and alike(other, of, size)
     ]
     return max(rivals, key=lambda other: mean(other.spread(split, "ev")), default=None)
+
+
+def alike(one: Result, other: Result, *path: str) -> bool:
+    """Whether the mean of a number is within TOLERANCE of the other's."""
+    wanted = mean(other.spread(*path))
+    return abs(mean(one.spread(*path)) - wanted) <= TOLERANCE * wanted
 
 
 def difference(one: Result, other: Result, *path: str) -> Spread | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..fileio import update_text
 from ..report.words import DASH, listed, markdown_table, number
 from .pareto import page, picture
-from .results import TOLERANCE, Result, Results, Spread, best_flat, difference, read_results
+from .results import TOLERANCE, Result, Results, Spread, alike, best_flat, difference, read_results
 
 MAIN = (
     "arm",
@@ -40,7 +40,8 @@ TRIALS = ("arm", "rate", "EV", "CE recovered", "dead parents", "dead children")
 NOTES = (
     "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
     "rows read for it. Largest load: share of validation rows with the parent (a flat arm's latent) that is on most.",
-    "Flat arms have no hierarchy values, because they have no children.",
+    "P(parent on) given its child is 1 by construction where a parent gates its children; flat arms have none.",
+    f"†: not at matched L0, the two arms' differ by more than {TOLERANCE:.0%}. What every arm is: study.yaml.",
 )
 
 
@@ -137,13 +138,14 @@ def _main(found: Sequence[Result], result: Result, split: str) -> list[str]:
 
 
 def _against(found: Sequence[Result], result: Result, size: str, split: str) -> str:
-    """The difference from the best flat arm of that size, and its name."""
+    """The difference from the best flat arm of that size, and its name; marked where their L0s differ."""
     if result.kind != "hsae":
         return DASH
     rival = best_flat(found, result, size, split)
     if rival is None:
         return "no flat arm"
-    return f"{shown(difference(result, rival, split, 'ev'), 4, sign=True)} ({rival.cell.arm})"
+    mark = "" if alike(result, rival, split, "l0") else " †"
+    return f"{shown(difference(result, rival, split, 'ev'), 4, sign=True)} ({rival.cell.arm}){mark}"
 
 
 def _hierarchy(result: Result) -> list[str]:
