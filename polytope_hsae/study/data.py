@@ -213,7 +213,7 @@ class StudyData:
         )
         sigma_dd = probes.vector_root_dd @ probes.vector_root_dd
         if hook == FINAL_HOOK:  # the metric of penalties and causal norms there (docs/method.md section 3)
-            sigma_dd = CausalGeometry(self.lm.unembedding.cpu(), self.config.geometry.shrinkage).sigma
+            sigma_dd = CausalGeometry(self.lm.unembedding[self.lm.named].cpu(), self.config.geometry.shrinkage).sigma
         spread_t = torch.tensor(spread, dtype=torch.float64)
         tensors = {**probes_to_tensors(probes), "mean": mean_d, "spread": spread_t, "sigma": sigma_dd}
         write_tensors(self._probe_file(hook), tensors)
