@@ -9,8 +9,8 @@ import tiny
 import torch
 from running import hsae
 from safetensors.torch import load_file, save_file
-from test_family_hooks import SMALLEST, few_nouns, tree  # noqa: F401
 from test_families import settings
+from test_family_hooks import SMALLEST, few_nouns, tree  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -74,9 +74,7 @@ def test_evidence_and_teacher_are_as_without_rows_between_the_tokens():
 
     concepts = tiny.concepts(3)  # of the first tokens, whose ids are the same
     taught = extract_teacher(rows, geometry, concepts)
-    assert torch.equal(
-        extract_teacher(padded, of_named, concepts, named=named).parent_unified, taught.parent_unified
-    )
+    assert torch.equal(extract_teacher(padded, of_named, concepts, named=named).parent_unified, taught.parent_unified)
 
 
 @pytest.fixture(scope="module")
