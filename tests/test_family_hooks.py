@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from running import hsae
+from running import hsae, refused
 from test_families import one_thread, settings  # noqa: F401
 
+from polytope_hsae.fileio import read_json
 from polytope_hsae.phases import phase1_teacher
 
 # Family, a module inside its second block, and the width of that module's rows; None: it has no such rows.
@@ -93,7 +94,7 @@ def save(folder: Path, family: str) -> Path:
 def test_a_block_and_a_module_inside_one(family, tree, tmp_path):
     model = save(tmp_path / "model", family)
     inside, width = INSIDE[family]
-    of_encoder = family in tiny.ENCODERS
+    of_encoder, embedded = family in tiny.ENCODERS, EMBEDDED.get(family, 32)
     for hook, rows_of in (("layers.0", 32), (inside, width)):
         run = tmp_path / hook
         changes = settings(f"model.name={model}", f"model.hook={hook}", f"concepts.ontology={tree}", *SMALLEST)
@@ -112,11 +113,7 @@ def test_a_block_and_a_module_inside_one(family, tree, tmp_path):
             assert all(metric["value"] is not None or metric["why"] for metric in metrics.values())
             assert metrics["purity"]["value"] is not None
             assert (metrics["steering_unreached"]["value"] is None) == of_encoder
-            if rows_of == EMBEDDED.get(family, 32):
-                assert metrics["ev_causal"]["value"] is not None
-            else:
-                assert metrics["ev_causal"]["value"] is None
-                assert metrics["ev_causal"]["why"].endswith(
-                    f" have width {rows_of}, the unembedding's {EMBEDDED.get(family, 32)}"
-                )
+            causal = metrics["ev_causal"]
+            assert (causal["value"] is not None) == (rows_of == embedded)
+            assert causal["value"] is not None or f"width {rows_of}, the unembedding's {embedded}" in causal["why"]
         assert "<html" in (run / "report.html").read_text()
