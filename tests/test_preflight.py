@@ -2,12 +2,11 @@
 
 import json
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from running import SMOKE, contents, copy, hsae, refused
+from running import SMOKE, hsae, refused
 from safetensors.torch import load_file, save_file
 
 from polytope_hsae.config import ConfigError, load_config
@@ -16,11 +15,6 @@ from polytope_hsae.data.harvest import harvest, planned_rows
 from polytope_hsae.phases import preflight
 
 FREE = namedtuple("FREE", "total used free")
-
-
-@pytest.fixture(scope="module")
-def harvested(finished, tmp_path_factory) -> Path:
-    return copy(finished, tmp_path_factory.mktemp("preflight") / "run", phases=1)
 
 
 def sets(*changes: str) -> list[str]:
@@ -143,20 +137,3 @@ def test_text_without_the_teachers_words_or_without_contexts_to_edit(tmp_path):
         hsae("run", *SMOKE, *inner, "--out", tmp_path / "run"),
         "concepts: found no train word of 2 parents in the train documents, allowed: one, for the teacher at layers.0",
     )
-
-
-def test_phases_run_alone_ask_again(harvested, finished, tmp_path):
-    before = contents(harvested)
-    for changes, words in (
-        (["training.batch_size=99999"], "training.batch_size: found 99999, allowed: 1 to "),
-        (["hsae.n_parents=5"], "hsae.n_parents: found 5, allowed: at least the teacher's 8 parents"),
-        (["hsae.subspace_dim=256"], "hsae.subspace_dim: found 256, allowed: at most 255, the width less 1"),
-    ):
-        for phase in ("phase2", "phase3"):
-            refused(hsae(phase, *SMOKE, *sets(*changes), "--out", harvested), words)
-    assert contents(harvested) == before
-    run = copy(finished, tmp_path / "run", phases=3)
-    for layer, words in (("layers.9", "allowed: layers.-6 to layers.5"), (ACT, "allowed: width 256")):
-        answer = hsae("phase4", *SMOKE, *sets(f"eval.steering.layers=[{layer}]"), "--out", run)
-        refused(answer, "eval.steering.layers: found ", words)
-    assert not (run / "phase4").exists()
