@@ -55,7 +55,7 @@ def test_a_disk_without_room_and_memory_without_room(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: FREE(10**9, 10**9, 10**6))
     answer = hsae("run", *SMOKE, "--out", tmp_path / "run")
     refused(
-        answer, "corpus.max_tokens: found 5,9", "rows of width 256, 6.2 MB of float32", "allowed: the 1.0 MB free on"
+        answer, "corpus.max_tokens: found 5,9", "rows of width 256, 6.3 MB of float32", "allowed: the 1.0 MB free on"
     )
     monkeypatch.undo()
     monkeypatch.setattr(preflight, "memory_of", lambda device: 10**6)
@@ -66,10 +66,10 @@ def test_a_disk_without_room_and_memory_without_room(tmp_path, monkeypatch):
 
 def test_a_store_that_is_partly_there_needs_the_rest(tmp_path, monkeypatch):
     folder = tmp_path / "run" / "activations"
-    bytes_of_row = 16 * 2 + 7 * 4
+    bytes_of_row = 16 * 2 + preflight.LABEL_BYTES
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: FREE(0, 0, 50 * bytes_of_row))
     preflight.require_disk(folder, 50, 16, "float16")  # nothing is there yet, not even the run folder
-    with pytest.raises(ConfigError, match=r"51 rows of width 16, 3\.1 KB of float16 to be written"):
+    with pytest.raises(ConfigError, match=r"51 rows of width 16, 3\.3 KB of float16 to be written"):
         preflight.require_disk(folder, 51, 16, "float16")
     folder.mkdir(parents=True)
     (folder / "train-00000.safetensors").write_bytes(b"0" * bytes_of_row)

@@ -290,9 +290,7 @@ def evaluate_language_model(
         for name, sums_B14 in of_batch.items():
             sums_N14[name][members_B.numpy()] = sums_B14
     keys = np.arange(len(ids_NT)) if documents is None else np.asarray(documents, dtype=np.int64)
-    return {
-        name: _language_model_metrics(sums, keys, lm.n_named, bootstrap, seed) for name, sums in sums_N14.items()
-    }
+    return {name: _language_model_metrics(sums, keys, lm.n_named, bootstrap, seed) for name, sums in sums_N14.items()}
 
 
 def _language_model_metrics(
