@@ -1,16 +1,19 @@
 # make demo: install into .venv and run the quickstart. make test: install what tests need and run them.
-# make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
+# make test-families: tiny models of 24 families. make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fuzz lint wheel clean
+.PHONY: demo test test-families fuzz lint wheel clean
 
 demo: .venv/core
 	$(BIN)/hsae run quickstart
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --cov=polytope_hsae --cov-fail-under=85
+
+test-families: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m '' tests/test_families.py tests/test_family_hooks.py
 
 fuzz: .venv/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_fuzz.py

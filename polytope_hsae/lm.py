@@ -42,7 +42,8 @@ class LanguageModel:
 
     h is the residual after the final norm. A constant that the model multiplies its logits by is folded
     into U and b. A model without an output head, such as an encoder, uses its input embeddings as U and says so:
-    `has_head` is False, h is its last hidden state, and whatever needs logits raises ValueError.
+    `has_head` is False, h is its last hidden state, and whatever needs logits raises ValueError. `named` is an index of
+    the rows whose id the tokenizer names, special and added tokens too: the rest of a padded vocabulary are no words.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LanguageModel:
         self.unembedding: Tensor = _scaled(source.weight, scale)
         self.unembedding_bias: Tensor | None = None if bias is None else _scaled(bias, scale)
         self.vocab_size, self.width = self.unembedding.shape
+        self.named = _named(tokenizer, self.vocab_size)
 
     @classmethod
     def load(
@@ -112,6 +114,11 @@ class LanguageModel:
         return self.unembedding.device
 
     @property
+    def n_named(self) -> int:
+        """Rows of U whose id the tokenizer names."""
+        return len(torch.arange(self.vocab_size)[self.named])
+
+    @property
     def tokenizer_sha256(self) -> str:
         """SHA-256 of tokenizer.json; of the vocabulary (token, id) for a tokenizer that has no such file."""
         if self._tokenizer_sha256 is None:
@@ -127,12 +134,16 @@ class LanguageModel:
     def resolve_hook(self, hook: str) -> str:
         """The module's own name for `layers.N`, the N-th block whatever the model calls it (N < 0 from the end).
 
-        Any other hook is returned as it is. Raises ValueError for a block or a module that the model does not have, and
-        for the final residual where only input embeddings of another width stand in for the unembedding.
+        Any other hook is returned as it is. Raises ValueError for a block or a module that the model does not have, for
+        the output head, and for the final residual where only input embeddings of another width stand in for the
+        unembedding.
         """
         match = re.fullmatch(r"layers\.(-?\d+)", hook)
         if match is None or hook in self._modules:
             self._require_module(hook)
+            if self.head is not None and self._modules.get(hook) is self.head:
+                found = f"{hook!r}, the output head, whose rows are logits"
+                raise ValueError(f"model.hook: found {found}; allowed: {FINAL_HOOK}, which it reads, layers.N, ...")
             hidden = hidden_size(self.model)
             if hook == FINAL_HOOK and self.head is None and hidden not in (None, self.width):
                 found = f"{hook!r} of width {hidden}, but {self.name}'s embeddings have {self.width}"
@@ -320,6 +331,12 @@ def _scaled(weight: Tensor, scale: float) -> Tensor:
     """A parameter as float32, multiplied by `scale`; shares memory where nothing changes."""
     weight = weight.detach().float()
     return weight if scale == 1.0 else weight * scale
+
+
+def _named(tokenizer: Any, vocab_size: int) -> slice | Tensor:
+    """The ids below `vocab_size` that a tokenizer names: a slice, which copies nothing, where they are the first."""
+    ids = sorted({token for token in tokenizer.get_vocab().values() if token < vocab_size})
+    return slice(len(ids)) if ids[-1] == len(ids) - 1 else torch.tensor(ids)
 
 
 def _checked_mask(mask_BT: Tensor | None, ids_BT: Tensor) -> Tensor | None:

@@ -30,7 +30,7 @@ from polytope_hsae.geometry.bases import (
     seeded_generator,
 )
 from polytope_hsae.geometry.causal import CausalGeometry
-from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
+from polytope_hsae.geometry.estimators import ALL, ActivationClassStats, ConceptEstimator
 from polytope_hsae.parsing import checked, shown
 
 FORMS = ("dual", "literal")
@@ -306,13 +306,15 @@ def extract_teacher(
     folds: Sequence[str] = ("train",),
     form: str = "dual",
     balanced: bool = False,
+    named: slice | Tensor = ALL,
     metadata: Mapping[str, str] | None = None,
 ) -> Teacher:
     """The teacher from tokens: l of every parent (union of its children's tokens) and child, words of `folds`
     only.
 
     Args: unembedding [V, d]; geometry its metric; balanced: l_p minus the mean of all l_p (tokens count alike
-    anyway); metadata: further strings to keep (model, model_revision, hook).
+    anyway); named: index of the rows that stand for a token; metadata: further strings to keep (model,
+    model_revision, hook).
     """
     child_parent = list(concepts.child_parent_R)
     child_tokens = concepts.child_tokens(folds=tuple(folds))
@@ -322,7 +324,7 @@ def extract_teacher(
     parent_tokens: list[list[int]] = [[] for _ in concepts.parents]
     for tokens, parent in zip(child_tokens, child_parent, strict=True):
         parent_tokens[parent] += tokens
-    estimate = ConceptEstimator(unembedding, geometry, estimator)
+    estimate = ConceptEstimator(unembedding, geometry, estimator, named)
     parents_Qd = estimate.concept_vectors(parent_tokens)
     deltas_Rd = estimate.concept_vectors(child_tokens) - parents_Qd[child_parent]
     if balanced:

@@ -303,6 +303,26 @@ def test_a_model_that_does_not_fit_into_memory(harvested):
     assert not (harvested / "phase2").exists()
 
 
+def test_phases_run_alone_ask_again(harvested, finished, tmp_path):
+    before = contents(harvested)
+    for setting, words in (
+        ("training.batch_size=99999", "training.batch_size: found 99999, allowed: 1 to "),
+        ("hsae.n_parents=5", "hsae.n_parents: found 5, allowed: at least the teacher's 8 parents"),
+        ("hsae.subspace_dim=256", "hsae.subspace_dim: found 256, allowed: at most 255, the width less 1"),
+    ):
+        for phase in ("phase2", "phase3"):
+            refused(hsae(phase, *SMOKE, "--set", setting, "--out", harvested), words)
+    assert contents(harvested) == before
+    run = copy(finished, tmp_path / "run", phases=3)
+    for layer, words in (
+        ("layers.9", "allowed: layers.-6 to layers.5"),
+        ("model.layers.2.mlp.act_fn", "allowed: width 256"),
+    ):
+        answer = hsae("phase4", *SMOKE, "--set", f"eval.steering.layers=[{layer}]", "--out", run)
+        refused(answer, "eval.steering.layers: found ", words)
+    assert not (run / "phase4").exists()
+
+
 def test_models_and_records(finished, tmp_path):
     run = copy(finished, tmp_path / "run")
     model, arm = run / "phase2/baseline/model", run / "phase2/baseline"
@@ -376,7 +396,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk(small_disk):
     run = small_disk / "run"
-    refused(hsae("phase1", *SMOKE, "--out", run), "No space left on device", "activations/train-00000.safetensors")
+    refused(hsae("phase1", *SMOKE, "--out", run), "corpus.max_tokens: found ", " free on the disk of ")
     assert list(files(run)) == ["config.yaml"]
     (small_disk / "rest").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     refused(hsae("phase1", *SMOKE, "--out", small_disk / "other"), "No space left on device", "other/config.yaml")

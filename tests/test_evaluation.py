@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
@@ -116,7 +117,7 @@ def lm():
         max_position_embeddings=32,
         initializer_range=0.5,
     )
-    return LanguageModel(LlamaForCausalLM(config), None, name="tiny", has_head=True)
+    return LanguageModel(LlamaForCausalLM(config), tiny.tokenizer(), name="tiny", has_head=True)
 
 
 @pytest.fixture(scope="module")

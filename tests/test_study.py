@@ -155,6 +155,30 @@ def test_a_stopped_study_goes_on_and_ends_with_the_same_numbers(done, fixtures, 
             assert records(out)[name][part] == record[part]
 
 
+def test_a_hook_of_another_width_than_the_unembedding(fixtures, tmp_path):
+    hook = "model.layers.0.mlp.act_fn"
+    answer = run(written(tmp_path, hooks=[hook], seeds=[0], lr=[1e-3]), tmp_path / "out", fixtures)
+    assert answer.code == 0, answer.err
+    found = records(tmp_path / "out")
+    assert len(found) == 2
+    assert all(record["failed"] is None and record["hook"] == hook for record in found.values())
+
+
+def test_clashes_are_said_before_the_harvest(fixtures, tmp_path):
+    wide = with_arm(0, hsae={**TINY["arms"][0]["hsae"], "subspace_dim": 99999})
+    for changes, words in (
+        ({"batch_size": 99999}, "batch_size: found 99999, allowed: 1 to "),
+        ({"hooks": ["lm_head"]}, "model.hook: found 'lm_head', the output head, whose rows are logits; allowed: "),
+        ({"hooks": ["layers.7"]}, "model.hook: found 'layers.7', allowed: layers.-2 to layers.1"),
+        ({"arms": wide}, "hsae.subspace_dim: found 99999, allowed: at most the width 32"),
+    ):
+        path = written(tmp_path, **changes)
+        answer = run(path, tmp_path / "out", fixtures, "--set", "corpus.max_tokens=3000", "--cache", tmp_path / "cache")
+        refused(answer, words)
+        assert not list(tmp_path.glob("cache/**/*.safetensors"))
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_runs_in_worker_processes_give_the_same_numbers(done, fixtures, tmp_path):
     out = tmp_path / "out"
     answer = run(written(tmp_path), out, fixtures, "--workers", 2, "--only", f"topk-{HOOK}-4", "--limit", 1)

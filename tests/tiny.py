@@ -1,6 +1,6 @@
 """Tiny, randomly initialised language models for tests that need a real forward pass.
 
-With a word tokenizer of 64 tokens (`model`, `save`), or of six families with a real tokenizer (`save_family`).
+With a word tokenizer of 64 tokens (`model`, `save`), or of many families with a real tokenizer (`save_family`).
 """
 
 import shutil
@@ -41,7 +41,32 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 10.0},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "bert": {},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 32},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "phi": {},
+    "bloom": {},
+    "mpt": {"expansion_ratio": 2, "max_seq_len": 128},
+    "falcon": {"new_decoder_architecture": False},
+    "olmo2": {"num_key_value_heads": 2},
+    "cohere": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0},
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mamba": {"state_size": 8},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
+    "electra": {"embedding_size": 16},
 }
+ENCODERS = ("bert", "electra")
 
 
 def tokenizer(prefix: str = "w") -> PreTrainedTokenizerFast:
@@ -93,7 +118,7 @@ def save(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
 
 
 def family(kind: str, tokenizer: PreTrainedTokenizerFast, *, context: int = 128, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of one of six families, BERT as a masked LM and all others causal.
+    """A tiny model of a family, encoders as masked LMs and all others causal.
 
     It has an embedding for 8 tokens more than the tokenizer's, and reads at most `context` tokens.
     """
@@ -111,7 +136,7 @@ def family(kind: str, tokenizer: PreTrainedTokenizerFast, *, context: int = 128,
         **OF_FAMILY[kind],
     )
     torch.manual_seed(seed)
-    return (AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM).from_config(config).eval()
+    return (AutoModelForMaskedLM if kind in ENCODERS else AutoModelForCausalLM).from_config(config).eval()
 
 
 def packaged_tokenizer() -> PreTrainedTokenizerFast:
@@ -120,10 +145,14 @@ def packaged_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_family(
-    folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None, *, context: int = 128
+    folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None, *, context: int = 128, **options: Any
 ) -> Path:
-    """Write a tiny model of a family in Hugging Face format, with a tokenizer or a copy of the packaged one."""
-    family(kind, tokenizer or packaged_tokenizer(), context=context).save_pretrained(folder)
+    """Write a tiny model of a family in Hugging Face format, with a tokenizer or a copy of the packaged one.
+
+    `options` go to `save_pretrained`; a `dtype` is that of the weights.
+    """
+    made = family(kind, tokenizer or packaged_tokenizer(), context=context)
+    made.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     else:

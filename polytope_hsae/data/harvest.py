@@ -139,15 +139,24 @@ def _write_shards(
         )
 
 
+def planned_rows(documents: Documents, members: Mapping[str, Tensor], context_length: int) -> dict[str, int]:
+    """How many rows a harvest will have of every split. Raises ValueError for a split without any."""
+    return {name: int(_rows(documents, name, ids, context_length)[1].sum()) for name, ids in members.items()}
+
+
+def _rows(documents: Documents, split: str, doc_ids: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
+    """Contexts [n, 3] of a split and the rows of each [n]. Raises ValueError where there is none."""
+    contexts_n3 = contexts(documents, doc_ids, context_length)
+    if not len(contexts_n3):
+        raise ValueError(f"corpus: the documents of {split} give no rows")
+    return contexts_n3, contexts_n3[:, 2] - int(documents.start_id is None)
+
+
 def _plan(documents: Documents, members: Mapping[str, Tensor], context_length: int, shard_rows: int) -> list[_Shard]:
     """Contexts of every split cut into shards of at most `shard_rows` rows (or one context)."""
     plan: list[_Shard] = []
-    prefix = 0 if documents.start_id is None else 1
     for name, doc_ids in members.items():
-        contexts_n3 = contexts(documents, doc_ids, context_length)
-        rows_n = contexts_n3[:, 2] + prefix - 1
-        if not rows_n.numel():
-            raise ValueError(f"corpus: the documents of {name} give no rows")
+        contexts_n3, rows_n = _rows(documents, name, doc_ids, context_length)
         first, number = 0, 0
         while first < rows_n.numel():
             fitting = int((rows_n[first:].cumsum(0) <= shard_rows).sum())

@@ -2,8 +2,8 @@
 
 Sums are kept per document and pooled over the whole split; batches never enter a value.
 
-Shapes: N rows, d residual width, B rows (or contexts) of a batch, T positions, V vocabulary, U documents, G groups of
-documents.
+Shapes: N rows, d residual width, B rows (or contexts) of a batch, T positions, V vocabulary, W its ids that have a
+name, U documents, G groups of documents.
 """
 
 from collections.abc import Mapping
@@ -161,8 +161,8 @@ def _of_dimension(sums_2Gd: FloatArray, n: int, seed: int) -> dict[str, Metric]:
 class _Clean:
     """The unedited model's predictions on contexts [B, T], which every edited one is compared with."""
 
-    def __init__(self, logits_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> None:
-        self.ids_BT, self.counted_BT = ids_BT, counted_BT
+    def __init__(self, logits_BTV: Tensor, ids_BT: Tensor, counted_BT: Tensor, named: slice | Tensor) -> None:
+        self.ids_BT, self.counted_BT, self.named = ids_BT, counted_BT, named
         self.log_p = [self._log_p(logits_TV, row) for row, logits_TV in enumerate(logits_BTV)]
         self.ce_B = torch.stack([self._ce(log_p_NV, row) for row, log_p_NV in enumerate(self.log_p)])
 
@@ -175,7 +175,8 @@ class _Clean:
 
     def compare(self, logits_BTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per context, float64 [B], summed: next-token cross-entropy, KL(clean || logits), and the squared distance of
-        the logits from the clean ones, both centred over the vocabulary (a shift of all of them changes nothing).
+        the logits from the clean ones, both centred (a shift of all of them changes nothing). The distance is over the
+        logits of ids that have a name, the first two are of the model's own distribution over all.
         """
         ce_B, kl_B, distance_B = [], [], []
         for row, logits_TV in enumerate(logits_BTV):
@@ -183,9 +184,10 @@ class _Clean:
             ce_B.append(self._ce(log_p_NV, row))
             change_NV = self.log_p[row] - log_p_NV
             kl_B.append((self.log_p[row].exp() * change_NV).sum(-1).double().sum())
-            shift_N = change_NV.mean(-1).double()
-            squared_N = torch.linalg.vector_norm(change_NV, dim=-1).double().square()
-            distance_B.append((squared_N - change_NV.shape[-1] * shift_N.square()).sum())
+            change_NW = change_NV[:, self.named]
+            shift_N = change_NW.mean(-1).double()
+            squared_N = torch.linalg.vector_norm(change_NW, dim=-1).double().square()
+            distance_B.append((squared_N - change_NW.shape[-1] * shift_N.square()).sum())
         return torch.stack(ce_B), torch.stack(kl_B), torch.stack(distance_B)
 
 
@@ -230,7 +232,7 @@ def _language_model_sums(
     counted_BT = mask_BT[:, 1:].bool() & mask_BT[:, :-1].bool()
     counted_BT[:, 0] = False  # nothing is edited at position 0, so its prediction cannot change
     runs = EditedRuns(lm, ids_BT, hook, mask_BT)
-    clean = _Clean(runs.logits(look), ids_BT, counted_BT)
+    clean = _Clean(runs.logits(look), ids_BT, counted_BT, lm.named)
 
     def both(edit: Edit) -> list[tuple[Tensor, Tensor, Tensor]]:
         every = clean.compare(runs.logits(replaced(edit, float("inf"))))
@@ -264,7 +266,7 @@ def evaluate_language_model(
 
     `ce_recovered` = (ablated - spliced)/(ablated - clean), where ablated replaces the hook's rows by the train mean;
     `delta_ce` = spliced - clean; `kl` = KL(clean || spliced); `ev_logit` = 1 - D(spliced)/D(ablated) with D the squared
-    distance of the logits from the clean ones, both centred over the vocabulary. Metrics ending in `_massive_kept` are
+    distance of the tokens' logits from the clean ones, both centred over tokens. Metrics ending in `_massive_kept` are
     the same with rows whose norm is above `norm_limit` (None: no limit) left as they are, in the ablated run too.
     Position 0 is left untouched in all runs, because the store never holds it and no model is trained on it; its
     prediction, which then cannot change, and the last position, which predicts nothing, are not counted. `documents`
@@ -288,13 +290,11 @@ def evaluate_language_model(
         for name, sums_B14 in of_batch.items():
             sums_N14[name][members_B.numpy()] = sums_B14
     keys = np.arange(len(ids_NT)) if documents is None else np.asarray(documents, dtype=np.int64)
-    return {
-        name: _language_model_metrics(sums, keys, lm.vocab_size, bootstrap, seed) for name, sums in sums_N14.items()
-    }
+    return {name: _language_model_metrics(sums, keys, lm.n_named, bootstrap, seed) for name, sums in sums_N14.items()}
 
 
 def _language_model_metrics(
-    sums_N14: FloatArray, keys: NDArray[np.int64], vocab_size: int, n: int, seed: int
+    sums_N14: FloatArray, keys: NDArray[np.int64], n_tokens: int, n: int, seed: int
 ) -> Evaluation:
     docs_U, doc_of_context_N = np.unique(keys, return_inverse=True)
     sums_U14 = np.zeros((len(docs_U), sums_N14.shape[1]))
@@ -322,9 +322,9 @@ def _language_model_metrics(
         "delta_ce": float((ablated_U - clean_U).sum() / tokens),
         "kl": float(kl_ablated_U.sum() / tokens),
         "ev_logit": 0.0,
-        "ce_clean": float(np.log(vocab_size)),
-        "ce_ablated": float(np.log(vocab_size)),
-        "ce_spliced": float(np.log(vocab_size)),
+        "ce_clean": float(np.log(n_tokens)),
+        "ce_ablated": float(np.log(n_tokens)),
+        "ce_spliced": float(np.log(n_tokens)),
         "ce_recovered_massive_kept": 0.0,
         "delta_ce_massive_kept": float((kept_ablated_U - clean_U).sum() / tokens),
         "kl_massive_kept": float(kept_kl_ablated_U.sum() / tokens),

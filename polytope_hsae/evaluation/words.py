@@ -120,10 +120,8 @@ class Lexicon:
         elif store.width != lm.width:
             self.how_writes = f"Nothing: rows of {hook} have width {store.width}, the unembedding's {lm.width}."
         else:
-            # The rest of a padded vocabulary stands for no text.
-            known = torch.arange(min(lm.vocab_size, len(lm.tokenizer)))
-            centre_d = row_mean(lm.unembedding)
-            self._written = Words(known, lm.unembedding[: len(known)], centre_d, geometry, Space.COVECTOR)
+            known, rows_Wd = torch.arange(lm.vocab_size)[lm.named], lm.unembedding[lm.named]
+            self._written = Words(known, rows_Wd, row_mean(rows_Wd), geometry, Space.COVECTOR)
             self.how_writes = "Causal cosine of the write direction with the word's unembedding row, less the mean row"
             self.how_writes += (
                 ": the next-token logits it raises." if final else " (a logit lens: later layers are left out)."

@@ -16,6 +16,7 @@ from ..fileio import read_json
 from ..models.base import SparseAutoencoder
 from ..phases.arms import train_arm
 from ..phases.measure import HeldOut, measure_models
+from ..phases.preflight import check_arms, check_rows, memory_of
 from ..phases.run import Run
 from ..provenance import environment
 from ..records import Train
@@ -38,9 +39,11 @@ class Bench:
         self._held_out: dict[tuple[str, str], HeldOut] = {}
 
     def run(self, hook: str) -> Run:
-        """The hook's run folder, its store on the device if it fits there."""
+        """The hook's run folder, its store on the device if it fits there. Raises ConfigError where an arm does not."""
         if hook not in self._runs:
             run = Run.open(self.folders[hook], self.device, quiet=True)
+            check_arms(run.config, run.store.width, memory_of(run.device))
+            check_rows(run.config, run.store.n_rows("train"), run.concepts.n_parents)
             run.store = place(run.store, run.device, RESERVED)
             self._runs[hook] = run
         return self._runs[hook]

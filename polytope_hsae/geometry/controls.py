@@ -42,17 +42,18 @@ def variant(
 ) -> Variant | str:
     """The named control or metric, or a sentence on why it cannot be had. ValueError for an unknown name."""
     estimate, geometry = main.estimate, main.estimate.geometry
-    rows_Vd, method = estimate.unembedding_Vd, estimate.method
+    rows_Vd, named = estimate.unembedding_Vd, estimate.named
     generator = torch.Generator().manual_seed(seed)
     if name == "shuffled_rows":
         # A permutation of the rows leaves their covariance, hence the geometry, as it is.
-        order_V = torch.randperm(len(rows_Vd), generator=generator).to(rows_Vd.device)
-        return Variant(ConceptEstimator(rows_Vd[order_V], geometry, method), main.child_words)
+        order_V, ids_N = torch.arange(len(rows_Vd)), estimate.ids
+        order_V[ids_N] = ids_N[torch.randperm(len(ids_N), generator=generator)]
+        return Variant(estimate.of(rows_Vd[order_V.to(rows_Vd.device)], geometry), main.child_words)
     if name == "gaussian":
-        noise_Vd = torch.randn(rows_Vd.shape, generator=generator).to(rows_Vd.device)
-        return Variant(
-            ConceptEstimator(noise_Vd, CausalGeometry(noise_Vd, geometry.shrinkage), method), main.child_words
-        )
+        noise_Nd = torch.randn(len(estimate.ids), rows_Vd.shape[1], generator=generator).to(rows_Vd.device)
+        noise_Vd = noise_Nd.new_zeros(rows_Vd.shape)
+        noise_Vd[named] = noise_Nd
+        return Variant(estimate.of(noise_Vd, CausalGeometry(noise_Nd, geometry.shrinkage)), main.child_words)
     if name == "pseudo_parents":
         if max(child_parent) + 1 <= max(np.bincount(child_parent)):
             return WHY_FEW
@@ -68,10 +69,10 @@ def variant(
             return WHY_NO_COVARIANCE
         on_device_dd = activation_covariance.to(rows_Vd.device)
         other = CausalGeometry.from_activation_covariance(on_device_dd, geometry.shrinkage)
-        return Variant(ConceptEstimator(rows_Vd, other, method), main.child_words)
+        return Variant(estimate.of(rows_Vd, other), main.child_words)
     if name in METRICS:
-        other = CausalGeometry(rows_Vd, geometry.shrinkage, name, seed=seed)
-        return Variant(ConceptEstimator(rows_Vd, other, method), main.child_words)
+        other = CausalGeometry(rows_Vd[named], geometry.shrinkage, name, seed=seed)
+        return Variant(estimate.of(rows_Vd, other), main.child_words)
     raise ValueError(f"controls: found {name!r}, allowed: {', '.join((*CONTROLS, *METRICS))}")
 
 

@@ -17,6 +17,7 @@ from polytope_hsae.geometry.causal import CausalGeometry, Space, row_mean
 
 Estimator = Literal["mean", "lda"]
 TokenSets = Sequence[Sequence[int]]
+ALL = slice(None)
 _BLOCK_TOKENS = 16_384
 
 
@@ -28,9 +29,12 @@ class ConceptEstimator:
         geometry: the metric; g_y is computed only for the tokens asked for.
         method: `mean`: l = mean g. `lda`: S = Ledoit-Wolf covariance of the set, w = S^+ mu / |S^+ mu|, l =
         (w . mu) w.
+        named: index of the rows that stand for a token: the others are in no mean.
     """
 
-    def __init__(self, unembedding: Tensor, geometry: CausalGeometry, method: str = "mean") -> None:
+    def __init__(
+        self, unembedding: Tensor, geometry: CausalGeometry, method: str = "mean", named: slice | Tensor = ALL
+    ) -> None:
         if method not in get_args(Estimator):
             raise ValueError(f"estimator: found {method!r}, allowed: {', '.join(get_args(Estimator))}")
         if unembedding.ndim != 2 or unembedding.shape[1] != geometry.width:
@@ -39,12 +43,22 @@ class ConceptEstimator:
         self.geometry = geometry
         self.method = cast(Estimator, method)
         # Without centring every vector carries the mean row, and the orthogonality ratio is 1 by artefact.
-        self.mean_d = row_mean(self.unembedding_Vd)
+        self.mean_d = row_mean(self.unembedding_Vd[named])
+        self.named = named
+
+    def of(self, unembedding: Tensor, geometry: CausalGeometry) -> "ConceptEstimator":
+        """The same estimator for other rows or in another metric."""
+        return ConceptEstimator(unembedding, geometry, self.method, self.named)
 
     @property
     def vocab_size(self) -> int:
         """V."""
         return self.unembedding_Vd.shape[0]
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids that stand for a token, int64, rising."""
+        return torch.arange(self.vocab_size)[self.named]
 
     def rows(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """g [n, d] (float64) of n token ids. Raises ValueError for ids outside the vocabulary."""

@@ -3,7 +3,7 @@
 In d dimensions random vectors are nearly orthogonal, and a child's set inside its parent's gives exactly 90
 degrees, so an angle proves nothing by itself (docs/method.md §3). Every control computes everything anew.
 
-Shape suffixes: V vocabulary, d residual width, R children, Q parents. Vectors are in the unified coordinate.
+Shape suffixes: V vocabulary, N tokens, d residual width, R children, Q parents. Vectors are in the unified coordinate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.controls import CONTROLS, METRICS, Variant, variant
 from polytope_hsae.geometry.decision import hierarchy_decision
 from polytope_hsae.geometry.difference import nontrivial_difference
-from polytope_hsae.geometry.estimators import ConceptEstimator
+from polytope_hsae.geometry.estimators import ALL, ConceptEstimator
 from polytope_hsae.geometry.orthogonality import omega, orthogonality_ratio
 from polytope_hsae.geometry.polytopes import MEASURES, polytopes
 from polytope_hsae.geometry.signal import concept_signal, frequency_order
@@ -108,6 +108,7 @@ def collect_evidence(
     controls: Sequence[str] = (*CONTROLS, *METRICS),
     counts: Tensor | None = None,
     activation_covariance: Tensor | None = None,
+    named: slice | Tensor = ALL,
 ) -> dict[str, Any]:
     """All statistics for the real concepts (`main`) and for every control and metric, everything estimated anew;
     ready for JSON.
@@ -122,6 +123,7 @@ def collect_evidence(
         controls: which of `controls.CONTROLS` and `controls.METRICS`.
         counts: of every token in a corpus [V], to match tokens by frequency; None: by vocabulary rank.
         activation_covariance: [d, d], of the residual that U reads; for the metric residual_covariance.
+        named: index of the rows that stand for a token, of which `geometry` is; no others are drawn or compared with.
     """
     if len(parent_names) != len(set(child_parent)) or len(child_names) != len(child_parent):
         raise ValueError(
@@ -133,7 +135,7 @@ def collect_evidence(
         known = {token for word in nouns for token in word}
         nouns += [list(word) for words in child_words for word in words if known.isdisjoint(word)]
     options = {"permutations": permutations, "halvings": halvings, "bootstrap": bootstrap, "seed": seed}
-    main = Variant(ConceptEstimator(unembedding, geometry, estimator), child_words)
+    main = Variant(ConceptEstimator(unembedding, geometry, estimator, named), child_words)
     made = {
         name: variant(name, main, child_parent, seed=seed, activation_covariance=activation_covariance)
         for name in controls
@@ -152,12 +154,13 @@ def collect_evidence(
         },
     }
     order_V = frequency_order(len(unembedding), counts)
+    order_N = order_V[np.isin(order_V, main.estimate.ids.numpy())]
     for name, found in {"main": main, **made}.items():
         if isinstance(found, str):
             # What cannot be had keeps its place, without numbers.
             out[name] = {**dict.fromkeys(_SUMMARY), "why": found}
             continue
-        out[name] = _measure(found, child_parent, nouns, order_V, child_names, parent_names, **options)
+        out[name] = _measure(found, child_parent, nouns, order_N, child_names, parent_names, **options)
     return out
 
 
@@ -211,7 +214,7 @@ def _measure(
     found: Variant,
     child_parent: Sequence[int],
     nouns: Sequence[Word],
-    order_V: np.ndarray,
+    order_N: np.ndarray,
     child_names: Sequence[str],
     parent_names: Sequence[str],
     **options: int,
@@ -225,7 +228,7 @@ def _measure(
     children: dict[str, Any] = {"name": list(child_names)} if found.own_children else {}
     children |= result["children"]
 
-    signal = concept_signal(estimate, words, child_words, order_V, seed=seed, reference=reference)
+    signal = concept_signal(estimate, words, child_words, order_N, seed=seed, reference=reference)
     parents |= {"auroc": _nullable(signal.parent_auroc), "reliability": _nullable(signal.parent_reliability)}
     children |= {"auroc": _nullable(signal.child_auroc), "reliability": _nullable(signal.child_reliability)}
 

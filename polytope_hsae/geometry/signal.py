@@ -1,7 +1,7 @@
 """Does a concept's vector know its held-out words? (docs/method.md §3, evidence of the first kind)
 
-Shape suffixes: V vocabulary, n tokens of one parent, m matched tokens of each, d residual width, S vectors (2 halves
-of each of H halvings), R children, Q parents.
+Shape suffixes: V vocabulary, N its tokens, n tokens of one parent, m matched tokens of each, d residual width, S
+vectors (2 halves of each of H halvings), R children, Q parents.
 """
 
 from collections.abc import Sequence
@@ -38,27 +38,27 @@ def frequency_order(vocab_size: int, counts: Tensor | None) -> np.ndarray:
     return np.argsort(-counts.cpu().numpy(), kind="stable")
 
 
-def matched_tokens(tokens: Sequence[int], order_V: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def matched_tokens(tokens: Sequence[int], order_N: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """For each token, m different tokens at random of the 200 next to it in frequency, none of them in `tokens`.
 
     Returns ids [n, m]; m is 20, or half of what a small vocabulary has beside `tokens`. ValueError where that is 0.
     """
-    free_V = order_V[~np.isin(order_V, tokens)]
-    m = min(MATCHED, len(free_V) // 2)
+    free_N = order_N[~np.isin(order_N, tokens)]
+    m = min(MATCHED, len(free_N) // 2)
     if m == 0:
-        raise ValueError(f"vocabulary: found {len(free_V)} tokens outside the concept, allowed: at least 2")
-    rank_V = np.empty_like(order_V)
-    rank_V[order_V] = np.arange(len(order_V))
-    at_n = np.searchsorted(rank_V[free_V], rank_V[np.asarray(tokens)])
-    low_n = np.clip(at_n - NEIGHBOURS, 0, max(0, len(free_V) - 2 * NEIGHBOURS))
-    return np.stack([generator.choice(free_V[low : low + 2 * NEIGHBOURS], m, replace=False) for low in low_n])
+        raise ValueError(f"vocabulary: found {len(free_N)} tokens outside the concept, allowed: at least 2")
+    rank_V = np.zeros(order_N.max() + 1, dtype=np.int64)
+    rank_V[order_N] = np.arange(len(order_N))
+    at_n = np.searchsorted(rank_V[free_N], rank_V[np.asarray(tokens)])
+    low_n = np.clip(at_n - NEIGHBOURS, 0, max(0, len(free_N) - 2 * NEIGHBOURS))
+    return np.stack([generator.choice(free_N[low : low + 2 * NEIGHBOURS], m, replace=False) for low in low_n])
 
 
 def concept_signal(
     estimate: ConceptEstimator,
     words: ConceptWords,
     child_words: ChildWords,
-    order_V: np.ndarray,
+    order_N: np.ndarray,
     *,
     halvings: int = 2,
     seed: int = 0,
@@ -87,7 +87,7 @@ def concept_signal(
         sizes = [len(word) for row in rows for word in child_words[row]]
         held_out_Sn = ~np.repeat(used_SW[:, np.concatenate([of_child[row] for row in rows])], sizes, axis=1)
         child_n = np.repeat(rows, [sum(map(len, child_words[row])) for row in rows])
-        matched_nm = matched_tokens(tokens, order_V, generator)
+        matched_nm = matched_tokens(tokens, order_N, generator)
         vectors_Skd = torch.cat((child_SRd[:, rows], reference_SQd[:, parent : parent + 1]), dim=1)
         below_nSk = _share_below(estimate, tokens, matched_nm, vectors_Skd)
         for k, row in enumerate(rows):

@@ -1,6 +1,5 @@
 """Training one arm: phases 2 and 3 differ only in how a model starts and in its stages."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, Config, ConfigError, FlatConfig, TeacherConfig
+from ..config import ArmConfig, Config, FlatConfig, TeacherConfig
 from ..data.concepts import Concepts, permuted_words
 from ..data.feed import feed, place
 from ..data.store import ActivationStore
@@ -24,50 +23,26 @@ from ..teacher import Teacher
 from ..tracking import Trackers, open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
 from .flat_arms import MODELS, flat_config, match_line, match_record
-from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
+from .phase1_teacher import load_geometry, make_teacher, metric_file, token_geometry
+from .preflight import BYTES_PER_WEIGHT, check_arms, check_rows, memory_of, planned
 from .run import Run
 from .thresholds import set_thresholds
 
 SAMPLE_BATCH = 8192
 CALIBRATION_ROWS = 32_768
-BYTES_PER_WEIGHT = 4 * 4  # float32 of each weight, its gradient and Adam's two moments
 OUTPUTS = ("model/config.json", "model/model.safetensors", "train.json")
 
 
 def train_phase(run: Run, phase: int) -> None:
     """Train every arm of a phase that is not trained yet. Raises ConfigError before that if a later one cannot be."""
-    for arm in run.config.arms:
-        require_trainable(run.config, arm, run.store.width, memory_of(run.device))
+    width = run.store.width
+    check_arms(run.config, width, memory_of(run.device))
+    check_rows(run.config, run.store.n_rows("train"), run.concepts.n_parents)
     arms = [arm for arm in run.config.arms if arm.phase == phase]
-    needed = max((training_bytes(run.config, arm, run.store.width) for arm in arms), default=0)
-    store = place(run.store, run.device, needed)
+    weights = (parameter_count(planned(run.config, arm, width), width) for arm in arms)
+    store = place(run.store, run.device, BYTES_PER_WEIGHT * max(weights, default=0))
     for arm in arms:
         train_arm(run, arm, store)
-
-
-def require_trainable(config: Config, arm: ArmConfig, width: int, memory: int) -> None:
-    """Raise ConfigError when an arm's model has subspaces wider than the residual or needs more bytes than `memory`."""
-    hsae = config.arm_hsae(arm)
-    P, s = hsae.n_parents, hsae.subspace_dim
-    if arm.kind == "hsae" and hsae.child_decoder == "factored" and s > width:
-        raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: at most the width {width}")
-    needed = training_bytes(config, arm, width)
-    if needed > memory:
-        found = f"{arm.name} with {needed // BYTES_PER_WEIGHT:,} weights, {needed / 1e9:,.0f} GB in training"
-        raise ConfigError(f"hsae.n_parents: found {P} ({found}), allowed: what fits into {memory / 1e9:,.0f} GB")
-
-
-def training_bytes(config: Config, arm: ArmConfig, width: int) -> int:
-    """Bytes of an arm's weights in training."""
-    made = config.arm_hsae(arm) if arm.kind == "hsae" else config.arm_flat(arm)
-    return BYTES_PER_WEIGHT * parameter_count(made, width)
-
-
-def memory_of(device: str) -> int:
-    """Bytes of memory that a device has."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def trained_models(run: Run, phase: int) -> list[Path]:
@@ -239,7 +214,6 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder, store
     assert isinstance(model, HierarchicalSAE)
     options = run.config.arm_teacher(arm)
     teacher = arm_teacher(run, arm, options, store)
-    require_room(model.config, teacher.n_parents)
     parts = teacher.projectors(model.config.subspace_dim, model.n_children, options.energy, run.config.arm_seed(arm))
     children = {
         name: ChildInit(parts.down[row], parts.up[row], parts.child_encoder[row], parts.child_decoder[row])

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..data.corpus import Documents, context_ids, contexts, padded_contexts
-from ..evaluation.bootstrap import Evaluation
+from ..data.corpus import Documents, context_ids, padded_contexts
+from ..evaluation.bootstrap import Evaluation, unavailable
 from ..evaluation.child_latents import map_children
 from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts, labelled_children
 from ..evaluation.firings import norm_metrics
@@ -22,6 +22,7 @@ from ..evaluation.structure import evaluate_structure, labelled_sample
 from ..evaluation.words import TokenTexts
 from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
+from .preflight import check_contexts
 from .run import Run
 
 SHOWN = (
@@ -60,7 +61,11 @@ def measure_models(
     """
     held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
-    sigma_dd = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
+    sigma_dd: Tensor | None = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
+    without_sigma = Evaluation()
+    if run.store.width != run.lm.width:
+        why = f"rows of {run.hook} have width {run.store.width}, the unembedding's {run.lm.width}"
+        sigma_dd, without_sigma = None, Evaluation({"ev_causal": unavailable(why)})
     of_language_model = evaluate_language_model(
         models,
         run.lm,
@@ -77,7 +82,7 @@ def measure_models(
         for done, (name, sae) in enumerate(models.items()):
             ticker(done, len(models))
             own = (teacher_parents or {}).get(name, ())
-            evaluation = of_language_model[name] | Evaluation(norm_metrics(sae))
+            evaluation = of_language_model[name] | Evaluation(norm_metrics(sae)) | without_sigma
             evaluation |= evaluate_reconstruction(
                 sae, run.store, split, run.train_moments[0], massive=run.massive, sigma_dd=sigma_dd, **common
             )
@@ -96,9 +101,7 @@ class HeldOut:
     def __init__(self, run: Run, split: str):
         config = run.config
         self.split = split
-        documents, members = run.documents
-        rows = contexts(documents, members[split], config.corpus.context_length)
-        rows = rows[rows[:, 2] >= 3]
+        rows, documents = check_contexts(run, split), run.documents[0]
         steering = config.eval.steering
         self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
         rows = rows[: config.eval.lm_contexts]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, ConfigError, HSAEConfig
+from ..config import Config
 from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
 from ..data.concepts import Concepts, build_concepts
 from ..data.corpus import SPLITS, Documents
@@ -24,6 +24,7 @@ from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
 from ..teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
+from .preflight import check_model, check_text
 from .run import Run
 
 
@@ -44,14 +45,13 @@ def run_phase1(run: Run) -> None:
         run.say("phase 1: done before")
         return
     started = time.monotonic()
-    check_model(run)
+    width = check_model(run)
+    say_what_stands_in(run)
     concepts = make_concepts(run.config, run.lm.tokenizer)
-    for arm in run.config.arms:
-        if arm.init != "random":
-            require_room(run.config.arm_hsae(arm), concepts.n_parents)
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
     documents, members = run.documents
     checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
+    check_text(run, width, concepts, documents, members, templates)
     if checks["warnings"]:
         run.say(f"phase 1: {len(checks['warnings'])} warnings on the concepts in checks.json; hsae concepts shows them")
     make_activations(run, concepts, documents)  # before anything is written: the model may refuse the corpus
@@ -91,13 +91,14 @@ def source_files(config: Config) -> dict[str, str]:
     return found
 
 
-def check_model(run: Run) -> None:
-    """Load the model; refuse a hook that it lacks and contexts that it cannot read; say which label stands in."""
-    run.lm.require_context(run.config.corpus.context_length)
-    run.lm.resolve_hook(run.config.model.hook)
-    asked = run.config.concepts.label
+def say_what_stands_in(run: Run) -> None:
+    """Which label stands in for the one that was asked for, and how many rows of U stand for no token."""
+    asked, lm = run.config.concepts.label, run.lm
     if run.label != asked:
-        run.say(f"phase 1: labels are {run.label}, not {asked}: {run.lm.name} does not predict the next token")
+        run.say(f"phase 1: labels are {run.label}, not {asked}: {lm.name} does not predict the next token")
+    if lm.n_named < lm.vocab_size:
+        unnamed = f"{lm.vocab_size - lm.n_named:,} of {lm.vocab_size:,} rows of the unembedding"
+        run.say(f"phase 1: no token names {unnamed}: they are left out of its metric and of the evidence")
 
 
 def make_concepts(config: Config, tokenizer: Any) -> Concepts:
@@ -118,13 +119,6 @@ def make_concepts(config: Config, tokenizer: Any) -> Concepts:
     )
     require_apart(concepts)
     return concepts
-
-
-def require_room(hsae: HSAEConfig, n_parents: int) -> None:
-    """Raise ConfigError when a model has fewer parents than its teacher."""
-    if n_parents > hsae.n_parents:
-        allowed = f"at least the teacher's {n_parents} parents"
-        raise ConfigError(f"hsae.n_parents: found {hsae.n_parents}, allowed: {allowed}")
 
 
 def make_checks(
@@ -198,9 +192,10 @@ def _harvest(
 
 
 def token_geometry(run: Run, metric: str | None = None) -> CausalGeometry:
-    """The geometry of the unembedding's rows, in the config's metric or in another."""
+    """The geometry of the unembedding's rows that a token names, in the config's metric or in another."""
     options = run.config.geometry
-    return CausalGeometry(run.lm.unembedding, options.shrinkage, metric or options.metric, seed=run.config.run.seed)
+    rows_Nd = run.lm.unembedding[run.lm.named]
+    return CausalGeometry(rows_Nd, options.shrinkage, metric or options.metric, seed=run.config.run.seed)
 
 
 def make_teacher(
@@ -221,7 +216,13 @@ def make_teacher(
     metadata = {"model": lm.name, "model_revision": str(lm.revision), "hook": run.hook}
     if run.at_final_residual:
         return extract_teacher(
-            lm.unembedding, geometry, concepts, estimator=options.estimator, balanced=balanced, metadata=metadata
+            lm.unembedding,
+            geometry,
+            concepts,
+            estimator=options.estimator,
+            balanced=balanced,
+            named=lm.named,
+            metadata=metadata,
         )
     child_V = concepts.token_to_child(vocab_size=lm.vocab_size, folds=("train",))
     labelled_V = child_V >= 0
@@ -278,9 +279,11 @@ def make_evidence(run: Run, concepts: Concepts, store: ActivationStore, geometry
         seed=run.config.run.seed,
         counts=torch.bincount(store.column("train", "token").long(), minlength=run.lm.vocab_size),
         activation_covariance=final_covariance(run, store),
+        named=run.lm.named,
     )
     embedding = "unembedding" if run.lm.has_head else "input embeddings (the model has no output head)"
-    return {"model": run.lm.name, "rows_of": embedding, **evidence}
+    unnamed = run.lm.vocab_size - run.lm.n_named
+    return {"model": run.lm.name, "rows_of": embedding, "unnamed_rows": unnamed, **evidence}
 
 
 def final_covariance(run: Run, store: ActivationStore) -> Tensor | None:

@@ -18,6 +18,7 @@ from ..models.base import SparseAutoencoder
 from ..records import Evidence, Results, Train
 from ..teacher import Teacher
 from .measure import HeldOut, Measured, measure_models, metrics_table
+from .preflight import check_contexts, check_layers
 from .run import Run
 
 ANGLE_CONTROLS = ("shuffled_rows", "pseudo_parents")
@@ -38,6 +39,8 @@ def run_phase4(run: Run) -> None:
         print_results(run)
         return
     run.require_done(1, 2, 3)
+    check_layers(run, run.store.width)
+    check_contexts(run, run.config.eval.split)
     started = time.monotonic()
     options, seed = run.config.eval, run.config.run.seed
     models = {name: SparseAutoencoder.from_pretrained(model, device=run.device) for name, model in saved.items()}

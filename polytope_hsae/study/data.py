@@ -25,8 +25,8 @@ from ..data.corpus import (
     split_documents,
     with_held_out,
 )
-from ..data.harvest import harvest
-from ..data.store import ActivationStore, ResidentStore
+from ..data.harvest import harvest, planned_rows
+from ..data.store import ActivationStore, ResidentStore, read_manifest
 from ..evaluation.concepts import Label
 from ..evaluation.hierarchy import Probes, make_probes, probes_to_tensors
 from ..evaluation.massive import norm_limit
@@ -34,7 +34,8 @@ from ..fileio import read_tensors, sha256_file, sha256_json, write_json, write_t
 from ..geometry.causal import CausalGeometry
 from ..lm import FINAL_HOOK, LanguageModel
 from ..phases.phase1_teacher import make_concepts
-from .plan import TEXTS, Study
+from ..phases.preflight import hook_width, memory_of, require_batch, require_disk, require_trainable
+from .plan import TEXTS, RunKey, Study, model_config, run_config
 
 SPLITS = ("train", "val", "test")
 
@@ -119,12 +120,22 @@ class StudyData:
         return load_lm(self.config, self.device)
 
     def prepare(self, say: Any) -> None:
-        """Make the contexts, concepts, stores and probes that are not there yet."""
+        """Make the contexts, concepts, stores and probes that are not there yet. Raises ConfigError before that where
+        no run could be made of them.
+        """
         files = [self.folder / "contexts.safetensors", self.folder / "concepts.json"]
         files += [self._probe_file(hook) for hook in self.study.hooks]
         if all(path.is_file() for path in files):
+            self._check_models({hook: read_manifest(self.folder / hook)["width"] for hook in self.study.hooks})
             return
+        dtype = self.config.data.dtype
+        widths = {hook: hook_width(self.lm, hook, dtype) for hook in self.study.hooks}
+        self._check_models(widths)
         documents, members = self._documents()
+        rows = planned_rows(documents, members, self.config.corpus.context_length)
+        require_batch("batch_size", self.study.batch_size, rows["train"])
+        for hook, width in widths.items():
+            require_disk(self.folder / hook, sum(rows.values()), width, dtype)
         say(f"{documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
         tensors = {}
         for split in ("val", "test"):
@@ -141,6 +152,14 @@ class StudyData:
             say(f"{hook}: {', '.join(f'{store.n_rows(split):,} {split}' for split in SPLITS)} rows")
             self._write_probes(hook, store, concepts)
         write_json(self.folder / "identity.json", self.identity)
+
+    def _check_models(self, widths: Mapping[str, int]) -> None:
+        """Raise ConfigError for a model that cannot have rows of its hook's width or does not fit into memory."""
+        study, memory = self.study, memory_of(self.device)
+        for cell in study.cells:
+            run, width = RunKey(*cell, study.seeds[0], study.lr[0]), widths[cell.hook]
+            arm = run_config(study, self.config, run).arms[0]
+            require_trainable(arm, model_config(study, self.config, run, width), width, memory)
 
     def _documents(self) -> tuple[Documents, dict[str, Tensor]]:
         """All documents, and which of them belong to train, val and test."""
@@ -213,7 +232,7 @@ class StudyData:
         )
         sigma_dd = probes.vector_root_dd @ probes.vector_root_dd
         if hook == FINAL_HOOK:  # the metric of penalties and causal norms there (docs/method.md section 3)
-            sigma_dd = CausalGeometry(self.lm.unembedding.cpu(), self.config.geometry.shrinkage).sigma
+            sigma_dd = CausalGeometry(self.lm.unembedding[self.lm.named].cpu(), self.config.geometry.shrinkage).sigma
         spread_t = torch.tensor(spread, dtype=torch.float64)
         tensors = {**probes_to_tensors(probes), "mean": mean_d, "spread": spread_t, "sigma": sigma_dd}
         write_tensors(self._probe_file(hook), tensors)
