@@ -81,7 +81,8 @@ def _made_from(found: Summary) -> list[str]:
         " compared. *Over seeds*: a concept's values of all seeds are added up first, but for seeds where one of two"
         " arms has none; the interval then resamples concepts, and says nothing of how much seeds differ. PASS: the"
         " interval lies wholly beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither, or fewer than"
-        f" {MIN_UNITS} concepts or groups of documents. Every metric is defined in docs/method.md, section 5. This page is written by `hsae findings write`, from the records alone.",
+        f" {MIN_UNITS} concepts or groups of documents. Every metric is defined in docs/method.md, section 5. This page"
+        " is written by `hsae findings write`, from the records alone.",
     ]
     if len({record["code"]["sources_sha256"] for record in found.records.values()}) > 1:
         lines += ["", "The records were made with more than one version of the code; each says which."]

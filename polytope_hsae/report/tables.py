@@ -42,6 +42,7 @@ PHASES = {
     "phase3": "arms with a teacher",
     "phase4": "measurement",
 }
+OPEN_GROUPS = ("Reconstruction", "Concepts on held-out documents and words")
 
 
 def metric_groups(names: set[str]) -> dict[str, dict[str, MetricWords]]:
@@ -69,18 +70,18 @@ class Footnotes:
 def arms_table(run: RunFiles) -> dict[str, Any]:
     """Columns are arms, rows metrics in groups; a missing value is a dash with its reason as a footnote."""
     notes = Footnotes()
-    arms, order = run.results["arms"], teacher_first(run.arms)
+    arms = run.results["arms"]
     groups = []
     for title, group in metric_groups({name for metrics in arms.values() for name in metrics}).items():
         rows = []
         for key, words in group.items():
-            found = [arms[arm].get(key) for arm in order]
+            found = [arms[arm].get(key) for arm in run.arms]
             chances = {number(one["chance"], words.digits) for one in found if one and one["chance"] is not None}
             common = chances.pop() if len(chances) == 1 else None
             cells = [_cell(one, words.digits, notes, with_chance=common is None) for one in found]
             rows.append({"words": words, "cells": cells, "chance": common, "n": _units(found)})
-        groups.append({"title": title, "rows": rows})
-    return {"arms": [arm_title(arm) for arm in order], "groups": groups, "notes": notes.reasons}
+        groups.append({"title": title, "rows": rows, "open": title in OPEN_GROUPS})
+    return {"arms": [arm_title(arm) for arm in run.arms], "groups": groups, "notes": notes.reasons}
 
 
 def differences_table(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -105,11 +106,11 @@ def concepts_table(run: RunFiles) -> dict[str, Any]:
 
     `purer`: by arm, the concepts that are purer in it than in the teacher.
     """
-    arms = teacher_first(run.arms)
+    arms, first = run.arms, "teacher" if "teacher" in run.arms else run.arms[0]
     # Fewer than two concepts have no purity.
     found = {arm: run.ablations["concepts"][arm] for arm in arms}
     purity = {arm: {one["parent"]: one.get("purity") for one in concepts} for arm, concepts in found.items()}
-    concepts = sorted(run.in_use, key=lambda concept: -(purity[arms[0]].get(concept["parent"]) or 0.0))
+    concepts = sorted(run.in_use, key=lambda concept: -(purity[first].get(concept["parent"]) or 0.0))
     rows = [
         {
             "name": run.parent_name(concept["parent"]),
@@ -120,7 +121,7 @@ def concepts_table(run: RunFiles) -> dict[str, Any]:
         for concept in concepts
     ]
     purer = []
-    for arm in arms[1:] if arms[0] == "teacher" else []:
+    for arm in [arm for arm in arms if first == "teacher" != arm]:
         names = [
             run.parent_name(parent)
             for parent, value in purity[arm].items()
@@ -128,11 +129,6 @@ def concepts_table(run: RunFiles) -> dict[str, Any]:
         ]
         purer.append(f"{arm_title(arm)} {len(names)}{f' ({listed(names)})' if names else ''}")
     return {"arms": [arm_title(arm) for arm in arms], "rows": rows, "purer": purer}
-
-
-def teacher_first(arms: list[str]) -> list[str]:
-    """The arms with the teacher in front, where a narrow screen shows it."""
-    return sorted(arms, key=lambda arm: arm != "teacher")
 
 
 def _cell(
