@@ -286,8 +286,8 @@ def test_rows_of_massive_norm_are_told_where_there_are_any(files):
     files["phase1/norms.json"] = norms()
     said = massive_rows(run_files(files))
     assert said[0].startswith(
-        "12 of 100,000 train rows (0.012\u00a0%) and 1 of 2,000 test rows (0.050\u00a0%) have a norm above 10 times the "
-        "median of 151.0, up to 15,464."
+        "12 of 100,000 train rows (0.012\u00a0%) and 1 of 2,000 test rows (0.050\u00a0%) have a norm above 10 times "
+        "the median of 151.0, up to 15,464."
     )
     assert f"“The” (7) and “{HOSTILE}” (5)" in said[0]
     assert said[1].startswith("They hold 91\u00a0% of the squared deviation from the mean")

@@ -173,8 +173,8 @@ def worse_than_flat(run: RunFiles) -> Advice | None:
     if not (gap and gap["ci95"] and gap["ci95"][0] > 0 and l0 and own_l0 and own_ev):
         return None
     said = (
-        f"The arm {arm_title(flat)} explains more ({number(ev[flat])} with {number(l0['value'], 1)} active latents) than the "
-        f"H-SAE {arm_title(arm)} ({number(own_ev['value'])} with {number(own_l0['value'], 1)})."
+        f"The arm {arm_title(flat)} explains more ({number(ev[flat])} with {number(l0['value'], 1)} active latents) "
+        f"than the H-SAE {arm_title(arm)} ({number(own_ev['value'])} with {number(own_l0['value'], 1)})."
     )
     hsae = run.config.arm_hsae(run.config.arm(arm))
     if hsae.child_decoder == "direct":

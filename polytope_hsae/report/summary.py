@@ -5,7 +5,7 @@ from typing import Any
 from ..evaluation.targets import MIN_UNITS, counted_units
 from .read import RunFiles
 from .targets import informative_passes
-from .words import DASH, TARGETS, arm_title, counted, interval, listed, number, percent
+from .words import DASH, TARGETS, arm_title, interval, listed, number, percent
 
 MASSIVE = 10  # times the median norm, where no limit is set
 WORDS = 5  # of the tokens of massive rows
@@ -55,8 +55,8 @@ def summary(run: RunFiles) -> list[str]:
     known = [f"{number(found['value'], 3)} ({arm_title(arm)})" for arm, found in ev.items()]
     if known:
         sentences.append(f"Explained variance: {listed(known)}.")
-    seeds = counted(len(run.results["seeds"]), "seed")
-    sentences.append(f"{seeds}: the intervals are over concepts and documents, not over training runs.")
+    seeds = listed([str(seed) for seed in run.results["seeds"]])
+    sentences.append(f"Seed {seeds}: the intervals are over concepts and documents, not over training runs.")
     return sentences
 
 

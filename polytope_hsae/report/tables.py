@@ -223,7 +223,6 @@ def phases_table(run: RunFiles) -> list[dict[str, Any]]:
                 "device": environment["device"],
                 "threads": environment["threads"],
                 "commit": (environment["commit"] or DASH)[:12],
-                "inputs": sorted(phase["inputs"].items()),
             }
         )
     return rows
