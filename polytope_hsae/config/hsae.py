@@ -18,7 +18,7 @@ class HSAEConfig(Block):
     topk_child_total: Whole | None = Field(
         4,
         ge=1,
-        description="K_c: active children per row under child_budget shared, a batch's mean under batch; null = k * k_c.",
+        description="K_c: children of a row under child_budget shared, on average under batch; null = k * k_c.",
     )
     subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("hard", description="Gradient of the choice.")
