@@ -777,7 +777,7 @@ def test_missing_measurements_are_inconclusive_with_a_reason():
     text = console.export_text()
     assert "PASS" in text
     assert "INCONCLUSIVE" in text
-    assert "no angle was measured" in text
+    assert "median_angle_deg: no angle was measured" in text
     assert ">= 10" in text
     assert "50 concepts" in text  # what n counts stands beside it
     assert "90 documents" in text

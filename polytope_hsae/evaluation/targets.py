@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from polytope_hsae.evaluation.bootstrap import Comparison, Metric, Units, paired, unavailable
@@ -138,16 +139,16 @@ def _range_text(bounds: Sequence[float | None]) -> str:
 
 
 def format_targets(targets: Sequence[Mapping[str, Any]], title: str = "Targets") -> Table:
-    """The target table for the terminal; a missing value shows as -, with its reason under the name."""
-    table = Table(title=title)
+    """The target table for the terminal; a missing value shows as -. Reasons stand below, where they have room."""
+    reasons = [escape(f"{row['name']}: {row['why']}") for row in targets if "why" in row]
+    table = Table(title=title, caption="\n".join(reasons) or None, caption_justify="left")
     for heading in ("target", "required", "measured", "95 % interval", "n", "verdict"):
         table.add_column(heading, overflow="fold", justify="right" if heading == "measured" else "left")
     colours = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
     for row in targets:
-        name = row["name"] if "why" not in row else f"{row['name']}\n  {row['why']}"
         measured = "-" if row["measured"] is None else f"{row['measured']:.3f}"
         interval = "-" if row["ci95"] is None else f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
         shown = f"[{colours[row['verdict']]}]{row['verdict']}[/]"
         n = counted_units(row["name"], row["n"])
-        table.add_row(name, _range_text(row["required"]), measured, interval, n, shown)
+        table.add_row(row["name"], _range_text(row["required"]), measured, interval, n, shown)
     return table
