@@ -128,9 +128,6 @@ def test_steering_names_the_concept_that_carries_a_mean(files):
     assert "by 1.550 (teacher) and 0.300 nats (baseline) on average; the medians are 1.550 and 0.300" in said
     assert "One concept carries the mean: animal (3.00 nats). Without it: 0.100 and 0.200." in said
     assert row["detail"]["rows"] == [("animal", ["0.400", "3.000", "–"]), ("tool", ["0.200", "0.100", "–"])]
-    arms["teacher"][0] = steered(0, 9, None)
-    said = " ".join(target_rows(run_files(files))[3]["evidence"])
-    assert "The baseline's own largest, animal (0.40), does not count" in said
 
 
 def test_for_leakage_less_is_better(files):
@@ -342,10 +339,9 @@ def test_differences_mark_intervals_without_zero(files):
     ]
 
 
-def test_concepts_are_listed_with_rows_and_the_arms_that_are_purer(files):
+def test_concepts_are_listed_with_rows_and_words(files):
     table = concepts_table(run_files(files))
     assert table["rows"][0] == {"name": "animal", "rows": 30, "n_words": 2, "purity": ["0.20", "0.60", "0.50", "0.10"]}
-    assert table["purer"] == ["baseline 0", "flat TopK 1 (animal)", "permuted teacher 0"]
 
 
 def test_a_concept_by_itself_has_no_purity(files):

@@ -55,7 +55,7 @@ def steering_evidence(run: RunFiles, target: dict[str, Any]) -> list[str]:
         f"(teacher) and {number(base)} nats (baseline) on average; the medians are {number(own_median)} and "
         f"{number(base_median)}."
     )
-    return sentences + _one_concept(run, shared) + _left_out(run, shared)
+    return sentences + _one_concept(run, shared)
 
 
 def _over(shared: list[Pair], of: Any) -> tuple[float, float]:
@@ -77,16 +77,6 @@ def _one_concept(run: RunFiles, shared: list[Pair]) -> list[str]:
     ]
 
 
-def _left_out(run: RunFiles, shared: list[Pair]) -> list[str]:
-    """The baseline's largest value, where it does not count because the teacher does not reach the concept."""
-    known = {parent: value for parent, value in side_effects(run, "baseline").items() if value is not None}
-    worst = max(known, key=lambda parent: known[parent])
-    if worst in {pair.parent for pair in shared}:
-        return []
-    largest = f"The baseline's own largest, {run.parent_name(worst)} ({number(known[worst], 2)})"
-    return [f"{largest}, does not count, because the teacher does not reach it."]
-
-
 def steering_table(run: RunFiles) -> dict[str, Any] | None:
     """Every steered concept with its side effect in each arm, the teacher's largest first; None without any."""
     effects = {arm: found for arm in _compared(run) if (found := side_effects(run, arm))}
@@ -101,15 +91,6 @@ def steering_table(run: RunFiles) -> dict[str, Any] | None:
         if means:
             over = f"On the {counted(means[0], 'concept')} that {arm_title(arm)} and baseline both reach, the means are"
             notes.append(f"{over} {number(means[2])} and {number(means[1])}.")
-    own = [
-        f"{arm_title(arm)} {number(found['value'])} over {found['n']}"
-        for arm in arms
-        if (found := run.metric(arm, "steering_leakage"))
-    ]
-    if own:
-        notes.append(
-            f"The table of arms averages over all concepts that an arm reaches, so its means differ: {listed(own)}."
-        )
     return {
         "title": "Concept by concept",
         "caption": "By how many nats other words move.",

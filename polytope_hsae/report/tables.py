@@ -102,10 +102,7 @@ def differences_table(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def concepts_table(run: RunFiles) -> dict[str, Any]:
-    """Purity of every measured concept in every arm, with its rows and held-out words; the teacher's purest first.
-
-    `purer`: by arm, the concepts that are purer in it than in the teacher.
-    """
+    """Purity of every measured concept in every arm, with its rows and held-out words; the teacher's purest first."""
     arms, first = run.arms, "teacher" if "teacher" in run.arms else run.arms[0]
     # Fewer than two concepts have no purity.
     found = {arm: run.ablations["concepts"][arm] for arm in arms}
@@ -120,15 +117,7 @@ def concepts_table(run: RunFiles) -> dict[str, Any]:
         }
         for concept in concepts
     ]
-    purer = []
-    for arm in [arm for arm in arms if first == "teacher" != arm]:
-        names = [
-            run.parent_name(parent)
-            for parent, value in purity[arm].items()
-            if value is not None and value > (purity["teacher"].get(parent) or 0.0)
-        ]
-        purer.append(f"{arm_title(arm)} {len(names)}{f' ({listed(names)})' if names else ''}")
-    return {"arms": [arm_title(arm) for arm in arms], "rows": rows, "purer": purer}
+    return {"arms": [arm_title(arm) for arm in arms], "rows": rows}
 
 
 def _cell(
