@@ -67,20 +67,21 @@ def test_headings_stay_in_sight(report, width):
     """Scrolled to its end, every table shows its headings at the top and its names at the left."""
     report.set_viewport_size({"width": width, "height": 400})
     report.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    tables = report.locator(".scroll").all()
-    assert len(tables) >= 8
-    for table in tables:
-        places = table.evaluate(
-            """(box) => {
-              box.scrollTo(box.scrollWidth, box.scrollHeight);
-              const [edge, head] = [box.getBoundingClientRect(), box.querySelector("thead th")];
-              const name = [...box.querySelectorAll("tbody th[scope=row]")].pop();
-              const [at, from] = [head.getBoundingClientRect(), name.getBoundingClientRect()];
-              return [at.top - edge.top, at.left - edge.left, from.left - edge.left, edge.height - innerHeight];
-            }"""
-        )
-        assert places[:3] == pytest.approx([0, 0, 0], abs=1)
-        assert places[3] < 0
+    places = report.locator(".scroll").evaluate_all(
+        """(boxes) => boxes.map((box) => {
+          const caption = box.querySelector("caption");
+          box.scrollTo(box.scrollWidth, box.scrollHeight);
+          const [edge, head] = [box.getBoundingClientRect(), box.querySelector("thead th")];
+          const name = [...box.querySelectorAll("tbody th[scope=row]")].pop();
+          const [at, from] = [head.getBoundingClientRect(), name.getBoundingClientRect()];
+          const above = Math.max(0, (caption ? caption.offsetHeight : 0) - box.scrollTop);
+          return [at.top - edge.top - above, at.left - edge.left, from.left - edge.left, edge.height < innerHeight];
+        })"""
+    )
+    assert len(places) >= 8
+    for top, left, of_name, fits in places:
+        assert (top, left, of_name) == pytest.approx((0, 0, 0), abs=1)
+        assert fits
 
 
 def test_search_finds_concepts_words_and_numbers(report):
@@ -127,9 +128,9 @@ def test_a_parent_opens_and_closes(report):
 def test_show_more_draws_the_rest(report):
     more, parents = report.locator("#tree-more"), report.locator("details.parent")
     before = parents.count()
-    more.click()
-    assert parents.count() > before
-    assert not more.is_visible()
+    while more.is_visible():
+        more.click()
+    assert before < parents.count() == 32
 
 
 def test_switching_the_arm_changes_the_tree(report):
