@@ -308,6 +308,10 @@ def test_metrics_with_and_without_massive_rows_stand_beside_each_other(files):
     assert not set(new.values()) & names()
     for arm in files["phase4/results.json"]["arms"].values():
         arm.update(dict.fromkeys(new, metric(0.5)))
+    for none in (norms(massive=0), norms(limit=None)):
+        files["phase1/norms.json"] = none
+        assert set(new.values()) & names() == {new["ev_row_mean"]}  # the others are the same as without
+    files["phase1/norms.json"] = norms()
     assert set(new.values()) <= names()
 
 
@@ -330,7 +334,7 @@ def test_arms_table_has_chance_once_where_it_is_the_same_and_reasons_once(files)
 
 
 def test_differences_mark_intervals_without_zero(files):
-    table = differences_table(files["phase4/ablations.json"]["differences"])
+    table = differences_table(run_files(files), files["phase4/ablations.json"]["differences"])
     rows = {row["words"].name: row for group in table["groups"] for row in group["rows"]}
     assert [(cell["value"], cell["excludes_zero"]) for cell in rows["Purity"]["cells"]] == [
         ("+0.100", True),

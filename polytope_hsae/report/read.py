@@ -98,6 +98,11 @@ class RunFiles:
         return [arm for arm in self.arms if arm in (*self.judged, self.permuted, *self.flat_arms)] or self.arms[:1]
 
     @cached_property
+    def leaves_rows_out(self) -> bool:
+        """Whether rows of massive norm are left out of metrics that do not name them."""
+        return bool(self.norms and self.norms["limit"] and any(one["massive"] for one in self.norms["splits"].values()))
+
+    @cached_property
     def has_hierarchy(self) -> bool:
         """Whether any parent's children share a direction (z > 3)."""
         return bool(self.evidence["main"]["fraction_z_above_3"])

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from ..evaluation.massive import MASSIVE
 from ..evaluation.targets import MIN_UNITS, counted_units
 from .read import RunFiles
 from .targets import informative_passes
 from .words import DASH, TARGETS, arm_title, interval, listed, number, percent
 
-MASSIVE = 10  # times the median norm, where no limit is set
 WORDS = 5  # of the tokens of massive rows
 LEFT_OUT = (
     "They are left out of training and of every metric below, but for those marked “all rows”. In the language model "
@@ -15,7 +15,7 @@ LEFT_OUT = (
 )
 LEFT_IN = (
     "This run trains on them and counts them, so explained variance rests on a handful of rows (“explained variance of "
-    f"a row” does not). data.max_norm_multiple={MASSIVE} leaves them out."
+    f"a row” does not). data.max_norm_multiple={MASSIVE:g} leaves them out."
 )
 
 

@@ -1,5 +1,6 @@
 """Tables of the page: arms with intervals and chance, paired differences, evidence, provenance."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from .words import (
     DASH,
     METRIC_GROUPS,
     METRICS,
+    OF_MASSIVE_ROWS,
     OWN_SLOTS,
     OWN_SLOTS_SUFFIX,
     MetricWords,
@@ -45,8 +47,9 @@ PHASES = {
 OPEN_GROUPS = ("Reconstruction", "Concepts on held-out documents and words")
 
 
-def metric_groups(names: set[str]) -> dict[str, dict[str, MetricWords]]:
-    """The groups of the table, only the metrics that the run has; own slots last."""
+def metric_groups(run: RunFiles, found: Iterable[dict[str, Any]]) -> dict[str, dict[str, MetricWords]]:
+    """The groups of a table, only metrics that an arm in `found` has and that say something; own slots last."""
+    names = {name for metrics in found for name in metrics} - set(() if run.leaves_rows_out else OF_MASSIVE_ROWS)
     own = {key + OWN_SLOTS_SUFFIX: words for key, words in METRICS.items() if key + OWN_SLOTS_SUFFIX in names}
     groups = {
         title: {key: words for key, words in group.items() if key in names} for title, group in METRIC_GROUPS.items()
@@ -72,7 +75,7 @@ def arms_table(run: RunFiles) -> dict[str, Any]:
     notes = Footnotes()
     arms = run.results["arms"]
     groups = []
-    for title, group in metric_groups({name for metrics in arms.values() for name in metrics}).items():
+    for title, group in metric_groups(run, arms.values()).items():
         rows = []
         for key, words in group.items():
             found = [arms[arm].get(key) for arm in run.arms]
@@ -84,11 +87,11 @@ def arms_table(run: RunFiles) -> dict[str, Any]:
     return {"arms": [arm_title(arm) for arm in run.arms], "groups": groups, "notes": notes.reasons}
 
 
-def differences_table(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def differences_table(run: RunFiles, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`table` of paired differences on the same resamples; `excludes_zero` where the interval leaves out 0."""
     notes = Footnotes()
     groups = []
-    for title, group in metric_groups({name for metrics in table.values() for name in metrics}).items():
+    for title, group in metric_groups(run, table.values()).items():
         rows = []
         for key, words in group.items():
             found = [metrics.get(key) for metrics in table.values()]

@@ -192,6 +192,7 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         "child_steering_unreached": MetricWords("Not reached, children", "the same share of child concepts", DOWN),
     },
 }
+OF_MASSIVE_ROWS = ("ev_all_rows", "ce_recovered_massive_kept", "kl_massive_kept")  # else the same without the suffix
 OWN_SLOTS = "Concepts, each read from the teacher's own slot"
 OWN_SLOTS_SUFFIX = "_own_slots"
 METRICS = {key: words for group in METRIC_GROUPS.values() for key, words in group.items()}
