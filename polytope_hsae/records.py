@@ -90,6 +90,24 @@ class Evidence(TypedDict):
     pseudo_parents: Control
 
 
+class SplitNorms(TypedDict):
+    """Rows of massive norm in a split; `tokens`: their tokens with counts, the most frequent first."""
+
+    rows: int
+    massive: Annotated[int, Field(ge=0)]
+    largest_norm: float
+    share_of_squared_deviation: float
+    tokens: list[Annotated[list[str | int], Field(min_length=2, max_length=2)]]
+
+
+class Norms(TypedDict):
+    """norms.json of phase 1; `limit`: the multiple of the median from which rows are left out, None: none are."""
+
+    median_norm: float
+    limit: float | None
+    splits: dict[str, SplitNorms]
+
+
 class Metric(TypedDict):
     value: float | None
     ci95: Interval | None

@@ -16,9 +16,9 @@ OF_CHILDREN = ("dead_children", "edge_precision", "edge_recall", "child_given_pa
 CHANCE = {"ev": 0.0, "purity": 0.25, "leakage": 0.75, "l0": None}
 
 
-def config() -> Config:
+def config(*overrides: str) -> Config:
     """The smoke config at an inner hook."""
-    return load_config("smoke", ["model.hook=layers.2", "concepts.label=current_token"])
+    return load_config("smoke", ["model.hook=layers.2", "concepts.label=current_token", *overrides])
 
 
 def metric(value: float | None, half: float = 0.05, chance: float | None = None, n: int = 4) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def metric(value: float | None, half: float = 0.05, chance: float | None = None,
 
 
 def target(name: str, required: list, measured: float | None, ci95: list | None, verdict: str, **more: Any) -> dict:
-    return {"name": name, "required": required, "measured": measured, "ci95": ci95, "n": 4, "verdict": verdict, **more}
+    return {"name": name, "required": required, "measured": measured, "ci95": ci95, "n": 16, "verdict": verdict, **more}
 
 
 def statistics(z: list[float | None], beta: list[float | None], **more: Any) -> dict[str, Any]:
@@ -296,10 +296,40 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
     return folder
 
 
-def run_files(files: dict[str, Any]) -> RunFiles:
-    """The same without a folder."""
+def norms(limit: float | None = 10.0, massive: int = 12) -> dict[str, Any]:
+    """norms.json of phase 1, where only train and test have rows of massive norm."""
+    found = {"rows": 100_000, "massive": massive, "largest_norm": 15464.0, "share_of_squared_deviation": 0.91}
+    train = {**found, "tokens": [["The", 7], [HOSTILE, 5]]}
+    few = {"rows": 2000, "largest_norm": 300.0, "share_of_squared_deviation": 0.0, "tokens": []}
+    splits = {"train": train, "val": {**few, "massive": 0}, "test": {**few, "massive": massive // 12}}
+    return {"median_norm": 151.0, "limit": limit, "splits": splits}
+
+
+def keep_arms(files: dict[str, Any], kept: dict[str, str], arms: str) -> None:
+    """Replace the arms by those of the YAML list `arms`: by new name the arm of this run whose numbers it gets."""
+    text = files["config.yaml"]
+    files["config.yaml"] = f"{text[: text.index('arms:')]}arms: {arms}\n{text[text.index('eval:') :]}"
+    for name, key in (
+        ("phase4/results.json", "arms"),
+        ("phase4/steering.json", "arms"),
+        ("phase4/steering.json", "grid"),
+        ("phase4/latents.json", "arms"),
+        ("phase4/ablations.json", "concepts"),
+    ):
+        files[name][key] = {new: copy.deepcopy(files[name][key][old]) for new, old in kept.items()}
+    files["phase4/ablations.json"].update(reference=next(iter(kept)), differences={}, against_teacher={})
+    for arm in ARMS:
+        del files[f"phase{3 if 'teacher' in arm else 2}/{arm}/train.json"]
+    for new in kept:
+        files[f"phase{3 if 'teacher' in new else 2}/{new}/train.json"] = train(new)
+    for found in files["phase4/results.json"]["targets"][1:]:
+        found.update(measured=None, ci95=None, n=0, verdict="INCONCLUSIVE", why="there is no baseline arm")
+
+
+def run_files(files: dict[str, Any], *overrides: str) -> RunFiles:
+    """The same without a folder; `overrides` of its config."""
     return RunFiles(
-        config=config(),
+        config=config(*overrides),
         config_text=files["config.yaml"],
         provenance=files["provenance.json"],
         metrics=[json.loads(line) for line in files["metrics.jsonl"].splitlines()],
@@ -312,6 +342,7 @@ def run_files(files: dict[str, Any]) -> RunFiles:
         ablations=files["phase4/ablations.json"],
         latents=files["phase4/latents.json"],
         store=files.get("activations/manifest.json"),
+        norms=files.get("phase1/norms.json"),
     )
 
 

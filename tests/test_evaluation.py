@@ -38,7 +38,7 @@ from polytope_hsae.evaluation.reconstruction import (
 )
 from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
 from polytope_hsae.evaluation.steering import STEERING_METRICS, evaluate_steering
-from polytope_hsae.evaluation.targets import Thresholds, assess_targets, format_targets, verdict
+from polytope_hsae.evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets, verdict
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.codes import Codes
 
@@ -395,7 +395,7 @@ def test_silent_latents_and_too_few_concepts():
     assert silent.metrics["zero_sum_rows"].value == 1
     assert silent.metrics["purity"].value == 0
     single = concept_metrics(acts[:, :1], np.zeros(3, int), np.arange(1))
-    assert single.metrics["purity"].why == "1 concepts in use, at least 2 needed"
+    assert single.metrics["purity"].why == "2 concepts are needed, 1 has enough rows"
 
 
 CONCEPTS = FakeConcepts(
@@ -456,6 +456,10 @@ def test_concepts_end_to_end_find_the_planted_latents():
     few = evaluate_concepts(sae, store, CONCEPTS, min_rows=61, **options)
     assert few.result.metrics["purity"].value is None
     assert few.parents_Q.size == 0
+    lacking = "2 of 2 parents have fewer than 61 labelled rows in train or test"
+    assert few.lacking == lacking
+    assert few.result.metrics["purity"].why == f"2 concepts are needed, 0 have enough rows: {lacking}"
+    assert found.lacking == ""
     with pytest.raises(ValueError, match="found a repeated latent"):
         evaluate_concepts(sae, store, CONCEPTS, mapping=np.array([1, 1]), **options)
     with pytest.raises(ValueError, match="one latent for each of 2 parents"):
@@ -673,13 +677,18 @@ def test_the_steered_concepts_are_evenly_spaced_in_file_order():
 
 
 def test_verdicts():
-    assert verdict((81, 99), (80, 100)) == "PASS"
-    assert verdict((70, 79.9), (80, 100)) == "FAIL"
-    assert verdict((101, 102), (80, 100)) == "FAIL"
-    assert verdict((79, 99), (80, 100)) == "INCONCLUSIVE"
-    assert verdict((10, 11), (10, None)) == "PASS"
-    assert verdict((-1, 9), (10, None)) == "FAIL"
-    assert verdict(None, (10, None)) == "INCONCLUSIVE"
+    def found(ci95, required, n=MIN_UNITS):
+        return verdict(Metric(1.0, ci95, None, n), required)
+
+    assert found((81, 99), (80, 100)) == "PASS"
+    assert found((70, 79.9), (80, 100)) == "FAIL"
+    assert found((101, 102), (80, 100)) == "FAIL"
+    assert found((79, 99), (80, 100)) == "INCONCLUSIVE"
+    assert found((10, 11), (10, None)) == "PASS"
+    assert found((-1, 9), (10, None)) == "FAIL"
+    assert found(None, (10, None)) == "INCONCLUSIVE"
+    for n in (2, MIN_UNITS - 1):
+        assert {found(ci95, (80, 100), n) for ci95 in ((81, 99), (70, 79), (79, 99))} == {"INCONCLUSIVE"}
 
 
 def arms(gain, leak, fvu):
@@ -716,6 +725,39 @@ def test_targets_from_two_arms():
     assert verdicts == ["PASS", "PASS", "FAIL", "FAIL", "PASS"]
 
 
+def test_a_handful_of_units_decides_nothing_and_says_so():
+    def first(units, n):
+        return {name: Units.ratio(u.numerator_U[:n], u.denominator_U[:n]) for name, u in units.items()}
+
+    few = "12 of 14 parents have fewer than 20 labelled rows in train or test"
+    angle, two = Metric(89.0, (85.0, 93.0), None, 2), [first(arm, 2) for arm in arms(0.12, 0.25, 0.04)]
+    rows = assess_targets(angle, *two, few=few)
+    assert [row["verdict"] for row in rows] == ["INCONCLUSIVE"] * 5
+    assert [row["measured"] is None or row["ci95"] is None for row in rows] == [False] * 5
+    assert [row["why"] for row in rows] == [
+        "2 parents, 8 are needed for a verdict",
+        f"2 concepts, 8 are needed for a verdict: {few}",
+        f"2 concepts, 8 are needed for a verdict: {few}",
+        f"2 reached concepts, 8 are needed for a verdict: {few}",
+        "2 documents, 8 are needed for a verdict",
+    ]
+    enough = assess_targets(None, *(first(arm, 8) for arm in arms(0.12, 0.25, 0.04)), few=few)
+    assert [row["verdict"] for row in enough[1:]] == ["PASS"] * 4
+    assert not any("why" in row for row in enough[1:])
+
+
+def test_a_missing_concept_metric_says_how_many_parents_lack_rows():
+    base, teacher = arms(0.12, 0.25, 0.04)
+    few = "7 of 8 parents have fewer than 20 labelled rows in train or test"
+    for arm in (base, teacher):
+        del arm["purity"], arm["fvu"]
+    rows = {row["name"]: row for row in assess_targets(None, base, teacher, few=few)}
+    assert rows["purity_gain_pp"]["why"] == f"purity was not measured for the baseline arm: {few}"
+    assert rows["reconstruction_parity"]["why"] == "fvu was not measured for the baseline arm"
+    no_arm = assess_targets(None, {}, teacher, few=few)
+    assert {row["why"] for row in no_arm[1:]} == {"there is no baseline arm"}
+
+
 def test_missing_measurements_are_inconclusive_with_a_reason():
     base, teacher = arms(0.12, 0.25, 0.0)
     del teacher["steering_leakage"]
@@ -723,12 +765,12 @@ def test_missing_measurements_are_inconclusive_with_a_reason():
     rows = {row["name"]: row for row in assess_targets(None, base, teacher)}
     assert rows["median_angle_deg"]["why"] == "no angle was measured"
     assert rows["steering_leakage_reduction"]["why"] == "steering_leakage was not measured for the teacher arm"
-    assert rows["leakage_reduction"]["why"] == "no units with a value"
+    assert rows["leakage_reduction"]["why"] == "0 concepts, 8 are needed for a verdict"
     for name in ("median_angle_deg", "steering_leakage_reduction", "leakage_reduction"):
         assert rows[name]["measured"] is None
         assert rows[name]["verdict"] == "INCONCLUSIVE"
     assert json.dumps(list(rows.values()), allow_nan=False)
-    bare = assess_targets(Metric(90.0, None, None, 1), base, teacher)[0]
+    bare = assess_targets(Metric(90.0, None, None, 9), base, teacher)[0]
     assert bare["verdict"] == "INCONCLUSIVE"
     assert bare["why"] == "no interval was given"
     console = Console(width=140, record=True, file=io.StringIO())
@@ -736,5 +778,7 @@ def test_missing_measurements_are_inconclusive_with_a_reason():
     text = console.export_text()
     assert "PASS" in text
     assert "INCONCLUSIVE" in text
-    assert "no angle was measured" in text
+    assert "median_angle_deg: no angle was measured" in text
     assert ">= 10" in text
+    assert "50 concepts" in text  # what n counts stands beside it
+    assert "90 documents" in text

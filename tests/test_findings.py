@@ -168,7 +168,7 @@ def test_the_page_needs_the_files_alone_and_is_deterministic(done, tmp_path):
     refused(hsae("findings", "write", copy, "--test"), "found no test values", "hsae findings run --test")
 
 
-def planted(folder: Path, purity: dict[str, float], leakage: float = 0.5) -> None:
+def planted(folder: Path, purity: dict[str, float], leakage: float = 0.5, units: int = 8) -> None:
     """Give every record of a copy these purities by arm, and values that meet the other targets but for the control."""
     for path in (folder / "runs").glob("*/*.json"):
         found = json.loads(path.read_text())
@@ -181,8 +181,8 @@ def planted(folder: Path, purity: dict[str, float], leakage: float = 0.5) -> Non
             "fvu": 0.3,
         }
         for name, number in value.items():
-            jitter = 1e-3 * np.arange(8)
-            found["val"]["units"][name] = {"keys": list(range(8)), "numerator": (number + jitter).tolist()}
+            jitter = 1e-3 * np.arange(units)
+            found["val"]["units"][name] = {"keys": list(range(units)), "numerator": (number + jitter).tolist()}
         path.write_text(json.dumps(found))
 
 
@@ -200,6 +200,13 @@ def test_the_words_follow_the_numbers(done, tmp_path):
     assert "**40.0 [40.0, 40.0] PASS**" in good
     assert f"counted as leaked, over seeds: {HOOKS[0]} 33.2 [33.2, 33.2] %; {HOOKS[1]} 33.2" in good
     assert "Gain of purity at" not in good  # nothing of it is missed
+    assert f"Gain of purity: seeds that pass at {HOOKS[0]} 2 of 2 (8 concepts)" in good
+    assert "PASS** | 8 groups of documents |" in good
+    planted(copy, {"teacher": 0.6}, units=7)
+    few = page()
+    assert "at 0 of 2 hooks; the aim is 2, which is missed" in few
+    assert "**40.0 [40.0, 40.0] INCONCLUSIVE** | 7 concepts |" in few
+    assert "Not decided: 7 concepts, 8 are needed for a verdict." in few
     planted(copy, {"teacher": 0.25, "permuted_teacher": 0.6})
     bad = page()
     assert "at 0 of 2 hooks; the aim is 2, which is missed" in bad

@@ -1,14 +1,32 @@
 """What the report says: numbers in words, targets and their bars, the summary, tables."""
 
-import pytest
-from report_run import hand_made, metric, run_files, set_target, steered
+import re
 
+import pytest
+from report_run import HOSTILE, config, hand_made, metric, norms, run_files, set_target, steered
+
+from polytope_hsae.config import HSAEConfig
+from polytope_hsae.report.advice import worse_than_flat
+from polytope_hsae.report.build import sizes
+from polytope_hsae.report.figures import curves, figures
 from polytope_hsae.report.hierarchy import answers
-from polytope_hsae.report.steering import interventions_table, steering_grid, steering_means
-from polytope_hsae.report.summary import summary
+from polytope_hsae.report.palette import arm_styles
+from polytope_hsae.report.steering import interventions_table, steering_grid, steering_means, steering_table
+from polytope_hsae.report.summary import massive_rows, summary
 from polytope_hsae.report.tables import arms_table, concepts_table, differences_table, evidence_summary, parents_table
 from polytope_hsae.report.targets import informative_passes, target_rows
-from polytope_hsae.report.words import DASH, counted, interval, listed, number, percent
+from polytope_hsae.report.tree import tree_data
+from polytope_hsae.report.words import (
+    DASH,
+    arm_meaning,
+    arm_title,
+    counted,
+    hsae_size,
+    interval,
+    listed,
+    number,
+    percent,
+)
 
 
 @pytest.fixture
@@ -40,10 +58,10 @@ def test_target_rows_show_what_is_required_and_measured(files):
     purity = rows["purity_gain_pp"]
     assert (purity["required"], purity["measured"], purity["verdict"]) == ("at least 10 points", "30.0 points", "pass")
     assert purity["interval"] == "20.0 to 40.0 points"
-    assert purity["n"] == "4 concepts"
+    assert purity["n"] == "16 concepts"
     assert rows["leakage_reduction"]["measured"] == "50.0\u00a0%"
     assert rows["reconstruction_parity"]["required"] == "−5 to 5\u00a0%"
-    assert rows["median_angle_deg"]["n"] == "4 children"
+    assert rows["median_angle_deg"]["n"] == "16 parents"
 
 
 def test_a_bar_places_values_on_one_axis(files):
@@ -109,10 +127,7 @@ def test_steering_names_the_concept_that_carries_a_mean(files):
     said = " ".join(row["evidence"])
     assert "by 1.550 (teacher) and 0.300 nats (baseline) on average; the medians are 1.550 and 0.300" in said
     assert "One concept carries the mean: animal (3.00 nats). Without it: 0.100 and 0.200." in said
-    assert row["detail"]["rows"] == [("animal", ["3.000", "0.400", "–"]), ("tool", ["0.100", "0.200", "–"])]
-    arms["teacher"][0] = steered(0, 9, None)
-    said = " ".join(target_rows(run_files(files))[3]["evidence"])
-    assert "The baseline's own largest, animal (0.40), does not count" in said
+    assert row["detail"]["rows"] == [("animal", ["0.400", "3.000", "–"]), ("tool", ["0.200", "0.100", "–"])]
 
 
 def test_for_leakage_less_is_better(files):
@@ -147,13 +162,157 @@ def test_the_summary_counts_verdicts_and_names_what_passed(files):
     set_target(files, "leakage_reduction", verdict="FAIL")
     set_target(files, "reconstruction_parity", verdict="INCONCLUSIVE")
     lead, *rest = summary(run_files(files))
-    assert lead.startswith("Of 5 targets, 3 pass (angle of the hierarchy, gain of purity and")
-    assert "1 fails (fall of leakage) and 1 is undecided (change of reconstruction error)" in lead
+    over = "angle of the hierarchy over 16 parents, gain of purity over 16 concepts and"
+    assert lead.startswith(f"Of 5 targets, 3 pass ({over}")
+    assert "1 fails (fall of leakage over 16 concepts)" in lead
+    assert "1 is undecided (change of reconstruction error over 16 documents)" in lead
+    assert "decide nothing" not in lead
     said = " ".join(rest)
     assert "children of 50\u00a0% of 2 parents share a direction" in said
-    assert "purity is 0.50 (teacher), 0.20 (baseline)" in said
+    assert "purity is 0.20 (baseline), 0.30 (flat TopK), 0.50 (teacher) and 0.20 (permuted teacher)" in said
     assert "+20.0 points over flat TopK (18.0 to 22.0)" in said
     assert "The angle decides nothing" in said
+
+
+def test_a_handful_is_said_in_the_headline(files):
+    why = "6 concepts, 8 are needed for a verdict: 2 of 8 parents have fewer than 20 labelled rows in train or test"
+    set_target(files, "purity_gain_pp", n=6, verdict="INCONCLUSIVE", why=why)
+    set_target(
+        files, "steering_leakage_reduction", n=0, measured=None, ci95=None, verdict="INCONCLUSIVE", why="no head"
+    )
+    lead, *_ = summary(run_files(files))
+    assert "gain of purity over 6 concepts and fall of steering side effects, not measured" in lead
+    assert "Fewer than 8 decide nothing." in lead
+    assert target_rows(run_files(files))[1]["why"] == why
+
+
+# -- arms of every kind, in one order
+
+KINDS = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
+FLAT = "arms=[{{name: baseline}}, {{name: flat_topk, kind: {kind}, match: {{l0: baseline, params: baseline}}}}, "
+FLAT += "{{name: teacher, init: teacher}}, {{name: permuted_teacher, init: permuted_teacher}}]"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flat_arm_of_any_kind_is_compared(files, kind):
+    run = run_files(files, FLAT.format(kind=kind))
+    said = " ".join(summary(run))
+    assert "0.30 (flat TopK)" in said
+    assert "0.700 (flat TopK)" in said
+    assert "+20.0 points over flat TopK" in said
+    rows = {row["key"]: " ".join(row["evidence"]) for row in target_rows(run)}
+    assert "Teacher minus flat TopK" in rows["purity_gain_pp"]
+    assert "With flat TopK: 0.300" in rows["reconstruction_parity"]
+    assert "The arm flat TopK explains more" in worse_than_flat(run).sentence
+    meaning = f"one flat {KINDS[kind]} dictionary without a hierarchy, with as many active latents and parameters as"
+    assert arm_meaning(run.config, "flat_topk") == f"{meaning} baseline"
+    assert arm_styles(run.config)["flat_topk"][0] == "s4"
+    assert dict(sizes(run))["flat TopK"] == "32 latents, on average 8.0 active in a row"
+
+
+def test_of_several_flat_arms_all_are_named_and_the_best_is_the_advice(files):
+    files["phase4/results.json"]["arms"]["permuted_teacher"]["ev"] = metric(0.9)
+    files["phase4/ablations.json"]["differences"]["permuted_teacher"]["ev"] = metric(0.3)
+    arms = "arms=[{name: baseline}, {name: flat_topk, kind: topk}, {name: teacher, init: teacher}, "
+    run = run_files(files, arms + "{name: permuted_teacher, kind: jumprelu}]")
+    assert "0.700 (flat TopK), 0.600 (teacher) and 0.900" in " ".join(summary(run)).replace("0.580", "0.600")
+    assert "The arm permuted teacher explains more (0.900" in worse_than_flat(run).sentence
+
+
+def test_titles_and_meanings_of_arms():
+    assert [arm_title(name) for name in ("flat_batchtopk", "flat_topk", "jumprelu", "permuted_teacher")] == [
+        "flat BatchTopK", "flat TopK", "JumpReLU", "permuted teacher"
+    ]  # fmt: skip
+    assert arm_meaning(config(), "permuted_teacher").startswith("H-SAE that starts from such directions")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "at most 28 parents and 56 children active in a row"),
+        ({"child_budget": "shared", "topk_child_total": 4}, "at most 28 parents and 4 children active in a row"),
+        (
+            {"child_budget": "batch", "topk_child_total": 4},
+            "at most 28 parents and 8 children active in a row, on average 4 children",
+        ),
+        (
+            {"child_budget": "batch", "topk_child_total": 4, "parent_budget": "batch"},
+            "at most 56 parents and 8 children active in a row, on average 28 parents and 4 children",
+        ),
+        (
+            {"parent_budget": "batch"},
+            "at most 56 parents and 112 children active in a row, on average 28 parents and 56 children",
+        ),
+        (
+            {"child_budget": "batch", "topk_child_total": 4, "parent_budget": "joint"},
+            "at most 56 parents and 8 children active in a row, on average 32 parents and children together",
+        ),
+    ],
+)
+def test_what_rows_share_is_an_average(fields, said):
+    sizes = {"n_parents": 1022, "topk_parent": 28, "n_children_per_parent": 7, "topk_child": 2, "gate": "hard"}
+    budgets = {"parent_budget": "per_row", "child_budget": "per_parent", "topk_child_total": None}
+    budgets["router_balance_rate"] = 0
+    assert hsae_size(HSAEConfig(**sizes | budgets | fields)) == f"1,022 parents with 7 children each; {said}"
+
+
+def test_arms_stand_in_the_configs_order_everywhere(files):
+    arms = "arms=[{name: permuted_teacher, init: permuted_teacher}, {name: teacher, init: teacher}, {name: baseline}, "
+    run = run_files(files, arms + "{name: flat_topk, kind: topk}]")
+    names = ["permuted_teacher", "teacher", "baseline", "flat_topk"]
+    titles = ["permuted teacher", "teacher", "baseline", "flat TopK"]
+    assert (
+        run.arms == list(arm_styles(run.config)) == list(curves(run, "loss")) == list(tree_data(run)["arms"]) == names
+    )
+    assert arms_table(run)["arms"] == concepts_table(run)["arms"] == titles
+    assert steering_grid(run)["heads"] == steering_table(run)["heads"] == titles[:3]
+    purity = next(sentence for sentence in summary(run) if sentence.startswith("On held-out words"))
+    assert [title for title in re.findall(r"\((.*?)\)", purity)] == titles
+    legend = figures(run)["curve-loss"].inline.split("legend_1", 1)[1]
+    entries = re.findall(r' x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>', legend)
+    assert [title for _, _, title in sorted(entries, key=lambda entry: (float(entry[1]), float(entry[0])))] == titles
+
+
+# -- rows of massive norm
+
+
+def test_rows_of_massive_norm_are_told_where_there_are_any(files):
+    assert massive_rows(run_files(files)) == []  # runs of earlier versions
+    files["phase1/norms.json"] = norms(massive=0)
+    assert massive_rows(run_files(files)) == []
+    files["phase1/norms.json"] = norms()
+    said = massive_rows(run_files(files))
+    assert said[0].startswith(
+        "12 of 100,000 train rows (0.012\u00a0%) and 1 of 2,000 test rows (0.050\u00a0%) have a norm above 10 times "
+        "the median of 151.0, up to 15,464."
+    )
+    assert f"“The” (7) and “{HOSTILE}” (5)" in said[0]
+    assert said[1].startswith("They hold 91\u00a0% of the squared deviation from the mean")
+    assert said[2].startswith("They are left out of training and of every metric below")
+    files["phase1/norms.json"] = norms(limit=None)
+    said = massive_rows(run_files(files))
+    assert "above 10 times" in said[0]
+    assert "explained variance rests on a handful of rows" in said[2]
+    assert "data.max_norm_multiple=10" in said[2]
+
+
+def test_metrics_with_and_without_massive_rows_stand_beside_each_other(files):
+    def names():
+        return {row["words"].name for group in arms_table(run_files(files))["groups"] for row in group["rows"]}
+
+    new = {"ev_all_rows": "Explained variance, all rows", "ev_row_mean": "Explained variance of a row"}
+    new |= {
+        "ce_recovered_massive_kept": "Loss recovered, massive rows kept",
+        "kl_massive_kept": "KL, massive rows kept",
+    }
+    assert not set(new.values()) & names()
+    for arm in files["phase4/results.json"]["arms"].values():
+        arm.update(dict.fromkeys(new, metric(0.5)))
+    for none in (norms(massive=0), norms(limit=None)):
+        files["phase1/norms.json"] = none
+        assert set(new.values()) & names() == {new["ev_row_mean"]}  # the others are the same as without
+    files["phase1/norms.json"] = norms()
+    assert set(new.values()) <= names()
 
 
 # -- tables
@@ -162,20 +321,20 @@ def test_the_summary_counts_verdicts_and_names_what_passed(files):
 def test_arms_table_has_chance_once_where_it_is_the_same_and_reasons_once(files):
     del files["phase4/results.json"]["arms"]["baseline"]["dead_children"]
     table = arms_table(run_files(files))
-    assert table["arms"] == ["teacher", "baseline", "flat TopK", "permuted teacher"]
+    assert table["arms"] == ["baseline", "flat TopK", "teacher", "permuted teacher"]
     rows = {row["words"].name: row for group in table["groups"] for row in group["rows"]}
     assert rows["Purity"]["chance"] == "0.250"
     assert [cell["chance"] for cell in rows["Purity"]["cells"]] == [None] * 4
     assert rows["Recall"]["chance"] is None
-    assert [cell["chance"] for cell in rows["Recall"]["cells"]] == ["0.200", "0.000", "0.100", "0.300"]
+    assert [cell["chance"] for cell in rows["Recall"]["cells"]] == ["0.000", "0.100", "0.200", "0.300"]
     cells = rows["Dead children"]["cells"]
-    assert (cells[1]["value"], cells[1]["note"]) == (None, None)  # the baseline has no such metric
-    assert (cells[2]["value"], cells[2]["note"]) == (None, 1)
+    assert (cells[0]["value"], cells[0]["note"]) == (None, None)  # the baseline has no such metric
+    assert (cells[1]["value"], cells[1]["note"]) == (None, 1)
     assert table["notes"] == ["a flat model has no children"]
 
 
 def test_differences_mark_intervals_without_zero(files):
-    table = differences_table(files["phase4/ablations.json"]["differences"])
+    table = differences_table(run_files(files), files["phase4/ablations.json"]["differences"])
     rows = {row["words"].name: row for group in table["groups"] for row in group["rows"]}
     assert [(cell["value"], cell["excludes_zero"]) for cell in rows["Purity"]["cells"]] == [
         ("+0.100", True),
@@ -184,11 +343,9 @@ def test_differences_mark_intervals_without_zero(files):
     ]
 
 
-def test_concepts_are_listed_with_rows_and_the_arms_that_are_purer(files):
+def test_concepts_are_listed_with_rows_and_words(files):
     table = concepts_table(run_files(files))
-    assert table["arms"][0] == "teacher"
-    assert table["rows"][0] == {"name": "animal", "rows": 30, "n_words": 2, "purity": ["0.50", "0.20", "0.60", "0.10"]}
-    assert table["purer"] == ["baseline 0", "flat TopK 1 (animal)", "permuted teacher 0"]
+    assert table["rows"][0] == {"name": "animal", "rows": 30, "n_words": 2, "purity": ["0.20", "0.60", "0.50", "0.10"]}
 
 
 def test_a_concept_by_itself_has_no_purity(files):
@@ -200,16 +357,18 @@ def test_a_concept_by_itself_has_no_purity(files):
 
 
 def test_the_hierarchy_is_answered_part_by_part(files):
+    files["phase4/results.json"]["arms"]["teacher"]["edge_recall"] = metric(0.8, chance=0.1)
     siblings, angles, trained = answers(run_files(files))
     assert siblings.answer == "for some parents"
     assert angles.answer == "it fits, but is not shown"
     assert "90.0° (shuffled rows)" in angles.why
-    assert trained.answer == "not tested"
+    assert trained.answer == "80\u00a0% at most"
+    assert "0\u00a0% (baseline), 80\u00a0% (teacher)" in trained.why
     evidence = files["phase1/evidence.json"]
     evidence["main"]["beta_ci95"] = [0.5, 1.1]
     assert answers(run_files(files))[1].answer == "no"
     evidence["main"].update(median_beta=None, fraction_z_above_3=0.0, why="too few")
-    assert [one.answer for one in answers(run_files(files))] == ["no", "not testable", "not tested"]
+    assert [one.answer for one in answers(run_files(files))] == ["no", "not testable", "80\u00a0% at most"]
 
 
 def test_the_decision_says_what_failed(files):

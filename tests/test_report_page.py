@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from report_run import HOSTILE, hand_made, metric, run_files, set_target, write
+from report_run import HOSTILE, hand_made, keep_arms, metric, norms, run_files, set_target, write
 
 from polytope_hsae.config import load_config
 from polytope_hsae.fileio import read_json
@@ -16,7 +16,7 @@ from polytope_hsae.report.read import read_run
 from polytope_hsae.report.tree import tree_data
 from polytope_hsae.report.words import number
 
-SECTIONS = ["summary", "targets", "next", "arms", "training", "hierarchy", "tree", "config", "glossary"]
+SECTIONS = ["summary", "targets", "tree", "next", "arms", "training", "hierarchy", "config", "glossary"]
 
 
 @pytest.fixture
@@ -206,27 +206,60 @@ def test_a_model_without_an_output_head(files, tmp_path):
     assert "Not decided: the model has no output head." in page
 
 
-def test_other_arms_than_the_usual(files, tmp_path):
-    """Only one arm: nothing to compare with, and the page says so."""
-    only = "- name: solo\n  kind: hsae\n  init: random\n"
-    start = files["config.yaml"].index("arms:\n")
-    end = files["config.yaml"].index("eval:\n")
-    files["config.yaml"] = files["config.yaml"][:start] + "arms:\n" + only + files["config.yaml"][end:]
-    for name in ("phase4/results.json", "phase4/steering.json", "phase4/latents.json"):
-        files[name]["arms"] = {"solo": files[name]["arms"]["baseline"]}
-    files["phase4/ablations.json"] = {
-        "reference": "solo",
-        "differences": {},
-        "against_teacher": {},
-        "concepts": {"solo": files["phase4/ablations.json"]["concepts"]["baseline"]},
-    }
-    files["phase2/solo/train.json"] = files.pop("phase2/baseline/train.json")
-    for target in files["phase4/results.json"]["targets"][1:]:
-        why = "it was not measured for the baseline arm"
-        target.update(measured=None, ci95=None, n=0, verdict="INCONCLUSIVE", why=why)
-    page = page_of(tmp_path, files)
+RANDOM, FLAT = "{name: solo}", "{name: wide, kind: batchtopk, flat: {n_latents: 64}}"
+
+
+@pytest.mark.parametrize(
+    ("kept", "arms"),
+    [
+        ({"solo": "baseline"}, f"[{RANDOM}]"),
+        ({"wide": "flat_topk"}, f"[{FLAT}]"),
+        ({"wide": "flat_topk", "other": "flat_topk"}, f"[{FLAT}, {{name: other, kind: jumprelu}}]"),
+        ({"baseline": "baseline", "wide": "flat_topk"}, f"[{{name: baseline}}, {FLAT}]"),  # no teacher
+        ({"a_teacher": "teacher"}, "[{name: a_teacher, init: teacher}]"),
+    ],
+)
+def test_other_arms_than_the_usual(files, tmp_path, kept, arms):
+    """Nothing to compare with: the page says so, and shows what there is."""
+    keep_arms(files, kept, arms)
+    run = read_run(write(tmp_path, files))
+    page = render(run, figures(run))
     assert "add them to the config" in page
-    assert "Differences from" not in page
+    assert "there is no baseline arm" in page
+    assert "The teacher minus each arm" not in page
+    assert page.count('name="arm"') == len(kept)
+    assert page.count(" checked>") == 1
+    assert ("children active in a row" in page) == bool({"solo", "baseline", "a_teacher"} & set(kept))
+    assert "On held-out words, purity is" in page
+
+
+def test_no_concept_is_mapped(files, tmp_path):
+    why = "2 concepts are needed, 0 have enough rows: 2 of 2 parents have fewer than 20 labelled rows in train or test"
+    for arm in files["phase4/results.json"]["arms"].values():
+        arm.update({name: {**metric(None), "why": why} for name in ("purity", "leakage", "recall", "edge_recall")})
+    files["phase4/ablations.json"].update(
+        concepts={arm: [] for arm in files["phase4/ablations.json"]["concepts"]}, differences={}, against_teacher={}
+    )
+    for arm in files["phase4/latents.json"]["arms"].values():
+        for parent in arm["parents"]:
+            parent.update(concept=None, mapped=False, purity=None, leakage=None, recall=None)
+    for name in ("purity_gain_pp", "leakage_reduction"):
+        set_target(files, name, measured=None, ci95=None, n=0, verdict="INCONCLUSIVE", why=f"purity: {why}")
+    page = page_of(tmp_path, files)
+    assert f"Not decided: purity: {why}." in page
+    assert why in page[page.index('aria-label="Notes"') :]
+    assert "gain of purity, not measured" in page
+
+
+def test_rows_of_massive_norm_are_told_near_the_headline(files, tmp_path):
+    assert "massive norm" not in page_of(tmp_path / "old", files)
+    files["phase1/norms.json"] = norms()
+    page = page_of(tmp_path / "new", files)
+    assert page.index("Rows of massive norm") < page.index('id="targets"')
+    assert html.escape(HOSTILE) in page
+    files["phase1/norms.json"]["splits"]["train"]["massive"] = -1
+    with pytest.raises(ValueError, match=r"norms\.json.*massive"):
+        page_of(tmp_path / "broken", files)
 
 
 @pytest.mark.parametrize("lost", ["config.yaml", "metrics.jsonl", "phase4/latents.json", "phase3/teacher/train.json"])

@@ -12,11 +12,13 @@ class HSAEConfig(Block):
     """Shape and losses of an H-SAE (docs/method.md sections 1 and 2). Defaults: `recommended` of `studies/win`."""
 
     n_parents: Whole = Field(1024, ge=1, description="P: parents (experts).")
-    topk_parent: Whole = Field(28, ge=1, description="k: active parents per row.")
+    topk_parent: Whole = Field(28, ge=1, description="k: active parents per row; a batch's mean where rows share them.")
     n_children_per_parent: Whole = Field(7, ge=1, description="C: children per parent.")
     topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
     topk_child_total: Whole | None = Field(
-        4, ge=1, description="K_c: active children per row under child_budget shared or batch; null = k * k_c."
+        4,
+        ge=1,
+        description="K_c: children of a row under child_budget shared, on average under batch; null = k * k_c.",
     )
     subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace.")
     gate: Literal["hard", "straight_through"] = Field("hard", description="Gradient of the choice.")
@@ -175,7 +177,7 @@ class HSAEConfig(Block):
 
     @property
     def active_children(self) -> int:
-        """K_c: children kept per row."""
+        """K_c: active children per row, on average where rows share them."""
         return self.topk_child_total or self.topk_parent * self.topk_child
 
     @property

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise, unavailable
+from polytope_hsae.evaluation.concepts import too_few_concepts
 from polytope_hsae.evaluation.row_codes import IntArray, RowCodes
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
@@ -71,6 +72,7 @@ def absorption_metrics(
     probes: ParentProbes,
     keys_Q: IntArray,
     *,
+    lacking: str = "",
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -84,8 +86,7 @@ def absorption_metrics(
     """
     n_concepts = len(keys_Q)
     if n_concepts < 2:
-        why = f"{n_concepts} concepts in use, at least 2 needed"
-        return Evaluation({name: unavailable(why) for name in ABSORB_METRICS})
+        return too_few_concepts(ABSORB_METRICS, n_concepts, lacking)
     projected_NQ = ((acts_Nd.double().cpu() - probes.mean_d) @ probes.read_Pd[torch.from_numpy(keys_Q)].T).numpy()
     found_NQ = projected_NQ > 0.5
     own_N = projected_NQ[np.arange(len(label_N)), label_N]

@@ -15,6 +15,7 @@ give exactly (Q - 1)/Q leakage on average, whatever the sizes of the concepts.
 Shapes: N labelled rows, k active latents of a row, L latents, Q concepts in use, P parents of the ontology.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -50,13 +51,15 @@ class LabelledChildren(NamedTuple):
 @dataclass(frozen=True)
 class ConceptEvaluation:
     """`result`: metrics and per-concept units; `parents_Q`: parent rows in use; `latent_P`: latent per
-    parent, or -1; `rows_Q`: evaluated rows per concept in use.
+    parent, or -1; `rows_Q`: evaluated rows per concept in use; `lacking`: how many parents have too few rows, in words
+    (empty: none).
     """
 
     result: Evaluation
     parents_Q: IntArray
     latent_P: IntArray
     rows_Q: IntArray
+    lacking: str = ""
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object per concept in use, with its value of every metric (None where it has none)."""
@@ -158,8 +161,20 @@ def map_concepts(acts: SparseActivations, parent_N: IntArray, n_parents: int, mi
     return latent_P
 
 
+def too_few_concepts(names: Iterable[str], n_concepts: int, lacking: str) -> Evaluation:
+    """The metrics of these names without a value, because fewer than two concepts have enough rows."""
+    why = f"2 concepts are needed, {n_concepts} {'has' if n_concepts == 1 else 'have'} enough rows"
+    return Evaluation(dict.fromkeys(names, unavailable(f"{why}: {lacking}" if lacking else why)))
+
+
 def concept_metrics(
-    acts_NQ: NDArray[np.float32], label_N: IntArray, keys_Q: IntArray, *, bootstrap: int = 1000, seed: int = 0
+    acts_NQ: NDArray[np.float32],
+    label_N: IntArray,
+    keys_Q: IntArray,
+    *,
+    lacking: str = "",
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> Evaluation:
     """Metrics of mapped latents [N, Q] (column q is concept q's latent) on rows with labels 0 .. Q-1.
 
@@ -168,15 +183,14 @@ def concept_metrics(
     same with a row without any mapped activation counted as leaked, so that silence is no gain. `recall`: share
     of a concept's rows on which its latent is active; its chance is the rate on other concepts' rows.
     `purity_auroc`: own rows against the other concepts'. `zero_sum_rows`: share of rows without any mapped
-    activation. `keys_Q` names the concepts.
+    activation. `keys_Q` names the concepts; `lacking` says why there are not more (ConceptEvaluation).
     """
     n_concepts = acts_NQ.shape[1]
     rows_Q = np.bincount(label_N, minlength=n_concepts)
     assert len(keys_Q) == len(rows_Q)
     assert (rows_Q > 0).all(), "every concept in use has rows"
     if n_concepts < 2:
-        why = f"{n_concepts} concepts in use, at least 2 needed"
-        return Evaluation({name: unavailable(why) for name in CONCEPT_METRICS})
+        return too_few_concepts(CONCEPT_METRICS, n_concepts, lacking)
     acts_NQ = acts_NQ.astype(np.float64)
     own_QN = (label_N == np.arange(n_concepts)[:, None]).astype(np.float64)
     mean_QQ = own_QN @ acts_NQ / rows_Q[:, None]  # [concept of the rows, latent]
@@ -261,8 +275,11 @@ def evaluate_concepts(
     label_N = np.searchsorted(parents_Q, test.parent_N[used_N])
     test_acts = row_codes(sae, store, fold, test.row_N[used_N], batch_size).parents
     acts_NQ = test_acts.columns(latent_P[parents_Q])
-    result = concept_metrics(acts_NQ, label_N, parents_Q, bootstrap=bootstrap, seed=seed)
-    return ConceptEvaluation(result, parents_Q, latent_P, test_rows_P[parents_Q])
+    n_lacking = n_parents - len(parents_Q)
+    lacking = f"{n_lacking} of {n_parents} parents have fewer than {min_rows} labelled rows in train or {fold}"
+    lacking = lacking if n_lacking else ""
+    result = concept_metrics(acts_NQ, label_N, parents_Q, lacking=lacking, bootstrap=bootstrap, seed=seed)
+    return ConceptEvaluation(result, parents_Q, latent_P, test_rows_P[parents_Q], lacking)
 
 
 def _checked_mapping(mapping: IntArray, n_parents: int, n_latents: int) -> IntArray:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise, unavailable
+from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise
+from polytope_hsae.evaluation.concepts import too_few_concepts
 from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations
 
 LATENTS = 5  # of the sparse probe: the j of `split`
@@ -107,6 +108,7 @@ def split_metrics(
     keys_Q: IntArray,
     *,
     count: int = LATENTS,
+    lacking: str = "",
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -116,8 +118,7 @@ def split_metrics(
     train rows and among held-out rows.
     """
     if len(keys_Q) < 2:
-        why = f"{len(keys_Q)} concepts in use, at least 2 needed"
-        return Evaluation({name: unavailable(why) for name in SPLIT_METRICS})
+        return too_few_concepts(SPLIT_METRICS, len(keys_Q), lacking)
 
     def three(labels: tuple[IntArray, IntArray]) -> FloatArray:
         one_Q, few_Q = probe_scores(train, labels[0], held_out, labels[1], count).T

@@ -91,6 +91,7 @@ def evaluate_structure(
     in_use_N = np.isin(parent_of_E[child_N], parents_Q)
     train_label_N = np.searchsorted(parents_Q, parent_of_E[child_N[in_use_N]])
     train = train_codes.of_rows(in_use_N).together()
+    common["lacking"] = mapped.lacking
     result |= split_metrics(train, train_label_N, codes.together(), label_N, parents_Q, **common)
     acts_Nd = store.acts(sample.fold, torch.from_numpy(row_N))
     latent_Q = mapped.latent_P[parents_Q]

@@ -2,18 +2,28 @@
 
 Each target is an interval `required` = [low, high] (None: no bound) on a measured value with a paired 95 %
 interval. PASS: the interval lies wholly inside; FAIL: wholly outside; INCONCLUSIVE: neither, or nothing was
-measured.
+measured, or on fewer than MIN_UNITS units, whose interval is not to be trusted.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from polytope_hsae.evaluation.bootstrap import Comparison, Metric, Units, paired, unavailable
 
 Interval = tuple[float | None, float | None]
+
+MIN_UNITS = 8  # a bootstrap interval of fewer is too narrow too often
+UNITS = {  # what a target's n counts: what its interval resamples
+    "median_angle_deg": "parent",
+    "purity_gain_pp": "concept",
+    "leakage_reduction": "concept",
+    "steering_leakage_reduction": "reached concept",  # by both arms
+    "reconstruction_parity": "document",
+}
 
 
 @dataclass(frozen=True)
@@ -27,28 +37,33 @@ class Thresholds:
     reconstruction_parity: float = 0.05
 
 
-def verdict(ci95: tuple[float, float] | None, required: Interval) -> str:
+def counted_units(name: str, n: int) -> str:
+    """'16 concepts': a target's n with what it counts."""
+    return f"{n:,} {UNITS[name]}{'' if n == 1 else 's'}"
+
+
+def verdict(measured: Metric, required: Interval) -> str:
     """PASS, FAIL or INCONCLUSIVE, as the module says. The bounds themselves count as inside."""
-    if ci95 is None:
+    if measured.value is None or measured.ci95 is None or measured.n < MIN_UNITS:
         return "INCONCLUSIVE"
     low = -float("inf") if required[0] is None else required[0]
     high = float("inf") if required[1] is None else required[1]
-    if low <= ci95[0] and ci95[1] <= high:
+    if low <= measured.ci95[0] and measured.ci95[1] <= high:
         return "PASS"
-    if ci95[1] < low or high < ci95[0]:
+    if measured.ci95[1] < low or high < measured.ci95[0]:
         return "FAIL"
     return "INCONCLUSIVE"
 
 
 def target(name: str, measured: Metric, required: Interval) -> dict[str, Any]:
-    """One object of results.json's `targets`; `why` only where a value or its interval is missing."""
+    """One object of results.json's `targets`; `why` only where a value, its interval or units are missing."""
     out: dict[str, Any] = {
         "name": name,
         "required": list(required),
         "measured": measured.value,
         "ci95": None if measured.ci95 is None else list(measured.ci95),
         "n": measured.n,
-        "verdict": verdict(measured.ci95 if measured.value is not None else None, required),
+        "verdict": verdict(measured, required),
     }
     why = measured.why
     if why is None and (measured.value is None or measured.ci95 is None):
@@ -63,13 +78,12 @@ def _scaled(metric: Metric, factor: float) -> Metric:
     return Metric(metric.value * factor, ci95, metric.chance, metric.n, metric.why)
 
 
-def _compare(
-    baseline: Mapping[str, Units], teacher: Mapping[str, Units], name: str, how: Comparison, n: int, seed: int
-) -> Metric:
-    for arm, units in (("baseline", baseline), ("teacher", teacher)):
-        if name not in units:
-            return unavailable(f"{name} was not measured for the {arm} arm")
-    return paired(baseline[name], teacher[name], how, n, seed)
+def _enough(metric: Metric, target: str, few: str) -> Metric:
+    """The metric; with too few units it says so."""
+    if metric.n >= MIN_UNITS:
+        return metric
+    why = f"{counted_units(target, metric.n)}, {MIN_UNITS} are needed for a verdict"
+    return replace(metric, why=f"{why}: {few}" if few else why)
 
 
 def assess_targets(
@@ -78,6 +92,7 @@ def assess_targets(
     teacher: Mapping[str, Units],
     *,
     thresholds: Thresholds | None = None,
+    few: str = "",
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -86,15 +101,27 @@ def assess_targets(
     `angle` is the median causal angle in degrees with its interval (None: not measured). Purity gain is in
     percentage points. Reductions are (baseline - teacher)/baseline. `reconstruction_parity` is the signed
     (FVU_teacher - FVU_baseline)/FVU_baseline, required on both sides: its absolute value is at most the
-    threshold. Raises ValueError when the arms were measured on different units.
+    threshold. `few` says why there are not more concepts, for targets that lack them. Raises ValueError when the arms
+    were measured on different units.
     """
     limits = thresholds or Thresholds()
     parity = limits.reconstruction_parity
-    gain = _scaled(_compare(baseline, teacher, "purity", "difference", bootstrap, seed), 100.0)
-    leakage = _compare(baseline, teacher, "leakage", "relative_reduction", bootstrap, seed)
-    steering = _compare(baseline, teacher, "steering_leakage", "relative_reduction", bootstrap, seed)
-    fvu = _compare(baseline, teacher, "fvu", "relative_change", bootstrap, seed)
-    angle = angle or unavailable("no angle was measured")
+
+    def compare(target: str, metric: str, how: Comparison) -> Metric:
+        why_few = few if UNITS[target].endswith("concept") else ""
+        for arm, units in (("baseline", baseline), ("teacher", teacher)):
+            if not units:
+                return unavailable(f"there is no {arm} arm")
+            if metric not in units:
+                why = f"{metric} was not measured for the {arm} arm"
+                return unavailable(f"{why}: {why_few}" if why_few else why)
+        return _enough(paired(baseline[metric], teacher[metric], how, bootstrap, seed), target, why_few)
+
+    gain = _scaled(compare("purity_gain_pp", "purity", "difference"), 100.0)
+    leakage = compare("leakage_reduction", "leakage", "relative_reduction")
+    steering = compare("steering_leakage_reduction", "steering_leakage", "relative_reduction")
+    fvu = compare("reconstruction_parity", "fvu", "relative_change")
+    angle = _enough(angle, "median_angle_deg", "") if angle else unavailable("no angle was measured")
     return [
         target("median_angle_deg", angle, limits.median_angle_deg),
         target("purity_gain_pp", gain, (limits.purity_gain_pp, None)),
@@ -112,15 +139,16 @@ def _range_text(bounds: Sequence[float | None]) -> str:
 
 
 def format_targets(targets: Sequence[Mapping[str, Any]], title: str = "Targets") -> Table:
-    """The target table for the terminal; a missing value shows as -, with its reason under the name."""
-    table = Table(title=title)
+    """The target table for the terminal; a missing value shows as -. Reasons stand below, where they have room."""
+    reasons = [escape(f"{row['name']}: {row['why']}") for row in targets if "why" in row]
+    table = Table(title=title, caption="\n".join(reasons) or None, caption_justify="left")
     for heading in ("target", "required", "measured", "95 % interval", "n", "verdict"):
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("measured", "n") else "left")
+        table.add_column(heading, overflow="fold", justify="right" if heading == "measured" else "left")
     colours = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
     for row in targets:
-        name = row["name"] if "why" not in row else f"{row['name']}\n  {row['why']}"
         measured = "-" if row["measured"] is None else f"{row['measured']:.3f}"
         interval = "-" if row["ci95"] is None else f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
         shown = f"[{colours[row['verdict']]}]{row['verdict']}[/]"
-        table.add_row(name, _range_text(row["required"]), measured, interval, str(row["n"]), shown)
+        n = counted_units(row["name"], row["n"])
+        table.add_row(row["name"], _range_text(row["required"]), measured, interval, n, shown)
     return table

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..evaluation.targets import MIN_UNITS, counted_units
 from ..fileio import update_text, write_json
 from ..report.words import DASH, TARGETS, TargetWords, counted, listed, markdown_table, number
 from ..study.results import TOLERANCE, Spread
@@ -80,8 +81,9 @@ def _made_from(found: Summary) -> list[str]:
         " interval is a 95 % bootstrap interval over concepts (FVU: over groups of documents), paired where arms are"
         " compared. *Over seeds*: a concept's values of all seeds are added up first, but for seeds where one of two"
         " arms has none; the interval then resamples concepts, and says nothing of how much seeds differ. PASS: the"
-        " interval lies wholly beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither. Every metric is"
-        " defined in docs/method.md, section 5. This page is written by `hsae findings write`, from the records alone.",
+        " interval lies wholly beyond the threshold; FAIL: wholly short of it; INCONCLUSIVE: neither, or fewer than"
+        f" {MIN_UNITS} concepts or groups of documents. Every metric is defined in docs/method.md, section 5. This page"
+        " is written by `hsae findings write`, from the records alone.",
     ]
     if len({record["code"]["sources_sha256"] for record in found.records.values()}) > 1:
         lines += ["", "The records were made with more than one version of the code; each says which."]
@@ -105,11 +107,11 @@ def _in_short(found: Summary) -> list[str]:
     judged = dict.fromkeys(plans[hook].teacher for hook in hooks)
     lines.append(f"- Judged: {'; '.join(f'`{arm}` ({_arm(found.study, arm)})' for arm in judged)}.")
     for target in TOGETHER:
-        counts = [
-            f"{hook} {passed} of {of}"
-            for hook in hooks
-            for passed, of in [found.passes(hook, plans[hook].teacher, target)]
-        ]
+        counts = []
+        for hook in hooks:
+            passed, of = found.passes(hook, plans[hook].teacher, target)
+            over = {one["name"]: one for one in found.targets(hook, plans[hook].teacher, found.study.seeds)}
+            counts.append(f"{hook} {passed} of {of} ({_units(over[target])})")
         lines.append(f"- {TARGETS[target].name}: seeds that pass at {'; '.join(counts)}.")
     lines += _all_rows(found)
     for hook in hooks:
@@ -151,9 +153,8 @@ def _targets_words(found: Summary) -> list[str]:
         + "; ".join(f"`{teacher}` (control `{control}`) at {hook}" for hook, (teacher, control) in arms.items())
         + ". In the figures a tick is a seed, a dot with its bar the value over seeds with its interval, green for"
         " PASS, orange for FAIL, grey for INCONCLUSIVE; a dashed line is a threshold. The angle is one number of the"
-        " evidence, the same for every seed and arm, and it decides nothing alone. n is a union over seeds: concepts"
-        " (of the angle, children; of the reconstruction error, groups of documents) with a value of both arms in at"
-        " least one seed. In brackets each seed's own n, where they differ."
+        " evidence, the same for every seed and arm, and it decides nothing alone. n is a union over seeds: all that"
+        " have a value of both arms in at least one seed. In brackets each seed's own n, where they differ."
     ]
 
 
@@ -172,7 +173,7 @@ def _targets(found: Summary, hook: str) -> list[str]:
                 _required(target),
                 *(_measured(targets[place]) for targets in by_seed),
                 f"**{_measured(target)}**",
-                _units(target["n"], [targets[place]["n"] for targets in by_seed]),
+                _units(target) + _of_seeds(target["n"], [targets[place]["n"] for targets in by_seed]),
             ]
             for place, target in enumerate(over)
         ]
@@ -187,9 +188,9 @@ def _targets(found: Summary, hook: str) -> list[str]:
     return lines[1:]
 
 
-def _units(over: int, by_seed: list[int]) -> str:
-    """'40 (37, 38 and 36)': the units of the value over seeds, and of every seed."""
-    return str(over) if set(by_seed) == {over} else f"{over} ({listed([str(n) for n in by_seed])})"
+def _of_seeds(over: int, by_seed: list[int]) -> str:
+    """' (37, 38 and 36)': the units of every seed, where they are not those of the value over seeds."""
+    return "" if set(by_seed) == {over} else f" ({listed([str(n) for n in by_seed])})"
 
 
 def _against(found: Summary, hook: str, arm: str) -> str:
@@ -205,6 +206,12 @@ def _required(target: dict[str, Any]) -> str:
     words = TARGETS[target["name"]]
     low, high = (None if bound is None else number(bound * words.factor, 0) for bound in target["required"])
     return f"≥ {low}{words.unit}" if high is None else f"{low} to {high}{words.unit}"
+
+
+def _units(target: dict[str, Any]) -> str:
+    """'54 concepts', or '100 groups of documents', as records keep them."""
+    grouped = target["name"] == "reconstruction_parity"
+    return f"{target['n']} groups of documents" if grouped else counted_units(target["name"], target["n"])
 
 
 def _measured(target: dict[str, Any]) -> str:
@@ -243,11 +250,12 @@ def _reason(found: Summary, hook: str, place: int, target: dict[str, Any], passe
         return f"{said}Not measured: {target.get('why', 'no reason is recorded')}."
     low, high = target["required"]
     inside = (low is None or target["measured"] >= low) and (high is None or target["measured"] <= high)
-    units = "groups of documents" if target["name"] == "reconstruction_parity" else "concepts"
-    if inside and target["verdict"] == PASS:
+    if "why" in target:
+        said += f"Not decided: {target['why']}."
+    elif inside and target["verdict"] == PASS:
         said += "Over seeds it passes, but not in every seed."
     elif inside:
-        said += f"The estimate meets the threshold; the interval over {target['n']} {units} reaches beyond it."
+        said += f"The estimate meets the threshold; the interval over {_units(target)} reaches beyond it."
     else:
         said += "The estimate itself falls short."
     if metric := _METRIC.get(target["name"]):

@@ -137,11 +137,11 @@ class Summary:
         found = self.hooks.get(hook, {}).get("evidence", {}).get("main", {}).get("angles")
         if not found:
             return None
-        return Metric(found["median_angle_deg"], tuple(found["median_ci95"]), 90.0, self.children(hook))
+        return Metric(found["median_angle_deg"], tuple(found["median_ci95"]), 90.0, self.parents(hook))
 
-    def children(self, hook: str) -> int:
-        """Children of the study's concepts."""
-        return next(int(record["children"]) for key, record in self.records.items() if key.hook == hook)
+    def parents(self, hook: str) -> int:
+        """Parents of the study's concepts."""
+        return next(int(record["parents"]) for key, record in self.records.items() if key.hook == hook)
 
     def verdicts(self, hook: str, arm: str, target: str) -> list[str]:
         """A target's verdict for every seed."""

@@ -10,7 +10,7 @@ from ..evaluation.bootstrap import Evaluation, Metric, Units, paired
 from ..evaluation.interventions import evaluate_interventions
 from ..evaluation.latents import Names, describe_latents
 from ..evaluation.reconstruction import NO_HEAD
-from ..evaluation.targets import Thresholds, assess_targets, format_targets
+from ..evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets
 from ..evaluation.words import Lexicon
 from ..fileio import read_json, write_json
 from ..geometry.causal import CausalGeometry
@@ -53,7 +53,9 @@ def run_phase4(run: Run) -> None:
     write_json(folder / "interventions.json", interventions(run))
     concepts = {name: found.concepts.to_json() for name, found in measured.items()}
     write_json(folder / "ablations.json", {**differences(arms, options.bootstrap, seed), "concepts": concepts})
-    write_json(folder / "results.json", results(run, arms))
+    of_labels = next(iter(measured.values())).concepts  # the same rows for every arm
+    few = of_labels.lacking if len(of_labels.parents_Q) < MIN_UNITS else ""
+    write_json(folder / "results.json", results(run, arms, few))
     run.finish(4, inputs, started)
     print_results(run)
 
@@ -192,8 +194,8 @@ def differences(arms: Mapping[str, Evaluation], resamples: int, seed: int) -> di
     }
 
 
-def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """The object of results.json; it holds no times, paths or host names."""
+def results(run: Run, arms: Mapping[str, Evaluation], few: str) -> dict[str, Any]:
+    """The object of results.json; it holds no times, paths or host names. few: why there are not more concepts."""
     config = run.config
     limits = config.eval.targets
     thresholds = Thresholds(
@@ -205,7 +207,7 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
     )
     evidence = read_json(run.phase(1) / "evidence.json", Evidence)
     angles = evidence["main"]["angles"]
-    angle = Metric(angles["median_angle_deg"], tuple(angles["median_ci95"]), 90.0, run.concepts.n_children)
+    angle = Metric(angles["median_angle_deg"], tuple(angles["median_ci95"]), 90.0, run.concepts.n_parents)
     empty: dict[str, Units] = {}
     units = {name: arms[name].units if name in arms else empty for name in ("baseline", "teacher")}
     targets = assess_targets(
@@ -213,6 +215,7 @@ def results(run: Run, arms: Mapping[str, Evaluation]) -> dict[str, Any]:
         units["baseline"],
         units["teacher"],
         thresholds=thresholds,
+        few=few,
         bootstrap=config.eval.bootstrap,
         seed=config.run.seed,
     )

@@ -7,8 +7,9 @@ the run folder, and write to a folder beside it.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..evaluation.targets import MIN_UNITS, counted_units
 from .read import RunFiles
-from .words import TARGETS, arm_title, counted, interval, listed, number, percent
+from .words import TARGETS, arm_title, interval, listed, number, percent
 
 FINAL_HOOK = "final_residual_pre_unembed"  # as in lm.py, whose import would load transformers
 MANY_DEAD = 0.2  # share of parents never active from which it is worth a word
@@ -68,9 +69,11 @@ def more_concepts(run: RunFiles) -> Advice | None:
         return None
     first, words = open_targets[0], TARGETS[open_targets[0]["name"]]
     names = listed([TARGETS[target["name"]].name.lower() for target in open_targets])
-    spans = f"{interval(first['ci95'], words.digits, words.factor, words.unit)} over {counted(first['n'], 'concept')}"
+    over = counted_units(first["name"], first["n"])
+    spans = f"{interval(first['ci95'], words.digits, words.factor, words.unit)} over {over}"
+    why = "the interval spans the threshold" if first["n"] >= MIN_UNITS else f"fewer than {MIN_UNITS} decide nothing"
     total, least = len(run.concepts["parents"]), run.config.concepts.min_test_rows
-    said = f"Undecided because the interval spans the threshold: {names} ({spans})."
+    said = f"Undecided because {why}: {names} ({spans})."
     if first["n"] < 0.8 * total:
         said = f"{said} There are {total} parents, and only those with at least {least} labelled rows count."
         return _more_text(run, f"{said} More text gives more of them.")
@@ -130,7 +133,7 @@ def steer_at_the_end(run: RunFiles) -> Advice | None:
 
 def smaller_push(run: RunFiles) -> Advice | None:
     """Many concepts never reached the effect that steering asks for."""
-    found = {arm: run.metric(arm, "steering_unreached") for arm in ("baseline", "teacher")}
+    found = {arm: run.metric(arm, "steering_unreached") for arm in run.judged}
     many = {arm: one["value"] for arm, one in found.items() if one and one["value"] > MANY_UNREACHED}
     if not many:
         return None
@@ -145,7 +148,7 @@ def smaller_push(run: RunFiles) -> Advice | None:
 
 def words_do_not_matter(run: RunFiles) -> Advice | None:
     """Purity passes, but the control with the wrong words is not clearly worse."""
-    permuted = run.arm_with(init="permuted_teacher")
+    permuted = run.permuted
     if permuted is None or run.target("purity_gain_pp")["verdict"] != "PASS":
         return None
     lead = run.lead(permuted, "purity")
@@ -159,20 +162,25 @@ def words_do_not_matter(run: RunFiles) -> Advice | None:
 
 
 def worse_than_flat(run: RunFiles) -> Advice | None:
-    """The flat dictionary explains more at the same number of active latents."""
-    flat, arm = run.arm_with(kind="topk"), run.ablations["reference"]
-    if flat is None or run.config.arm(arm).kind == "topk":
+    """A flat dictionary explains more at the same number of active latents."""
+    arm = run.ablations["reference"]
+    ev = {flat: found["value"] for flat in run.flat_arms if (found := run.metric(flat, "ev"))}
+    if not ev or arm in run.flat_arms:
         return None
-    gap, l0, own_l0 = run.difference(flat, "ev"), run.metric(flat, "l0"), run.metric(arm, "l0")
-    ev, own_ev = run.metric(flat, "ev"), run.metric(arm, "ev")
-    if not (gap and gap["ci95"] and gap["ci95"][0] > 0 and l0 and own_l0 and ev and own_ev):
+    flat = max(ev, key=lambda name: ev[name])
+    gap = run.difference(flat, "ev")
+    l0, own_l0, own_ev = run.metric(flat, "l0"), run.metric(arm, "l0"), run.metric(arm, "ev")
+    if not (gap and gap["ci95"] and gap["ci95"][0] > 0 and l0 and own_l0 and own_ev):
         return None
-    return Advice(
-        f"The flat TopK explains more ({number(ev['value'])} with {number(l0['value'], 1)} active latents) than the "
-        f"H-SAE {arm_title(arm)} ({number(own_ev['value'])} with {number(own_l0['value'], 1)}). Wider subspaces for "
-        "the children are one thing to try.",
-        command(run, "wider", f"hsae.subspace_dim={2 * run.config.hsae.subspace_dim}"),
+    said = (
+        f"The arm {arm_title(flat)} explains more ({number(ev[flat])} with {number(l0['value'], 1)} active latents) "
+        f"than the H-SAE {arm_title(arm)} ({number(own_ev['value'])} with {number(own_l0['value'], 1)})."
     )
+    hsae = run.config.arm_hsae(run.config.arm(arm))
+    if hsae.child_decoder == "direct":
+        return Advice(f"{said} More steps are one thing to try.", longer(run))
+    wider = command(run, "wider", f"hsae.subspace_dim={2 * hsae.subspace_dim}")
+    return Advice(f"{said} Wider subspaces for the children are one thing to try.", wider)
 
 
 def costs_reconstruction(run: RunFiles) -> Advice | None:
@@ -192,7 +200,7 @@ def costs_reconstruction(run: RunFiles) -> Advice | None:
 
 def dead_parents(run: RunFiles) -> Advice | None:
     """Many parents are never active."""
-    found = {arm: run.metric(arm, "dead_parents") for arm in ("baseline", "teacher")}
+    found = {arm: run.metric(arm, "dead_parents") for arm in run.judged}
     many = {arm: one["value"] for arm, one in found.items() if one and one["value"] > MANY_DEAD}
     n_parents = run.config.hsae.n_parents
     if not many or n_parents < 2 * len(run.concepts["parents"]):

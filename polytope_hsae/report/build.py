@@ -17,11 +17,11 @@ from .hierarchy import answers
 from .palette import arm_styles, css_variables
 from .read import RunFiles, read_run
 from .steering import interventions_table, steering_grid
-from .summary import summary
+from .summary import massive_rows, summary
 from .svg import Drawing
 from .targets import informative_passes, target_rows
 from .tree import tree_data
-from .words import arm_meaning, arm_title, corpus_meaning, label_meaning, model_meaning, number
+from .words import arm_meaning, arm_title, corpus_meaning, hsae_size, label_meaning, listed, model_meaning, number
 
 
 def write_report(folder: Path) -> Path:
@@ -79,7 +79,8 @@ def view(run: RunFiles, drawn: dict[str, Drawing]) -> dict[str, Any]:
             for name in run.arms
         ],
         "budgets": sorted(set(budgets.values())),
-        "hsae": config.hsae,
+        "sizes": sizes(run),
+        "massive_rows": massive_rows(run),
         "summary": summary(run),
         "targets": target_rows(run),
         "verdicts": Counter(target["verdict"] for target in run.results["targets"]),
@@ -92,8 +93,8 @@ def view(run: RunFiles, drawn: dict[str, Drawing]) -> dict[str, Any]:
         "schedule": config.training.schedule,
         "arms_table": tables.arms_table(run),
         "reference": arm_title(run.ablations["reference"]),
-        "differences": tables.differences_table(run.ablations["differences"]),
-        "leads": tables.differences_table(run.ablations["against_teacher"]),
+        "differences": tables.differences_table(run, run.ablations["differences"]),
+        "leads": tables.differences_table(run, run.ablations["against_teacher"]),
         "concepts": tables.concepts_table(run),
         "figures": {name: Markup(drawing.inline) for name, drawing in drawn.items()},
         "evidence": run.evidence,
@@ -113,6 +114,19 @@ def view(run: RunFiles, drawn: dict[str, Drawing]) -> dict[str, Any]:
         "config_text": run.config_text,
         "theme": {"light": Markup(css_variables(0)), "dark": Markup(css_variables(1))},
     }
+
+
+def sizes(run: RunFiles) -> list[tuple[str, str]]:
+    """(arms, their size) for every size that there is."""
+    found: dict[str, list[str]] = {}
+    for name in run.arms:
+        said = f"{run.latents['arms'][name]['n_parents']:,} latents"
+        if l0 := run.metric(name, "l0"):
+            said += f", on average {number(l0['value'], 1)} active in a row"
+        if name not in run.flat_arms:
+            said = hsae_size(run.config.arm_hsae(run.config.arm(name)))
+        found.setdefault(said, []).append(arm_title(name))
+    return [(listed(names), said) for said, names in found.items()]
 
 
 def budget(run: RunFiles, arm: str) -> str:

@@ -93,7 +93,7 @@ def curve_figures(run: RunFiles) -> list[Drawing]:
     drawn = []
     for name, logged, title, label in CURVES:
         found = curves(run, *logged)
-        if not found:
+        if not any(value for _, values in found.values() for value in values):
             continue
 
         def paint(axes: Axes, name: str = name, found: dict[str, Any] = found, label: str = label) -> None:
@@ -122,7 +122,17 @@ def _lines(axes: Axes, run: RunFiles, found: dict[str, Any], marker: str | None 
             x, y, color=LIGHT[colour], linestyle=LINE_STYLES[style], marker=marker, markersize=3.5, label=arm_title(arm)
         )
     below = -0.42 / HEIGHT  # as a share of the axes, under the axis label
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, below), ncols=2, borderaxespad=0, columnspacing=1.5)
+    handles, labels = axes.get_legend_handles_labels()
+    row_by_row = [*range(0, len(labels), 2), *range(1, len(labels), 2)]  # of two columns, which are filled one by one
+    axes.legend(
+        [handles[place] for place in row_by_row],
+        [labels[place] for place in row_by_row],
+        loc="upper left",
+        bbox_to_anchor=(-0.02, below),
+        ncols=2,
+        borderaxespad=0,
+        columnspacing=1.5,
+    )
 
 
 def _frame_with_legend(entries: int) -> Frame:
@@ -142,7 +152,6 @@ def evidence_figures(run: RunFiles) -> list[Drawing]:
     angle_low, angle_high = run.target("median_angle_deg")["required"]
     plans: tuple[tuple[str, str, str, str, str, Band | None, Limits | None], ...] = (
         ("z", "parents", "z", "z of the shared direction", "z, deviations of the null", (3.0, None), None),
-        ("s_p", "parents", "s_p", "Strength of the shared direction", "s, mean inner product of siblings", None, None),
         ("angle", "children", "angle_deg", "Angle of the hierarchy", "angle, degrees", (angle_low, angle_high), None),
         ("beta", "children", "beta", "Orthogonality ratio", "β, ratio", (0.8, 1.25), (-1.0, 3.0)),
     )
@@ -209,8 +218,8 @@ def _distribution(
 def usage_figure(run: RunFiles) -> list[Drawing]:
     """Share of rows on which each parent is active, most used first; none where nothing is active."""
     usage = {}
-    for arm, found in run.latents["arms"].items():
-        used = sorted((share for share in found["usage"] if share > 0), reverse=True)
+    for arm in run.arms:
+        used = sorted((share for share in run.latents["arms"][arm]["usage"] if share > 0), reverse=True)
         if used:
             usage[arm] = (np.arange(1, len(used) + 1), used)
     if not usage:

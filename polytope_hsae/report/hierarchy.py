@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from .read import RunFiles
-from .words import interval, listed, number, percent
+from .words import arm_title, interval, listed, number, percent
 
 BETA_RANGE = (0.8, 1.25)
 FEW = 5  # parents from which a control's beta is compared
@@ -19,17 +19,20 @@ class Answer(NamedTuple):
 
 
 def answers(run: RunFiles) -> list[Answer]:
-    """Whether siblings cluster, whether they do so at right angles, and what of it training was tested for."""
-    trained = (
-        "The evidence here is measured in the language model, before training. Of the trained arms only parents are "
-        "tested (purity, leakage, steering); no number says whether their children stand for child concepts."
-    )
-    return [
-        _siblings(run),
-        _right_angles(run),
-        *_decision(run),
-        Answer("Do trained children stand for child concepts?", "not tested", trained),
-    ]
+    """Whether siblings cluster, whether they do so at right angles, and whether trained children follow it."""
+    return [_siblings(run), _right_angles(run), *_decision(run), _trained(run)]
+
+
+def _trained(run: RunFiles) -> Answer:
+    question = "Do trained children stand for child concepts?"
+    found = {arm: one for arm in run.arms if (one := run.metric(arm, "edge_recall"))}
+    if not found:
+        return Answer(question, "not measured", "No arm with children has enough labelled rows.")
+    shares = listed([f"{percent(one['value'])} ({arm_title(arm)})" for arm, one in found.items()])
+    chance = percent(next(iter(found.values()))["chance"])
+    most = max(found.values(), key=lambda one: one["value"])
+    said = f"Child concepts whose best latent is a child of their parent's latent: {shares}; by chance {chance}."
+    return Answer(question, f"{percent(most['value'])} at most", said)
 
 
 def _siblings(run: RunFiles) -> Answer:

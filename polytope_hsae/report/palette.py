@@ -37,7 +37,7 @@ FLAT = "s4"
 
 def arm_styles(config: Config) -> dict[str, tuple[str, int]]:
     """(colour name, number of the line style) of every arm: by what the arm is, then whatever no arm prefers."""
-    wanted = {arm.name: FLAT if arm.kind == "topk" else PREFERRED[arm.init] for arm in config.arms}
+    wanted = {arm.name: PREFERRED[arm.init] if arm.kind == "hsae" else FLAT for arm in config.arms}
     spare = [name for name in SERIES if name not in wanted.values()]
     styles: dict[str, tuple[str, int]] = {}
     for arm, own in wanted.items():

@@ -9,7 +9,7 @@ from ..config import Config, load_config
 from ..fileio import read_json
 from ..parsing import parse_json
 from ..provenance import State
-from ..records import Ablations, Evidence, Interventions, Results, Steering, Train
+from ..records import Ablations, Evidence, Interventions, Norms, Results, Steering, Train
 
 KINDS: dict[str, Any] = {
     "evidence": Evidence,
@@ -25,7 +25,8 @@ PHASE_FILES = {1: ("concepts", "evidence"), 4: ("results", "steering", "interven
 class RunFiles:
     """The parsed files of one finished run; `train` holds every arm's train.json by name, in the config's order.
 
-    `store` is the manifest of the activations, None where they were deleted.
+    `store` is the manifest of the activations, None where they were deleted; `norms` is None in runs of earlier
+    versions.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class RunFiles:
     ablations: dict[str, Any]
     latents: dict[str, Any]
     store: dict[str, Any] | None
+    norms: dict[str, Any] | None
 
     def metric(self, arm: str, name: str) -> dict[str, Any] | None:
         """{value, ci95, chance, n} of one arm; None where the run has no such arm or metric, or no value of it."""
@@ -61,13 +63,6 @@ class RunFiles:
         """One of the five targets of results.json."""
         return next(target for target in self.results["targets"] if target["name"] == name)
 
-    def arm_with(self, **fields: str) -> str | None:
-        """Name of the first arm whose config has these fields (init="permuted_teacher"), if there is one."""
-        for arm in self.config.arms:
-            if all(getattr(arm, key) == value for key, value in fields.items()):
-                return arm.name
-        return None
-
     def parent_name(self, row: int) -> str:
         """Name of a parent concept."""
         return str(self.concepts["parents"][row]["name"])
@@ -79,8 +74,33 @@ class RunFiles:
 
     @cached_property
     def arms(self) -> list[str]:
-        """The measured arms, in order."""
-        return list(self.results["arms"])
+        """The measured arms in the config's order, in which everything shows them."""
+        return [arm.name for arm in self.config.arms if arm.name in self.results["arms"]]
+
+    @cached_property
+    def flat_arms(self) -> list[str]:
+        """Those without a hierarchy, of every kind."""
+        return [arm for arm in self.arms if self.config.arm(arm).kind != "hsae"]
+
+    @cached_property
+    def permuted(self) -> str | None:
+        """The first arm that starts from a teacher of the wrong words, if there is one."""
+        return next((arm for arm in self.arms if self.config.arm(arm).init == "permuted_teacher"), None)
+
+    @cached_property
+    def judged(self) -> list[str]:
+        """The arms that the targets compare, as far as they were measured."""
+        return [arm for arm in self.arms if arm in ("baseline", "teacher")]
+
+    @cached_property
+    def key_arms(self) -> list[str]:
+        """The judged arms, the control and the flat arms; without any of them the first arm."""
+        return [arm for arm in self.arms if arm in (*self.judged, self.permuted, *self.flat_arms)] or self.arms[:1]
+
+    @cached_property
+    def leaves_rows_out(self) -> bool:
+        """Whether rows of massive norm are left out of metrics that do not name them."""
+        return bool(self.norms and self.norms["limit"] and any(one["massive"] for one in self.norms["splits"].values()))
 
     @cached_property
     def has_hierarchy(self) -> bool:
@@ -106,7 +126,7 @@ def read_run(folder: Path) -> RunFiles:
     for path in (*paths.values(), *trained.values()):
         if not path.is_file():
             raise ValueError(f"{path}: missing, so the run is not finished; {again}")
-    manifest = folder / "activations" / "manifest.json"
+    manifest, norms = folder / "activations" / "manifest.json", folder / "phase1" / "norms.json"
     files = {name: read_json(path, KINDS.get(name, dict)) for name, path in paths.items()}
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return RunFiles(
@@ -116,5 +136,6 @@ def read_run(folder: Path) -> RunFiles:
         metrics=[parse_json(line) for line in lines],
         train={name: read_json(path, Train) for name, path in trained.items()},
         store=read_json(manifest) if manifest.is_file() else None,
+        norms=read_json(norms, Norms) if norms.is_file() else None,
         **files,
     )

@@ -39,7 +39,7 @@ def steering_evidence(run: RunFiles, target: dict[str, Any]) -> list[str]:
     compared = _compared(run)
     reached = [
         f"{arm_title(arm)} {sum(value is not None for value in found.values())} of {len(found)}"
-        for arm in ("baseline", *compared)
+        for arm in compared
         if (found := side_effects(run, arm))
     ]
     sentences = []
@@ -55,7 +55,7 @@ def steering_evidence(run: RunFiles, target: dict[str, Any]) -> list[str]:
         f"(teacher) and {number(base)} nats (baseline) on average; the medians are {number(own_median)} and "
         f"{number(base_median)}."
     )
-    return sentences + _one_concept(run, shared) + _left_out(run, shared)
+    return sentences + _one_concept(run, shared)
 
 
 def _over(shared: list[Pair], of: Any) -> tuple[float, float]:
@@ -77,38 +77,20 @@ def _one_concept(run: RunFiles, shared: list[Pair]) -> list[str]:
     ]
 
 
-def _left_out(run: RunFiles, shared: list[Pair]) -> list[str]:
-    """The baseline's largest value, where it does not count because the teacher does not reach the concept."""
-    known = {parent: value for parent, value in side_effects(run, "baseline").items() if value is not None}
-    worst = max(known, key=lambda parent: known[parent])
-    if worst in {pair.parent for pair in shared}:
-        return []
-    largest = f"The baseline's own largest, {run.parent_name(worst)} ({number(known[worst], 2)})"
-    return [f"{largest}, does not count, because the teacher does not reach it."]
-
-
 def steering_table(run: RunFiles) -> dict[str, Any] | None:
     """Every steered concept with its side effect in each arm, the teacher's largest first; None without any."""
-    arms = [arm for arm in ("teacher", "baseline", *_compared(run)[1:]) if side_effects(run, arm)]
-    if not arms:
+    effects = {arm: found for arm in _compared(run) if (found := side_effects(run, arm))}
+    if not effects:
         return None
-    effects = {arm: side_effects(run, arm) for arm in arms}
-    parents = sorted(effects[arms[0]], key=lambda parent: -(effects[arms[0]][parent] or -1.0))
+    arms = list(effects)
+    decides = effects.get("teacher", effects[arms[0]])
+    parents = sorted(decides, key=lambda parent: -(decides[parent] or -1.0))
     notes = ["A dash: the arm did not reach the concept. A target compares only concepts that both of its arms reach."]
-    for arm in arms[1:]:
-        means = steering_means(run, arm) if arm != "baseline" else None
+    for arm in arms:
+        means = steering_means(run, arm) if arm not in run.judged else None
         if means:
             over = f"On the {counted(means[0], 'concept')} that {arm_title(arm)} and baseline both reach, the means are"
             notes.append(f"{over} {number(means[2])} and {number(means[1])}.")
-    own = [
-        f"{arm_title(arm)} {number(found['value'])} over {found['n']}"
-        for arm in arms
-        if (found := run.metric(arm, "steering_leakage"))
-    ]
-    if own:
-        notes.append(
-            f"The table of arms averages over all concepts that an arm reaches, so its means differ: {listed(own)}."
-        )
     return {
         "title": "Concept by concept",
         "caption": "By how many nats other words move.",
@@ -127,7 +109,7 @@ ALONG = {"own": "its own direction", "other": "another concept's", "random": "a 
 
 def steering_grid(run: RunFiles) -> dict[str, Any] | None:
     """Side effects of every arm by level, form, hook and dose; None where nothing was steered."""
-    grid = {arm: cells for arm, cells in run.steering["grid"].items() if cells}
+    grid = {arm: cells for arm in run.arms if (cells := run.steering["grid"].get(arm))}
     if not grid:
         return None
     key = ("level", "form", "hook", "target_nats")
@@ -213,6 +195,5 @@ def _missed(found: dict[str, Any], name: str) -> str:
 
 
 def _compared(run: RunFiles) -> list[str]:
-    """The arms that are set against the baseline."""
-    permuted = run.arm_with(init="permuted_teacher")
-    return ["teacher", *([permuted] if permuted else [])]
+    """The judged arms and the control."""
+    return [arm for arm in run.arms if arm in (*run.judged, run.permuted)]

@@ -1,8 +1,22 @@
 """The header's paragraph: what the run found, computed from its results."""
 
+from typing import Any
+
+from ..evaluation.massive import MASSIVE
+from ..evaluation.targets import MIN_UNITS, counted_units
 from .read import RunFiles
 from .targets import informative_passes
-from .words import TARGETS, arm_title, counted, interval, listed, number, percent
+from .words import DASH, TARGETS, arm_title, interval, listed, number, percent
+
+WORDS = 5  # of the tokens of massive rows
+LEFT_OUT = (
+    "They are left out of training and of every metric below, but for those marked “all rows”. In the language model "
+    "their reconstruction is put in place like any other's, but where “massive rows kept” is said."
+)
+LEFT_IN = (
+    "This run trains on them and counts them, so explained variance rests on a handful of rows (“explained variance of "
+    f"a row” does not). data.max_norm_multiple={MASSIVE:g} leaves them out."
+)
 
 
 def summary(run: RunFiles) -> list[str]:
@@ -25,41 +39,70 @@ def summary(run: RunFiles) -> list[str]:
             f"In the {run.evidence['rows_of']}, the children of {share} of {count} parents share a direction beyond "
             f"what random nouns share (z above 3); the same holds for {elsewhere}."
         )
-    permuted = run.arm_with(init="permuted_teacher")
-    flat = run.arm_with(kind="topk")
-    others = [arm for arm in (flat, permuted) if arm]
-    purity = {arm: run.metric(arm, "purity") for arm in ("teacher", "baseline", *others)}
-    known = [f"{number(found['value'], 2)} ({arm_title(arm)})" for arm, found in purity.items() if found]
-    chance = next((found["chance"] for found in purity.values() if found), None)
-    if known:
-        on_words = f"On words held out from the teacher, purity is {listed(known)}"
-        sentences.append(f"{on_words}; chance is {number(chance, 2)}.")
+    purity = {arm: found for arm in run.key_arms if (found := run.metric(arm, "purity"))}
+    if purity:
+        known = [f"{number(found['value'], 2)} ({arm_title(arm)})" for arm, found in purity.items()]
+        chance = next(iter(purity.values()))["chance"]
+        sentences.append(f"On held-out words, purity is {listed(known)}; chance is {number(chance, 2)}.")
     leads = [
         f"{number(100 * found['value'], 1, sign=True)} points over {arm_title(arm)} ({interval(found['ci95'], 1, 100)})"
-        for arm in others
-        if (found := run.lead(arm, "purity"))
+        for arm in run.key_arms
+        if arm not in run.judged and (found := run.lead(arm, "purity"))
     ]
     if leads:
         sentences.append(f"Paired by concept, the teacher's lead in purity is {listed(leads)}.")
-    ev = {arm: run.metric(arm, "ev") for arm in ("teacher", "baseline", *([flat] if flat else []))}
-    known = [f"{number(found['value'], 3)} ({arm_title(arm)})" for arm, found in ev.items() if found]
+    ev = {arm: found for arm in run.key_arms if (found := run.metric(arm, "ev"))}
+    known = [f"{number(found['value'], 3)} ({arm_title(arm)})" for arm, found in ev.items()]
     if known:
         sentences.append(f"Explained variance: {listed(known)}.")
-    seeds = counted(len(run.results["seeds"]), "seed")
-    sentences.append(f"{seeds}: the intervals are over concepts and documents, not over training runs.")
+    seeds = listed([str(seed) for seed in run.results["seeds"]])
+    sentences.append(f"Seed {seeds}: the intervals are over concepts and documents, not over training runs.")
     return sentences
+
+
+def massive_rows(run: RunFiles) -> list[str]:
+    """What rows of massive norm there are and what they do to the numbers; empty where there are none."""
+    norms = run.norms
+    found = {} if norms is None else {name: one for name, one in norms["splits"].items() if one["massive"]}
+    if norms is None or not found:
+        return []
+    counts = [
+        f"{one['massive']:,} of {one['rows']:,} {name} rows ({percent(one['massive'] / one['rows'], 3)})"
+        for name, one in found.items()
+    ]
+    times, median = f"{norms['limit'] or MASSIVE:g} times", number(norms["median_norm"], 1)
+    largest = number(max(one["largest_norm"] for one in found.values()), 0)
+    words = [f"“{token}” ({count:,})" for token, count in next(iter(found.values()))["tokens"][:WORDS]]
+    share = percent(max(one["share_of_squared_deviation"] for one in found.values()))
+    return [
+        f"{listed(counts)} have a norm above {times} the median of {median}, up to {largest}. In language models these "
+        f"are usually a text's first tokens (“massive activations”); here most often {listed(words or [DASH])}.",
+        f"They hold {share} of the squared deviation from the mean, so an explained variance with them says little "
+        "about all other rows.",
+        LEFT_OUT if norms["limit"] else LEFT_IN,
+    ]
 
 
 def _verdict_sentence(run: RunFiles) -> str:
     targets = run.results["targets"]
     parts = []
-    for verdict, says in (("PASS", "pass"), ("FAIL", "fail"), ("INCONCLUSIVE", "are undecided")):
-        names = [TARGETS[target["name"]].name.lower() for target in targets if target["verdict"] == verdict]
+    for verdict, one, several in (
+        ("PASS", "passes", "pass"),
+        ("FAIL", "fails", "fail"),
+        ("INCONCLUSIVE", "is undecided", "are undecided"),
+    ):
+        names = [_over(target) for target in targets if target["verdict"] == verdict]
         if names:
-            verb = (
-                {"pass": "passes", "fail": "fails", "are undecided": "is undecided"}[says] if len(names) == 1 else says
-            )
-            parts.append(f"{len(names)} {verb} ({listed(names)})")
+            parts.append(f"{len(names)} {one if len(names) == 1 else several} ({listed(names)})")
+    said = f"Of {len(targets)} targets, {listed(parts)}."
+    if any(0 < target["n"] < MIN_UNITS for target in targets):
+        said += f" Fewer than {MIN_UNITS} decide nothing."
     passes, informative = (sum(target["verdict"] == "PASS" for target in targets), informative_passes(run))
-    alike = "" if informative == passes else f" Informative: {informative} of the {passes} that pass."
-    return f"Of {len(targets)} targets, {listed(parts)}.{alike}"
+    return said if informative == passes else f"{said} Informative: {informative} of the {passes} that pass."
+
+
+def _over(target: dict[str, Any]) -> str:
+    """'gain of purity over 16 concepts'."""
+    name = TARGETS[target["name"]].name
+    measured = f" over {counted_units(target['name'], target['n'])}" if target["n"] else ", not measured"
+    return f"{name[0].lower()}{name[1:]}{measured}"

@@ -1,5 +1,6 @@
 """Tables of the page: arms with intervals and chance, paired differences, evidence, provenance."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from .words import (
     DASH,
     METRIC_GROUPS,
     METRICS,
+    OF_MASSIVE_ROWS,
     OWN_SLOTS,
     OWN_SLOTS_SUFFIX,
     MetricWords,
@@ -42,10 +44,12 @@ PHASES = {
     "phase3": "arms with a teacher",
     "phase4": "measurement",
 }
+OPEN_GROUPS = ("Reconstruction", "Concepts on held-out documents and words")
 
 
-def metric_groups(names: set[str]) -> dict[str, dict[str, MetricWords]]:
-    """The groups of the table, only the metrics that the run has; own slots last."""
+def metric_groups(run: RunFiles, found: Iterable[dict[str, Any]]) -> dict[str, dict[str, MetricWords]]:
+    """The groups of a table, only metrics that an arm in `found` has and that say something; own slots last."""
+    names = {name for metrics in found for name in metrics} - set(() if run.leaves_rows_out else OF_MASSIVE_ROWS)
     own = {key + OWN_SLOTS_SUFFIX: words for key, words in METRICS.items() if key + OWN_SLOTS_SUFFIX in names}
     groups = {
         title: {key: words for key, words in group.items() if key in names} for title, group in METRIC_GROUPS.items()
@@ -69,25 +73,25 @@ class Footnotes:
 def arms_table(run: RunFiles) -> dict[str, Any]:
     """Columns are arms, rows metrics in groups; a missing value is a dash with its reason as a footnote."""
     notes = Footnotes()
-    arms, order = run.results["arms"], teacher_first(run.arms)
+    arms = run.results["arms"]
     groups = []
-    for title, group in metric_groups({name for metrics in arms.values() for name in metrics}).items():
+    for title, group in metric_groups(run, arms.values()).items():
         rows = []
         for key, words in group.items():
-            found = [arms[arm].get(key) for arm in order]
+            found = [arms[arm].get(key) for arm in run.arms]
             chances = {number(one["chance"], words.digits) for one in found if one and one["chance"] is not None}
             common = chances.pop() if len(chances) == 1 else None
             cells = [_cell(one, words.digits, notes, with_chance=common is None) for one in found]
             rows.append({"words": words, "cells": cells, "chance": common, "n": _units(found)})
-        groups.append({"title": title, "rows": rows})
-    return {"arms": [arm_title(arm) for arm in order], "groups": groups, "notes": notes.reasons}
+        groups.append({"title": title, "rows": rows, "open": title in OPEN_GROUPS})
+    return {"arms": [arm_title(arm) for arm in run.arms], "groups": groups, "notes": notes.reasons}
 
 
-def differences_table(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def differences_table(run: RunFiles, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`table` of paired differences on the same resamples; `excludes_zero` where the interval leaves out 0."""
     notes = Footnotes()
     groups = []
-    for title, group in metric_groups({name for metrics in table.values() for name in metrics}).items():
+    for title, group in metric_groups(run, table.values()).items():
         rows = []
         for key, words in group.items():
             found = [metrics.get(key) for metrics in table.values()]
@@ -101,15 +105,12 @@ def differences_table(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def concepts_table(run: RunFiles) -> dict[str, Any]:
-    """Purity of every measured concept in every arm, with its rows and held-out words; the teacher's purest first.
-
-    `purer`: by arm, the concepts that are purer in it than in the teacher.
-    """
-    arms = teacher_first(run.arms)
+    """Purity of every measured concept in every arm, with its rows and held-out words; the teacher's purest first."""
+    arms, first = run.arms, "teacher" if "teacher" in run.arms else run.arms[0]
     # Fewer than two concepts have no purity.
     found = {arm: run.ablations["concepts"][arm] for arm in arms}
     purity = {arm: {one["parent"]: one.get("purity") for one in concepts} for arm, concepts in found.items()}
-    concepts = sorted(run.in_use, key=lambda concept: -(purity[arms[0]].get(concept["parent"]) or 0.0))
+    concepts = sorted(run.in_use, key=lambda concept: -(purity[first].get(concept["parent"]) or 0.0))
     rows = [
         {
             "name": run.parent_name(concept["parent"]),
@@ -119,20 +120,7 @@ def concepts_table(run: RunFiles) -> dict[str, Any]:
         }
         for concept in concepts
     ]
-    purer = []
-    for arm in arms[1:] if arms[0] == "teacher" else []:
-        names = [
-            run.parent_name(parent)
-            for parent, value in purity[arm].items()
-            if value is not None and value > (purity["teacher"].get(parent) or 0.0)
-        ]
-        purer.append(f"{arm_title(arm)} {len(names)}{f' ({listed(names)})' if names else ''}")
-    return {"arms": [arm_title(arm) for arm in arms], "rows": rows, "purer": purer}
-
-
-def teacher_first(arms: list[str]) -> list[str]:
-    """The arms with the teacher in front, where a narrow screen shows it."""
-    return sorted(arms, key=lambda arm: arm != "teacher")
+    return {"arms": [arm_title(arm) for arm in arms], "rows": rows}
 
 
 def _cell(
@@ -227,7 +215,6 @@ def phases_table(run: RunFiles) -> list[dict[str, Any]]:
                 "device": environment["device"],
                 "threads": environment["threads"],
                 "commit": (environment["commit"] or DASH)[:12],
-                "inputs": sorted(phase["inputs"].items()),
             }
         )
     return rows

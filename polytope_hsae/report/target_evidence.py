@@ -28,14 +28,14 @@ def _angle_evidence(run: RunFiles, target: dict[str, Any]) -> list[str]:
 
 
 def _values(run: RunFiles, metric: str, digits: int = 3) -> str:
-    """'teacher 0.421, baseline 0.230'."""
-    named = {arm: run.metric(arm, metric) for arm in ("teacher", "baseline")}
+    """'baseline 0.230, teacher 0.421'."""
+    named = {arm: run.metric(arm, metric) for arm in run.judged}
     return ", ".join(f"{arm} {number(found['value'], digits)}" for arm, found in named.items() if found)
 
 
 def _lead_sentences(run: RunFiles, metric: str, better: int) -> list[str]:
-    """Teacher minus the control with the wrong words, and minus the flat dictionary, on the same resamples."""
-    permuted, flat = run.arm_with(init="permuted_teacher"), run.arm_with(kind="topk")
+    """Teacher minus the control with the wrong words, and minus flat arms, on the same resamples."""
+    permuted = run.permuted
     found = run.lead(permuted, metric)
     said = []
     if permuted is None or found is None:
@@ -45,10 +45,8 @@ def _lead_sentences(run: RunFiles, metric: str, better: int) -> list[str]:
         means = "so the words matter" if low > 0 else "so these numbers do not show that the words matter"
         means = "the control does better than the teacher" if high < 0 else means
         said.append(f"Teacher minus {arm_title(permuted)}, paired: {_paired(found)}, {means}.")
-    against = run.lead(flat, metric)
-    if flat and against:
-        said.append(f"Teacher minus {arm_title(flat)}: {_paired(against)}.")
-    return said
+    against = {flat: lead for flat in run.flat_arms if (lead := run.lead(flat, metric))}
+    return said + [f"Teacher minus {arm_title(flat)}: {_paired(lead)}." for flat, lead in against.items()]
 
 
 def _paired(found: dict[str, Any]) -> str:
@@ -70,7 +68,7 @@ def _concept_evidence(metric: str, better: int) -> Any:
 
 
 def _rows_of_leakage(run: RunFiles) -> str:
-    silent = {arm: run.metric(arm, "zero_sum_rows") for arm in ("teacher", "baseline")}
+    silent = {arm: run.metric(arm, "zero_sum_rows") for arm in run.judged}
     shares = [f"{arm} {percent(found['value'])}" for arm, found in silent.items() if found]
     less = f" ({listed(shares)})" if shares else ""
     return f"Counted on the same rows as purity, less those on which no concept's parent is active{less}."
@@ -107,12 +105,8 @@ def _reconstruction_evidence(run: RunFiles, target: dict[str, Any]) -> list[str]
     if not values:
         return []
     sentences = [f"Unexplained variance: {values}, over the documents of the {run.results['split']} split."]
-    for fields in ({"init": "permuted_teacher"}, {"kind": "topk"}):
-        arm = run.arm_with(**fields)
-        found = run.metric(arm, "fvu") if arm else None
-        if arm and found:
-            sentences.append(f"With {arm_title(arm)}: {number(found['value'])}.")
-    return sentences
+    others = {arm: run.metric(arm, "fvu") for arm in run.key_arms if arm not in run.judged}
+    return sentences + [f"With {arm_title(arm)}: {number(found['value'])}." for arm, found in others.items() if found]
 
 
 EVIDENCE = {

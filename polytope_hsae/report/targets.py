@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from ..evaluation.targets import counted_units
 from .read import RunFiles
 from .steering import steering_means, steering_table
 from .target_evidence import ANGLE_CONTROLS, EVIDENCE
-from .words import TARGETS, TargetWords, arm_title, counted, interval, number
+from .words import TARGETS, TargetWords, arm_title, interval, number
 
 VERDICTS = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "undecided"}
 PAD = 0.08  # of the axis, left free at both ends of a bar
@@ -30,7 +31,7 @@ def target_rows(run: RunFiles) -> list[dict[str, Any]]:
                 "required": required_text(target["required"], words),
                 "measured": number(scaled, digits) + (words.unit if scaled is not None else ""),
                 "interval": interval(target["ci95"], digits, words.factor, words.unit),
-                "n": units_text(target),
+                "n": counted_units(target["name"], target["n"]),
                 "verdict": VERDICTS[target["verdict"]],
                 "why": target.get("why"),
                 "bar": bar(target, words, controls),
@@ -50,12 +51,6 @@ def required_text(required: list[float | None], words: TargetWords) -> str:
     if low is None:
         return f"at most {high}{words.unit}"
     return f"{low} to {high}{words.unit}"
-
-
-def units_text(target: dict[str, Any]) -> str:
-    """What the interval resamples: '16 concepts'."""
-    noun = {"median_angle_deg": "child", "reconstruction_parity": "document"}.get(target["name"], "concept")
-    return f"{target['n']:,} children" if noun == "child" else counted(target["n"], noun)
 
 
 def bar(target: dict[str, Any], words: TargetWords, controls: Controls) -> dict[str, Any]:
@@ -92,7 +87,7 @@ def control_values(run: RunFiles, name: str) -> Controls:
     if name == "median_angle_deg":
         measured = run.target(name)["controls"].items()
         return [(ANGLE_CONTROLS[control], angle) for control, angle in measured if angle is not None]
-    permuted = run.arm_with(init="permuted_teacher")
+    permuted = run.permuted
     if permuted is None:
         return []
     if name == "steering_leakage_reduction":

@@ -26,11 +26,11 @@ def tree_data(run: RunFiles, budget: int = BUDGET) -> dict[str, Any]:
     says of how many.
     """
     tokens = Tokens()
-    arms = run.latents["arms"]
     out = {}
-    for arm, found in arms.items():
+    for arm in run.arms:
+        found = run.latents["arms"][arm]
         steered = {record["parent"]: record for record in run.steering["arms"].get(arm, [])}
-        left = budget / len(arms)
+        left = budget / len(run.arms)
         parents = []
         for parent in sorted(found["parents"], key=_importance):
             short = _parent(parent, steered, tokens)

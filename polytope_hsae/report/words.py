@@ -1,9 +1,11 @@
 """Numbers and names as a reader sees them: formats with units, metrics and arms in words."""
 
+import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..config import Config
+from ..config import Config, HSAEConfig
 
 DASH = "–"
 MINUS = "−"
@@ -110,6 +112,8 @@ UP, DOWN = "↑", "↓"
 METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
     "Reconstruction": {
         "ev": MetricWords("Explained variance", "EV, share of the activations' variance", UP),
+        "ev_all_rows": MetricWords("Explained variance, all rows", "with rows of massive norm, where ev has none", UP),
+        "ev_row_mean": MetricWords("Explained variance of a row", "mean over all rows of each row's own", UP),
         "fvu": MetricWords("Unexplained variance", "FVU, the rest of it", DOWN),
         "ev_causal": MetricWords("Causal EV", "the same with errors weighed by what they do to the logits", UP),
         "ev_dimension": MetricWords("EV per coordinate", "mean over the coordinates of each one's own EV", UP),
@@ -118,8 +122,12 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
     },
     "Language model with the reconstruction in place": {
         "ce_recovered": MetricWords("Loss recovered", "share of what ablating the hook costs", UP),
+        "ce_recovered_massive_kept": MetricWords(
+            "Loss recovered, massive rows kept", "the same with rows of massive norm left as they are", UP
+        ),
         "delta_ce": MetricWords("Rise of the loss", "nats per token", DOWN),
         "kl": MetricWords("KL", "from the clean next-token distribution, nats", DOWN),
+        "kl_massive_kept": MetricWords("KL, massive rows kept", "with rows of massive norm left as they are", DOWN),
         "ev_logit": MetricWords("EV of the logits", "squared error of the logits beside what ablating costs", UP),
         "ce_clean": MetricWords("Loss, clean", "nats per token"),
         "ce_spliced": MetricWords("Loss, spliced", "with the reconstruction instead, nats", DOWN),
@@ -184,30 +192,62 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         "child_steering_unreached": MetricWords("Not reached, children", "the same share of child concepts", DOWN),
     },
 }
+OF_MASSIVE_ROWS = ("ev_all_rows", "ce_recovered_massive_kept", "kl_massive_kept")  # else the same without the suffix
 OWN_SLOTS = "Concepts, each read from the teacher's own slot"
 OWN_SLOTS_SUFFIX = "_own_slots"
 METRICS = {key: words for group in METRIC_GROUPS.values() for key, words in group.items()}
 
 
+KINDS = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
+STARTS = {
+    "random": "H-SAE from a random start",
+    "teacher": "H-SAE that starts from the concept directions",
+    "permuted_teacher": "H-SAE that starts from such directions after every word was moved to a random concept: a "
+    "control with wrong words",
+    "random_teacher": "H-SAE that starts from random directions of equal length: a control",
+}
+
+
 def arm_title(name: str) -> str:
-    """'permuted teacher' for permuted_teacher, 'flat TopK' for flat_topk."""
-    return name.replace("_", " ").replace("topk", "TopK")
+    """'permuted teacher' for permuted_teacher, 'flat BatchTopK' for flat_batchtopk."""
+    return re.sub("[a-z]+", lambda found: KINDS.get(found[0], found[0]), name.replace("_", " "))
 
 
 def arm_meaning(config: Config, name: str) -> str:
     """One clause on how an arm was made, from its config."""
     arm = config.arm(name)
-    if arm.kind == "topk":
-        matched = f", as many active latents as {arm_title(arm.match['l0'])}" if "l0" in arm.match else ""
-        return f"one flat TopK dictionary without a hierarchy{matched}"
-    start = {
-        "random": "H-SAE from a random start",
-        "teacher": "H-SAE that starts from the concept directions",
-        "permuted_teacher": "the same after every word was moved to a random concept: a control with wrong words",
-        "random_teacher": "the same with random directions of equal length: a control",
-    }[arm.init]
-    changed = [f"{key} = {value}" for block in (arm.hsae, arm.teacher) for key, value in block.items()]
-    return start + (f"; {', '.join(changed)}" if changed else "")
+    if arm.kind == "hsae":
+        said = STARTS[arm.init]
+    else:
+        said = f"one flat {KINDS[arm.kind]} dictionary without a hierarchy"
+        asked = {"l0": "active latents", "params": "parameters", "flops": "FLOPs a row"}
+        if arm.match:
+            alike = listed([words for key, words in asked.items() if key in arm.match])
+            said += f", with as many {alike} as {arm_title(next(iter(arm.match.values())))}"
+    changed = [f"{key} = {value}" for block in (arm.hsae, arm.teacher, arm.flat) for key, value in block.items()]
+    return said + (f"; {', '.join(changed)}" if changed else "")
+
+
+def hsae_size(hsae: HSAEConfig) -> str:
+    """Sizes, and how many parents and children a row has: at most, or on average where rows share them."""
+    P, k, K = hsae.n_parents, hsae.topk_parent, hsae.active_children
+    shared_parents, shared_children = hsae.parent_budget != "per_row", hsae.child_budget == "batch"
+    most_k = min(P, math.ceil(hsae.budget_slots * k)) if shared_parents else k
+    most_K = K
+    if shared_children:
+        most_K = min(most_k * hsae.n_children_per_parent, math.ceil(hsae.budget_slots * K))
+    elif hsae.child_budget == "per_parent":
+        most_K = most_k * hsae.topk_child
+    most = f"at most {counted(most_k, 'parent')} and {_children(most_K)} active in a row"
+    means = [counted(k, "parent")] * shared_parents + [_children(K)] * (most_K > K)
+    if hsae.parent_budget == "joint":
+        means = [f"{k + K:,} parents and children together"]
+    average = f", on average {listed(means)}" if means else ""
+    return f"{counted(P, 'parent')} with {_children(hsae.n_children_per_parent)} each; {most}{average}"
+
+
+def _children(count: int) -> str:
+    return f"{count:,} {'child' if count == 1 else 'children'}"
 
 
 def label_meaning(label: str) -> str:

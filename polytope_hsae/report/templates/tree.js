@@ -1,6 +1,7 @@
 // The tree: parents as closed rows that are filled when they are opened. All text goes through textContent.
 (() => {
-  const ROWS_AT_ONCE = 25;
+  const ROWS_AT_ONCE = 12;
+  const OWN_WORDS = 2;
   const data = JSON.parse(document.getElementById("tree-data").textContent);
   const byId = (id) => document.getElementById(id);
   const list = byId("tree-list");
@@ -131,10 +132,13 @@
     return box;
   }
 
-  const firstWords = (latent) => (latent.reads.length ? latent.reads : latent.fires).slice(0, 6);
+  const firstWords = (latent) => (latent.reads.length ? latent.reads : latent.fires).slice(0, 8);
+  const joined = (pairs) => marked(pairs.map((pair) => word(pair[0])).join(", "));
+  // A latent without a concept goes by its first words; the others follow.
+  const ownName = (latent) => (firstWords(latent).length ? joined(firstWords(latent).slice(0, OWN_WORDS)) : ["never on"]);
 
-  function preview(latent, before = []) {
-    return element("span", "preview", ...before, ...marked(firstWords(latent).map((pair) => word(pair[0])).join(", ")));
+  function preview(latent, named, before = []) {
+    return element("span", "preview", ...before, ...joined(firstWords(latent).slice(named ? 0 : OWN_WORDS)));
   }
 
   // Where a match is that a closed parent does not show: "writes: music; child .3: song".
@@ -166,9 +170,9 @@
       "summary",
       "",
       element("span", "number", `.${child.index}`),
-      element("span", "name", ...(name ? ["started as ", ...marked(name)] : ["–"])),
+      element("span", "name", ...(name ? ["started as ", ...marked(name)] : ownName(child))),
       element("span", "use", child.share === null ? "" : percent(child.share)),
-      preview(child),
+      preview(child, name),
     );
     return row("child", summary, () => [wordLists(child), contexts(child.contexts)]);
   }
@@ -181,17 +185,17 @@
       "summary",
       "",
       element("span", "number", `${parent.latent}`),
-      element("span", parent.mapped ? `name ${parent.purity > data.chance ? "concept" : "mapped"}` : "name", ...(name === null ? ["no concept"] : marked(name))),
+      element("span", parent.mapped ? `name ${parent.purity > data.chance ? "concept" : "mapped"}` : "name", ...(name === null ? ownName(parent) : marked(name))),
       element("span", "use", bar, percent(parent.share)),
-      element("span", "purity", parent.purity !== null ? `purity ${parent.purity.toFixed(2)}` : parent.mapped ? "too few rows" : ""),
-      preview(parent, hidden(parent)),
+      element("span", "purity", parent.purity !== null ? parent.purity.toFixed(2) : parent.mapped ? "too few rows" : ""),
+      preview(parent, name, hidden(parent)),
     );
     return row("parent", summary, () => [
       numbers(parent),
       wordLists(parent),
       contexts(parent.contexts),
       steering(parent.steering),
-      parent.children.length ? element("div", "children", element("h3", "small", "Children: share of the parent's rows, and what they read; names are the teacher's, not tested after training"), ...parent.children.map(childRow)) : null,
+      parent.children.length ? element("div", "children", element("h3", "small", "Children: share of the parent's rows, and what they read; names are those that the teacher gave before training"), ...parent.children.map(childRow)) : null,
     ]);
   }
 
@@ -241,4 +245,6 @@
   more.addEventListener("click", showMore);
   byId("tree-controls").hidden = false;
   update();
+  const first = list.querySelector("details");
+  if (first) first.open = true; // shows what a parent holds
 })();
