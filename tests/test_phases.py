@@ -216,6 +216,8 @@ def test_metrics_jsonl_has_every_value(finished):
         assert steps[name, "val_ev"] == [12, 24]
     assert steps["baseline", "causal_orth"] == [4, 8, 12, 16, 20, 24]
     assert steps["teacher", "causal_orth"] == [4, 8]  # its second stage turns it off
+    first, second = (line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "causal_orth"))
+    assert second < 0.9 * first
     assert {"l1_parent", "l1_child", "biorth_router", "biorth_child"} <= {key for arm, key in steps if arm == "frozen"}
     temperatures = [line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "router_temperature")]
     assert temperatures == sorted(temperatures, reverse=True)
@@ -582,7 +584,7 @@ def test_the_default_form_of_an_hsae_goes_through_all_phases(tmp_path):
     assert answer.code == 0, answer.err
     values = read_json(tmp_path / "run" / "phase4" / "results.json")["arms"]
     teacher = SparseAutoencoder.from_pretrained(tmp_path / "run" / "phase3" / "teacher" / "model")
-    assert teacher.config == HSAEConfig(**{**form, "causal_ortho_lambda": 0.1})
+    assert teacher.config == HSAEConfig(**{**form, "causal_ortho_lambda": 100.0})
     for name in ("baseline", "teacher"):
         assert values[name]["parent_given_child"]["value"] == 1.0
         assert values[name]["l0"]["value"] == pytest.approx(8, rel=0.2)
