@@ -2,10 +2,14 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from running import SMOKE, hsae
+
+from polytope_hsae.phases.run import Run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,6 +18,12 @@ def sigint_is_heard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Other numbers of threads round sums otherwise, and training amplifies it: tests have one on every machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +40,12 @@ def finished(tmp_path_factory) -> Path:
     assert answer.code == 0, answer.err
     assert "Targets" in answer.out
     return folder
+
+
+@pytest.fixture
+def run(finished) -> Iterator[Run]:
+    """That folder, opened to read."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield Run.open(finished, "cpu", quiet=True)
+    torch.set_num_threads(before[0])
+    torch.use_deterministic_algorithms(before[1])

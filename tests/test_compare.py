@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from running import files
 
@@ -14,14 +13,6 @@ from polytope_hsae.fileio import read_json
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.phases.compare import _display_names, compare_models, format_comparison
 from polytope_hsae.phases.run import Run
-
-
-@pytest.fixture
-def run(finished):
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield Run.open(finished, "cpu", quiet=True)
-    torch.set_num_threads(before[0])
-    torch.use_deterministic_algorithms(before[1])
 
 
 def test_models_are_measured_as_phase_4_measures_them(run, finished):

@@ -1,5 +1,6 @@
 """Evaluation: known answers of metrics, intervals and verdicts, with small fakes for store and model."""
 
+import contextlib
 import io
 import json
 import math
@@ -489,26 +490,25 @@ def test_alpha_is_found_for_known_effects():
         lambda a: -a,
         lambda a: 6 / (1 + math.exp(-3 * (a - 12))),
     ]
-    calls = []
+    calls: list[int] = []
 
     def evaluate(concepts, alphas):
-        calls.append(len(concepts))
+        calls.extend(concepts)
         return np.array([[functions[c](a), 2 * a, 0.0] for c, a in zip(concepts, alphas, strict=True)])
 
-    found = solve_alpha(evaluate, len(functions), Search(3.0, 0.02, 40.0, 12))
+    found = solve_alpha(evaluate, len(functions), Search(3.0, 0.005, 40.0, 10))
     assert np.isnan(found.alpha_G).tolist() == [False, False, False, True, True, False]
     for c in (0, 1, 2, 5):
-        assert functions[c](found.alpha_G[c]) == pytest.approx(3.0, abs=0.02)
+        assert functions[c](found.alpha_G[c]) == pytest.approx(3.0, abs=0.005)
         assert found.measured_GK[c, 1] == 2 * found.alpha_G[c]
     assert np.isnan(found.measured_GK[3]).all()
-    assert len(calls) <= 12
-    assert calls[-1] < len(functions), "solved concepts leave the batch"
+    assert max(calls.count(c) for c in range(5)) <= 4, "what is solved or out of reach leaves the batch"
 
 
 class LinearHead:
     """A final residual that is read by U alone; a token's row of `acts` is its residual."""
 
-    has_head, device = True, torch.device("cpu")
+    has_head, device, in_float32 = True, torch.device("cpu"), staticmethod(contextlib.nullcontext)
 
     def __init__(self, unembedding, acts):
         self.unembedding, self.table = unembedding, acts

@@ -1,5 +1,6 @@
 """Pushing the language model: exactness against plain passes and autograd, and known answers in a linear world."""
 
+import contextlib
 import json
 import math
 
@@ -145,7 +146,7 @@ class LinearWorld:
     A word of child c of parent p is 2 (u_p + v_pc) and, if asked for, noise.
     """
 
-    has_head, device = True, torch.device("cpu")
+    has_head, device, in_float32 = True, torch.device("cpu"), staticmethod(contextlib.nullcontext)
 
     def __init__(self, parents: int = 4, children: int = 5, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(0)

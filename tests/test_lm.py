@@ -1,5 +1,6 @@
 """Language models: the unembedding, capture, splicing, and what is refused. Sizes: tests/tiny.py."""
 
+import copy
 import json
 import warnings
 
@@ -376,6 +377,25 @@ def test_loading_a_folder(tmp_path) -> None:
     assert len(lm.tokenizer_sha256) == 64
     torch.testing.assert_close(lm.unembedding, tiny.language_model().unembedding)
     assert LanguageModel.load(str(folder), dtype="bfloat16").capture(ids(), FINAL_HOOK).acts.dtype == torch.float32
+
+
+def test_within_in_float32_a_bfloat16_model_computes_as_its_weights_would_in_float32() -> None:
+    for kind in ("llama", "neox", "gemma2"):
+        rounded = tiny.model(kind).to(torch.bfloat16)
+        stored = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
+        lm, wide = in_memory(rounded), in_memory(copy.deepcopy(rounded).float())
+        hook = INNER[kind]
+        before = lm.capture(ids(), hook, logits=True)
+        with lm.in_float32():
+            inside, expected = (model.capture(ids(), hook, logits=True) for model in (lm, wide))
+        assert torch.equal(inside.acts, expected.acts)
+        assert torch.equal(inside.logits, expected.logits)
+        assert not torch.equal(inside.logits, before.logits)
+        assert torch.equal(lm.capture(ids(), hook, logits=True).logits, before.logits)
+        assert all(
+            torch.equal(tensor, stored[name]) and tensor.dtype == torch.bfloat16
+            for name, tensor in rounded.state_dict().items()
+        )
 
 
 def test_a_model_without_a_head_says_so(tmp_path) -> None:

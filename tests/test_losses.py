@@ -15,7 +15,7 @@ from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE, freeze_decoder_weights, unfreeze_decoder_weights
 from polytope_hsae.models.losses import (
     JAX_EPS,
-    PENALTIES,
+    WARMED_UP,
     aux_child,
     aux_parent,
     biorth_identity,
@@ -197,7 +197,7 @@ def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
         "biorth_router": 0.7,
         "biorth_child": 0.7,
     }
-    assert set(terms) - {"recon"} <= set(PENALTIES)
+    assert set(terms) - {"recon"} <= set(WARMED_UP)
 
 
 # -- constraints
@@ -509,4 +509,4 @@ def test_the_gram_term_is_the_overlap_of_decoder_rows():
     overlaps = [(model.D[i] @ model.D[j]) ** 2 for i in range(5) for j in range(5) if i != j]
     assert weight == 0.3
     torch.testing.assert_close(value, torch.stack(overlaps).mean())
-    assert "gram" in PENALTIES
+    assert "gram" in WARMED_UP

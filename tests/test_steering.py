@@ -1,5 +1,6 @@
 """Steering through an autoencoder: both forms, parents and children, doses and layers."""
 
+import copy
 import json
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_both_forms_of_both_levels_reach_the_effect_at_every_dose_and_layer(kind
     reached = [cell for cell in found.grid if cell["unreached"] < cell["concepts"]]
     assert len(reached) == len(found.grid)
     for cell in reached:
-        assert cell["mean_effect"] == pytest.approx(cell["target_nats"], abs=0.02)
+        assert cell["mean_effect"] == pytest.approx(cell["target_nats"], abs=0.005)
         assert cell["steering_leakage"]["n"] == cell["concepts"] - cell["unreached"]
     at = {place: cell for place, cell in zip(places, found.grid, strict=True)}
     main, less, there = (at["parent", "inject", hook, nats] for hook, nats in
@@ -138,6 +139,32 @@ def test_both_forms_of_both_levels_reach_the_effect_at_every_dose_and_layer(kind
     assert [record["alpha"] is None for record in found.children][-1]  # it has no latent
     assert found.result.metrics["child_steering_unreached"].value >= 1 / 3
     assert list(found.result.units["child_steering_leakage"].keys_U) == [0, 3, 5]
+
+
+@pytest.mark.parametrize("hook", [FINAL_HOOK, "model.layers.0"])
+def test_a_bfloat16_models_concepts_are_within_the_tolerance_or_unreached(hook) -> None:
+    """The numbers are those of the same weights in float32, for two autoencoders whose doses are to match."""
+    rounded = tiny.model("llama").to(torch.bfloat16)
+    low = LanguageModel(rounded, tiny.tokenizer(), name="low", has_head=True)
+    high = LanguageModel(copy.deepcopy(rounded).float(), tiny.tokenizer(), name="high", has_head=True)
+    common = {"max_norms": 60.0, "target_nats": 0.5, "bootstrap": 50}
+    for kind in ("hsae", "flat"):
+        model, concepts = aimed(kind, high), tiny.concepts(3, 2)
+        children = Steered([0, 3], np.array(CHILDREN[kind]))
+        options = {"children": children, **common}
+        found, same = (
+            evaluate_steering(model, lm, hook, concepts, [0, 1, 2], np.array([0, 1, 2]), IDS, **options)
+            for lm in (low, high)
+        )
+        assert (found.records, found.children, found.grid) == (same.records, same.children, same.grid)
+        effects = [record[f"{of}effect"] for record in found.records + found.children for of in ("", "chance_")]
+        reached = [effect for effect in effects if effect is not None]
+        assert len(reached) >= 5
+        assert reached == pytest.approx([0.5] * len(reached), abs=0.005)
+        assert found.result.metrics["steering_unreached"].value == np.mean(
+            [one["effect"] is None for one in found.records]
+        )
+    assert next(rounded.parameters()).dtype == torch.bfloat16
 
 
 def test_without_doses_or_layers_the_main_numbers_are_the_same(lm) -> None:

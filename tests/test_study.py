@@ -22,7 +22,7 @@ from polytope_hsae.study.data import of_each_document
 from polytope_hsae.study.plan import RunKey, load_study, model_config, stated_config
 from polytope_hsae.study.results import read_results
 from polytope_hsae.study.run import best_trial, due, n_runs
-from polytope_hsae.study.workers import results, worker_pool
+from polytope_hsae.study.workers import results, threads_each, worker_pool
 
 HOOK = "final_residual_pre_unembed"
 TINY: dict[str, Any] = {
@@ -188,6 +188,12 @@ def test_runs_in_worker_processes_give_the_same_numbers(done, fixtures, tmp_path
     for name, record in found.items():
         assert record["workers"] == 2
         assert record["val"]["ev"]["value"] == pytest.approx(records(done)[name]["val"]["ev"]["value"], abs=1e-4)
+
+
+def test_workers_have_the_threads_that_were_asked_for_or_their_share_of_the_cores(monkeypatch):
+    for cores, workers, most, threads in ((64, 2, 1, 1), (64, 1, 2, 2), (64, 2, 40, 32), (2, 2, 2, 1), (1, 4, 8, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert threads_each(workers, most) == threads
 
 
 def test_a_changed_arm_is_made_again_and_not_mixed(done, fixtures, tmp_path):

@@ -7,12 +7,14 @@ import signal
 import pytest
 import torch
 from factored import factored
+from test_models import child_inits, normal
 
 from polytope_hsae.config import LossOverrides, StageConfig, TeacherConfig, TrainingConfig
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE
+from polytope_hsae.models.losses import WARMED_UP, causal_orthogonality
 from polytope_hsae.tracking import JsonlTracker, Trackers
 from polytope_hsae.training.checkpoint import latest_checkpoint, load_checkpoint
 from polytope_hsae.training.schedule import learning_rate, penalty_warmup, rate_multiplier, stage_at
@@ -484,7 +486,7 @@ def test_metrics_of_a_step():
     value = {name: steps[10] for name, steps in records.values.items()}
     warm = value["penalty_warmup"]
     assert warm == pytest.approx(9 / 20)
-    total = sum(weight * value[name] * (1 if name.startswith("recon") else warm) for name, weight in terms.items())
+    total = sum(weight * value[name] * (warm if name in WARMED_UP else 1) for name, weight in terms.items())
     assert value["loss"] == pytest.approx(total, rel=1e-5)
     assert "causal_orth" not in {name for name, steps in records.values.items() if 20 in steps}
     assert 0 < value["active_parents_per_sample"] <= 3
@@ -492,6 +494,22 @@ def test_metrics_of_a_step():
     assert 0 < value["router_entropy"] <= torch.tensor(8.0).log().item()
     assert 0 < value["router_max_load"] <= 1
     assert 0 <= value["dead_children"] <= 1
+
+
+def test_the_causal_penalty_falls_in_the_stage_that_turns_it_on():
+    """A stage much shorter than the warm-up of the other penalties, at a start from a teacher."""
+    names, ends = ["bird", "fish", "tool"], {}
+    for weight in (0.0, 10.0):
+        model = make_model(causal_ortho_lambda=10.0)
+        vectors = {name: normal(WIDTH, seed=number) for number, name in enumerate(names)}
+        model.initialize_from_teacher(vectors, child_inits(names, WIDTH))
+        losses = LossOverrides(causal_ortho_lambda=weight)
+        plan = [StageConfig(name="stabilise", steps=40, freeze=["D", "G"], loss=losses)]
+        start = causal_orthogonality(model.D, model.Up, model.G, model.sigma, "atom").item()
+        make_trainer(model=model, plan=plan, penalty_warmup_steps=1000).fit(Records())
+        ends[weight] = causal_orthogonality(model.D, model.Up, model.G, model.sigma, "atom").item() / start
+    assert ends[10.0] < 0.5
+    assert ends[0.0] > 0.8
 
 
 # -- usage

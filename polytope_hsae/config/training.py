@@ -90,7 +90,11 @@ class TrainingConfig(Block):
     lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Cosine ends at this share of lr.")
     schedule_steps: Whole | None = Field(None, ge=1, description="Step at which the cosine ends; null = the last one.")
     warmup_steps: Whole = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
-    penalty_warmup_steps: Whole = Field(100, ge=0, description="Linear warm-up of L1 and orthogonality, steps.")
+    penalty_warmup_steps: Whole = Field(
+        100,
+        ge=0,
+        description="Linear warm-up of L1, biorth_lambda and gram_lambda, steps; causal_ortho_lambda has none.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     grad_clip: float | None = Field(1.0, gt=0, description="Global gradient norm at most; null = no clipping.")
     precision: Literal["bf16", "tf32", "float32"] | None = Field(

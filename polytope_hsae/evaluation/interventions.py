@@ -22,6 +22,7 @@ from torch import Tensor
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.evaluation.bootstrap import FloatArray, bootstrap_mean, bootstrap_quantile
 from polytope_hsae.evaluation.pushing import (
+    TOLERANCE,
     Contexts,
     Measure,
     Moves,
@@ -53,7 +54,7 @@ def evaluate_interventions(
     ids_MT: Tensor,
     *,
     target_nats: float = 3.0,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     max_norms: float = 4.0,
     max_evaluations: int = 10,
     max_concepts: int | None = None,
@@ -72,28 +73,29 @@ def evaluate_interventions(
     """
     if not lm.has_head:
         return {"why": NO_HEAD}
-    contexts = Contexts(lm, hook, ids_MT)
-    search = Search(target_nats, tolerance, max_norms * contexts.typical_norm, max_evaluations)
-    parents, children = _chosen(teacher, max_concepts, max_children)
-    parent_rows, child_rows = _rows_in(concepts, teacher, parents, children)
-    device, random = contexts.before_MV.device, teacher.random_like(seed)
+    with lm.in_float32():
+        contexts = Contexts(lm, hook, ids_MT)
+        search = Search(target_nats, tolerance, max_norms * contexts.typical_norm, max_evaluations)
+        parents, children = _chosen(teacher, max_concepts, max_children)
+        parent_rows, child_rows = _rows_in(concepts, teacher, parents, children)
+        device, random = contexts.before_MV.device, teacher.random_like(seed)
 
-    def pushed(targets: Sequence[Target], own_Gd: Tensor, random_Gd: Tensor, owners: Sequence[int]) -> Pushed:
-        along = {"own": own_Gd, "other": own_Gd[next_of_another(owners)], "random": random_Gd}
-        return {name: _push(contexts, targets, along[name], search, per_forward, name != "own") for name in ALONG}
+        def pushed(targets: Sequence[Target], own_Gd: Tensor, random_Gd: Tensor, owners: Sequence[int]) -> Pushed:
+            along = {"own": own_Gd, "other": own_Gd[next_of_another(owners)], "random": random_Gd}
+            return {name: _push(contexts, targets, along[name], search, per_forward, name != "own") for name in ALONG}
 
-    of_parents = pushed(
-        parent_targets(concepts, parent_rows, device),
-        teacher.parent_write[parents],
-        random.parent_write[parents],
-        parents,
-    )
-    of_children = pushed(
-        child_targets(concepts, child_rows, device),
-        teacher.child_delta_write[children],
-        random.child_delta_write[children],
-        teacher.child_parent[children].tolist(),
-    )
+        of_parents = pushed(
+            parent_targets(concepts, parent_rows, device),
+            teacher.parent_write[parents],
+            random.parent_write[parents],
+            parents,
+        )
+        of_children = pushed(
+            child_targets(concepts, child_rows, device),
+            teacher.child_delta_write[children],
+            random.child_delta_write[children],
+            teacher.child_parent[children].tolist(),
+        )
     return {
         "hook": hook,
         "source": teacher.metadata.get("source"),

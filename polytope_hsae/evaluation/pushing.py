@@ -23,6 +23,7 @@ from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.lm_edits import LastPosition
 
 EFFECT = 0
+TOLERANCE = 0.005  # nats around the effect sought
 FIRST = 1 / 16  # the first alpha tried, as a share of the largest
 
 # Given numbers of pushes [A] and their alphas [A]: rows [A, K] of measured values, the effect first.
@@ -117,15 +118,15 @@ def solve_alpha(
 ) -> Solution:
     """Find alpha in (0, largest] with |effect - target| <= tolerance, for all pushes together.
 
-    Secant extrapolation from alpha = 0 (effect 0) until the target is bracketed, then regula falsi
-    (Illinois), kept off the ends of the bracket. A push that needs more than `largest`, or more
+    The next alpha is where the parabola through the last three tries (alpha = 0, effect 0, is one) meets the target;
+    where it does not within the bracket, the bracket's middle. A push that needs more than `largest`, or more
     evaluations than allowed, is NaN. `start_G`: the first alpha tried, where it is known what it may be (else NaN).
     """
     target, largest = search.target_nats, search.largest
     solution = Solution(np.full(n_pushes, np.nan), np.full((n_pushes, n_measured), np.nan))
-    low, high = np.zeros(n_pushes), np.full(n_pushes, np.nan)
-    f_low, f_high = np.full(n_pushes, -target), np.full(n_pushes, np.nan)
-    side = np.zeros(n_pushes, dtype=np.int64)
+    low, high = np.zeros(n_pushes), np.full(n_pushes, np.inf)
+    tried_G3, gap_G3 = np.full((n_pushes, 3), np.nan), np.full((n_pushes, 3), np.nan)
+    tried_G3[:, -1], gap_G3[:, -1] = 0.0, -target
     alpha = np.full(n_pushes, FIRST * largest)
     if start_G is not None:
         alpha = np.where(np.isfinite(start_G), np.minimum(start_G, largest), alpha)
@@ -141,19 +142,28 @@ def solve_alpha(
         open_A, gap_A = open_A[keep_A], gap_A[keep_A]
         if not open_A.size:
             break
+        tried_G3[open_A] = np.column_stack([tried_G3[open_A, 1:], alpha[open_A]])
+        gap_G3[open_A] = np.column_stack([gap_G3[open_A, 1:], gap_A])
         below, above = open_A[gap_A < 0], open_A[gap_A >= 0]
-        f_high[below] = np.where(side[below] == -1, f_high[below] / 2, f_high[below])
-        f_low[above] = np.where(side[above] == 1, f_low[above] / 2, f_low[above])
-        low[below], f_low[below], side[below] = alpha[below], gap_A[gap_A < 0], -1
-        high[above], f_high[above], side[above] = alpha[above], gap_A[gap_A >= 0], 1
-        bracketed = np.isfinite(high)
-        width = high - low
-        inside = low - f_low * width / (f_high - f_low)
-        rise = f_low + target
-        beyond = np.where(rise > 0, 1.05 * alpha * target / np.maximum(rise, 1e-12), math.inf)
-        outside = np.minimum(np.clip(beyond, 1.5 * alpha, 4 * alpha), largest)
-        alpha = np.where(bracketed, np.clip(inside, low + 0.01 * width, high - 0.01 * width), outside)
+        low[below], high[above] = alpha[below], alpha[above]
+        guess = _parabola_root(tried_G3, gap_G3)
+        inside = np.where((low < guess) & (guess < high), guess, (low + high) / 2)
+        outside = np.minimum(np.where(guess > low, np.clip(guess, 1.02 * low, 4 * low), 4 * low), largest)
+        alpha = np.where(np.isfinite(high), inside, outside)
     return solution
+
+
+def _parabola_root(x_G3: FloatArray, f_G3: FloatArray) -> FloatArray:
+    """Where the parabola through three points is 0, on the side of the last point that is nearer; NaN where nowhere.
+
+    Of two points (NaN in the first place) it is the line.
+    """
+    (x0, x1, x2), (f0, f1, f2) = x_G3.T, f_G3.T
+    with np.errstate(all="ignore"):
+        slope = (f2 - f1) / (x2 - x1)
+        bend = np.nan_to_num((slope - (f1 - f0) / (x1 - x0)) / (x2 - x0))
+        slope = slope + bend * (x2 - x1)  # at x2
+        return x2 - 2 * f2 / (slope + np.copysign(np.sqrt(slope**2 - 4 * bend * f2), slope))
 
 
 class Contexts:

@@ -32,6 +32,7 @@ from polytope_hsae.evaluation.bootstrap import (
 from polytope_hsae.evaluation.concepts import IntArray
 from polytope_hsae.evaluation.latent_moves import Level, directions, overrides
 from polytope_hsae.evaluation.pushing import (
+    TOLERANCE,
     Contexts,
     Moves,
     Search,
@@ -218,7 +219,7 @@ def evaluate_steering(
     target_nats: float = 3.0,
     doses: Sequence[float] = (),
     layers: Sequence[str] = (),
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     max_norms: float = 4.0,
     max_evaluations: int = 10,
     max_concepts: int | None = None,
@@ -245,35 +246,38 @@ def evaluate_steering(
     """
     if not lm.has_head:
         return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [], [], [])
-    contexts = Contexts(lm, hook, ids_MT)
-    selected = evenly_spaced(parents_Q, max_concepts)
-    steered = {
-        "parent": Steered(selected, latent_P[selected]),
-        "child": children if children is not None else Steered([], np.zeros(0, dtype=np.int64)),
-    }
-    pusher = _Pusher(tolerance, max_norms, max_evaluations, per_forward)
-    nats = [target_nats, *(dose for dose in doses if dose != target_nats)]
-    elsewhere = [Contexts(lm, layer, ids_MT) for layer in layers]
-    for there in elsewhere:
-        if there.last_Md.shape != contexts.last_Md.shape:
-            width, allowed = there.last_Md.shape[1], contexts.last_Md.shape[1]
-            raise ValueError(f"eval.steering.layers: found {there.hook} of width {width}, allowed: width {allowed}")
-    result, records, grid = Evaluation(), {}, []
-    for level in LEVELS:
-        of_level = _OfLevel(level, steered[level], concepts, contexts.before_MV.device)
-        injected = Moves.along(directions(sae, level, of_level.latents).to(contexts.last_Md))
-        table_Q8 = of_level.add("inject", injected, contexts, nats, pusher)
-        result |= of_level.metrics("inject", table_Q8, bootstrap, seed)
-        records[level] = of_level.records(table_Q8)
-        overridden = overrides(sae, level, of_level.latents, contexts.last_Md)
-        result |= of_level.metrics(
-            "override", of_level.add("override", overridden, contexts, nats, pusher, table_Q8), bootstrap, seed
-        )
+    with lm.in_float32():
+        contexts = Contexts(lm, hook, ids_MT)
+        selected = evenly_spaced(parents_Q, max_concepts)
+        steered = {
+            "parent": Steered(selected, latent_P[selected]),
+            "child": children if children is not None else Steered([], np.zeros(0, dtype=np.int64)),
+        }
+        pusher = _Pusher(tolerance, max_norms, max_evaluations, per_forward)
+        nats = [target_nats, *(dose for dose in doses if dose != target_nats)]
+        elsewhere = [Contexts(lm, layer, ids_MT) for layer in layers]
         for there in elsewhere:
-            of_level.add("inject", injected, there, nats, pusher)
-        grid += of_level.grid(bootstrap, seed) if steered[level].concepts else []
-    open_context = ids_MT[int(contexts.entropy_M.argmax())]  # where the model is sure of the next token, little shows
-    _add_examples(records["parent"], sae, Contexts(lm, hook, open_context[None]), open_context, per_forward, text)
+            if there.last_Md.shape != contexts.last_Md.shape:
+                width, allowed = there.last_Md.shape[1], contexts.last_Md.shape[1]
+                raise ValueError(f"eval.steering.layers: found {there.hook} of width {width}, allowed: width {allowed}")
+        result, records, grid = Evaluation(), {}, []
+        for level in LEVELS:
+            of_level = _OfLevel(level, steered[level], concepts, contexts.before_MV.device)
+            injected = Moves.along(directions(sae, level, of_level.latents).to(contexts.last_Md))
+            table_Q8 = of_level.add("inject", injected, contexts, nats, pusher)
+            result |= of_level.metrics("inject", table_Q8, bootstrap, seed)
+            records[level] = of_level.records(table_Q8)
+            overridden = overrides(sae, level, of_level.latents, contexts.last_Md)
+            result |= of_level.metrics(
+                "override", of_level.add("override", overridden, contexts, nats, pusher, table_Q8), bootstrap, seed
+            )
+            for there in elsewhere:
+                of_level.add("inject", injected, there, nats, pusher)
+            grid += of_level.grid(bootstrap, seed) if steered[level].concepts else []
+        open_context = ids_MT[
+            int(contexts.entropy_M.argmax())
+        ]  # where the model is sure of the next token, little shows
+        _add_examples(records["parent"], sae, Contexts(lm, hook, open_context[None]), open_context, per_forward, text)
     return SteeringEvaluation(result, records["parent"], records["child"], grid)
 
 

@@ -134,7 +134,8 @@ def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
 def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Config:
     """The config with the device and threads of its workers, and its text as a file of tokens in the cache."""
     tree = config.model_dump(mode="json")
-    tree["run"] |= {"device": use_device(options.device), "threads": threads_each(options.workers)}
+    threads = threads_each(options.workers, config.run.threads)
+    tree["run"] |= {"device": use_device(options.device), "threads": threads}
     corpus = tree["corpus"]
     if corpus["source"] == "text":
         for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
@@ -212,8 +213,7 @@ def _made(work: Work, configs: Mapping[str, Config], due: list[Key], options: Op
         _open(*of_worker)
     with worker_pool(options.workers, _start, of_worker, "findings", "; records are kept") as pool:
         hooks = dict.fromkeys(key.hook for key in due)
-        threads = threads_each(min(options.workers, len(hooks)))
-        for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook], threads)) for hook in hooks]:
+        for hook, future in [(hook, pool.submit(_phase1, hook, configs[hook])) for hook in hooks]:
             future.result()
             yield hook
         yield from _records(pool, work.study, configs, due, options)
@@ -254,11 +254,8 @@ def _open(work: Work, device: str) -> None:
     _state.update(work=work, bench=Bench(work.folders, device))
 
 
-def _phase1(hook: str, config: Config, threads: int) -> None:
-    run = Run(config, _state["work"].folders[hook], force=True, quiet=True)
-    torch.set_num_threads(threads)  # there are fewer hooks than processes
-    run_phase1(run)
-    torch.set_num_threads(config.run.threads)
+def _phase1(hook: str, config: Config) -> None:
+    run_phase1(Run(config, _state["work"].folders[hook], force=True, quiet=True))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

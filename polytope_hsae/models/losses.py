@@ -16,7 +16,7 @@ from ..config import HSAEConfig
 from ..ops.magnitude import CHILD_SLOPE, child_code, parent_code
 from .codes import Dead, ModelOutput
 
-PENALTIES = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "gram", "causal_orth")
+WARMED_UP = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "gram")  # penalties that penalty_warmup scales
 JAX_EPS = 1e-6
 
 

@@ -151,7 +151,7 @@ _worker: list[Any] = []  # of a process that makes runs: the study, its config, 
 def _start(study: Study, config: Config, options: Options, device: str) -> None:
     """Begin a worker process: it loads what its runs share once."""
     use_device(device)
-    torch.set_num_threads(threads_each(options.workers))
+    torch.set_num_threads(threads_each(options.workers, config.run.threads))
     disable_progress_bar()
     _worker[:] = [study, config, StudyData(study, config, options.cache, device), options]
 

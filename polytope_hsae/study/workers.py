@@ -69,9 +69,9 @@ def _begin(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     start(*arguments)
 
 
-def threads_each(workers: int) -> int:
-    """Threads of each of so many processes that share the CPU."""
-    return max(1, (os.cpu_count() or 1) // workers)
+def threads_each(workers: int, most: int) -> int:
+    """Threads of each of so many processes that share the CPU: `most` (run.threads), or its share of the cores."""
+    return max(1, min(most, (os.cpu_count() or 1) // workers))
 
 
 def results(pool: Executor, work: Callable[..., Any], ready: Callable[[], Iterable[tuple[Any, ...]]]) -> Iterator[Any]:

@@ -58,5 +58,5 @@ def rate_multiplier(names: Sequence[str], lr_mult: Mapping[Any, float]) -> float
 
 
 def penalty_warmup(config: TrainingConfig, step: int) -> float:
-    """Factor of the L1 and orthogonality weights: linear from 0 to 1 over penalty_warmup_steps."""
+    """Factor of the weights of L1, bi-orthogonality and gram: linear from 0 to 1 over penalty_warmup_steps."""
     return 1.0 if config.penalty_warmup_steps == 0 else min(1.0, step / config.penalty_warmup_steps)

@@ -17,7 +17,7 @@ from ..data.stream import Stream
 from ..models.base import SparseAutoencoder, without_sharing
 from ..models.codes import ModelOutput
 from ..models.hsae import HierarchicalSAE
-from ..models.losses import PENALTIES
+from ..models.losses import WARMED_UP
 from ..models.recycle import recycle
 from ..tracking import Tracker
 from .anchor import Anchor
@@ -175,7 +175,7 @@ class HSAETrainer:
             output = model(batch_Bd, self.generator)
             self.batch_Bd = batch_Bd
             terms = model.loss_terms(output, stage.loss, self.usage.dead(config)) | self.anchor.terms()
-            weighted = [w * (warmup if name in PENALTIES else 1.0) * value for name, (w, value) in terms.items()]
+            weighted = [w * (warmup if name in WARMED_UP else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
             if not self.optimizer.fused:
                 self._require_finite("loss", loss, terms)

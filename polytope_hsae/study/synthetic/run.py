@@ -92,7 +92,8 @@ def _made(
         del waiting[: len(calls)], free[: len(calls)]
         return calls
 
-    with worker_pool(workers, torch.set_num_threads, (threads_each(workers),), "synthetic") as pool:
+    threads = threads_each(workers, torch.get_num_threads())
+    with worker_pool(workers, torch.set_num_threads, (threads,), "synthetic") as pool:
         for device, record in results(pool, _work, ready):
             free.append(device)
             yield record
