@@ -119,13 +119,13 @@ def _in_short(found: Summary) -> list[str]:
         if not found.seeds(hook, control):
             lines.append(f"- Permuted control at {hook}: not measured.")
             continue
-        passed = [target for target in OF_CONCEPTS if found.passes(hook, control, target)[0]]
+        beyond = [target for target in OF_CONCEPTS if found.passes(hook, control, target)[0]]
         said = (
             "passes none of the targets on concepts in any seed, as it should"
-            if not passed
+            if not beyond
             else (
                 "passes "
-                + listed([f"{TARGETS[t].name.lower()} in {found.passes(hook, control, t)[0]}" for t in passed])
+                + listed([f"{TARGETS[t].name.lower()} in {found.passes(hook, control, t)[0]}" for t in beyond])
                 + f" of {counted(len(found.seeds(hook, control)), 'seed')}, which it should not"
             )
         )
