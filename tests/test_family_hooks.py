@@ -31,7 +31,7 @@ INSIDE: dict[str, tuple[str, int | None]] = {
     "opt": ("model.decoder.layers.1.fc1", None),
     "phi": ("model.layers.1.mlp.activation_fn", 64),
     "bloom": ("transformer.h.1.mlp.dense_h_to_4h", 128),
-    "mpt": ("transformer.blocks.1.ffn.act", 64),
+    "mpt": ("transformer.blocks.1.ffn.act", 128),
     "falcon": ("transformer.h.1.mlp.act", 128),
     "olmo2": ("model.layers.1.mlp.act_fn", 64),
     "cohere": ("model.layers.1.mlp.up_proj", 64),

@@ -56,7 +56,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
     "phi": {},
     "bloom": {},
-    "mpt": {"expansion_ratio": 2, "max_seq_len": 128},
+    "mpt": {"max_seq_len": 128},
     "falcon": {"new_decoder_architecture": False},
     "olmo2": {"num_key_value_heads": 2},
     "cohere": {"num_key_value_heads": 2},

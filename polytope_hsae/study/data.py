@@ -132,10 +132,10 @@ class StudyData:
         widths = {hook: hook_width(self.lm, hook, dtype) for hook in self.study.hooks}
         self._check_models(widths)
         documents, members = self._documents()
-        counts = planned_rows(documents, members, self.config.corpus.context_length)
-        require_batch("batch_size", self.study.batch_size, counts["train"])
+        n_rows = planned_rows(documents, members, self.config.corpus.context_length)
+        require_batch("batch_size", self.study.batch_size, n_rows["train"])
         for hook, width in widths.items():
-            require_disk(self.folder / hook, sum(counts.values()), width, dtype)
+            require_disk(self.folder / hook, sum(n_rows.values()), width, dtype)
         say(f"{documents.n_documents:,} documents, {documents.n_tokens:,} tokens")
         tensors = {}
         for split in ("val", "test"):
