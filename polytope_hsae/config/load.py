@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from ..parsing import cut, parse_yaml, shown
 from .block import MAX_BYTES, PACKAGE, ConfigError, first_line
+from .places import located
 from .run import Config
 
 
@@ -22,7 +23,7 @@ def find_config(name_or_path: str) -> Path:
 
 
 def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
-    """Read, override and validate a config.
+    """Read, override and validate a config; its relative paths become absolute, from the working directory.
 
     Args:
         name_or_path: packaged name ("quickstart") or path of a YAML file.
@@ -44,7 +45,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     for override in overrides or []:
         apply_override(tree, override)
     try:
-        return Config.model_validate(tree)
+        return located(Config.model_validate(tree))
     except ValidationError as error:
         raise ConfigError(first_line(error, Config)) from error
 

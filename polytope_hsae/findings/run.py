@@ -24,12 +24,13 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, located
 from ..data.corpus import load_documents
 from ..fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
 from ..lm import LanguageModel
 from ..phases.phase1_teacher import run_phase1
 from ..phases.run import Run, remove_leftovers, use_device
+from ..phases.sources import source_files
 from ..provenance import dependencies
 from ..report.words import number
 from ..study.data import text_hashes
@@ -122,12 +123,15 @@ def read_hooks(folder: Path) -> dict[str, Any]:
 def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
     """What every record says of its text, language model and ontology; nothing in it names a place."""
     ontology = config.concepts.ontology
-    known = {
+    known: dict[str, Any] = {
         "text_sha256": text_hashes({"train": config.corpus.path, "heldout": config.corpus.heldout_path}),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "ontology": ontology if ontology == "wordnet" else sha256_file(ontology),
     }
+    # what studies did not have from the start counts where it is used, so that older records stay valid
+    used = ("concepts.prompts", "concepts.wordnet")
+    known |= {field: digest for field, digest in source_files(config).items() if field.startswith(used)}
     return {**known, "data_sha256": sha256_json(known)}
 
 
@@ -141,7 +145,7 @@ def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Co
             if corpus[field] is not None:
                 corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, options.cache, say))
         corpus["source"] = "tokens"
-    return Config.model_validate(tree)
+    return located(Config.model_validate(tree))
 
 
 def _tokens(config: Config, text: str, max_tokens: int, lm: LanguageModel, cache: Path, say: Say) -> Path:
