@@ -24,7 +24,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
-from ..config import Config, ConfigError, located
+from ..config import Config, located
 from ..data.corpus import load_documents
 from ..fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
 from ..lm import LanguageModel
@@ -34,7 +34,7 @@ from ..phases.sources import source_files
 from ..provenance import dependencies
 from ..report.words import number
 from ..study.data import text_hashes
-from ..study.files import claim, key_of, read_records, still_valid, study_yaml
+from ..study.files import claim, key_of, nothing_wanted, read_records, still_valid, study_folder, study_yaml
 from ..study.plan import places_removed
 from ..study.workers import Options, Say, results, threads_each, worker_pool
 from ..training.trainer import Interrupted
@@ -65,14 +65,15 @@ class OfHook(TypedDict):
 def run_findings(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
     """Make all records of a study that are due; returns the study's folder."""
     study, configs = load_findings(path, overrides)
-    folder = Path("studies") / study.name if out is None else out
+    folder = study_folder(path, study.name, out)
+    cache = options.cache or folder / "cache"
+    say(f"records in {folder}, activations and models in {cache}")
     remove_leftovers(folder, deep=True)
     lasting = places_removed(overrides)
     refusal = f"a study's own folder, allowed: --out FOLDER, or a change of {folder / 'study.yaml'}"
     claim(folder, path, lasting, lambda: study_yaml(load_findings(path, lasting)[0], "json"), refusal)
     if not any(wanted(key, options.only) for key in study.keys):
-        names = ", ".join(arm.name for arm in study.arms)
-        raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of HOOK-sSEED/ARM")
+        raise nothing_wanted(options.only, [arm.name for arm in study.arms], "HOOK-sSEED/ARM")
     disable_progress_bar()  # of loading, on standard error, where errors are one line
     first = next(iter(configs.values()))
     lm = LanguageModel.load(first.model.name, revision=first.model.revision, dtype=first.model.dtype)
@@ -85,8 +86,8 @@ def run_findings(path: Path, overrides: list[str], out: Path | None, options: Op
     due = [key for key in study.keys if key not in kept and wanted(key, options.only)][: options.limit]
     if not due:
         return folder
-    placed = {hook: _placed(config, lm, options, say) for hook, config in configs.items()}
-    work = Work(study, {hook: _run_folder(options.cache, config, inputs) for hook, config in placed.items()}, inputs)
+    placed = {hook: _placed(config, lm, options, cache, say) for hook, config in configs.items()}
+    work = Work(study, {hook: _run_folder(cache, config, inputs) for hook, config in placed.items()}, inputs)
     del lm
     due = _with_matched(configs, due, work.folders)
     try:
@@ -135,7 +136,7 @@ def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
     return {**known, "data_sha256": sha256_json(known)}
 
 
-def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Config:
+def _placed(config: Config, lm: LanguageModel, options: Options, cache: Path, say: Say) -> Config:
     """The config with the device and threads of its workers, and its text as a file of tokens in the cache."""
     tree = config.model_dump(mode="json")
     tree["run"] |= {"device": use_device(options.device), "threads": threads_each(options.workers)}
@@ -143,7 +144,7 @@ def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Co
     if corpus["source"] == "text":
         for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
             if corpus[field] is not None:
-                corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, options.cache, say))
+                corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, cache, say))
         corpus["source"] = "tokens"
     return located(Config.model_validate(tree))
 
