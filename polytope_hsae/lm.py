@@ -19,6 +19,7 @@ from polytope_hsae.lm_config import block_list, hidden_size, logit_scale, max_co
 from polytope_hsae.lm_loading import load_model, quiet_transformers
 
 FINAL_HOOK = "final_residual_pre_unembed"
+NO_HEAD = "the language model has no output head"
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Edit = Callable[[Tensor], Tensor]
@@ -218,8 +219,8 @@ class LanguageModel:
     ) -> Captured:
         """Activations at `hook` (float32 [B,T,d]); also logits [B,T,V] and the final residual [B,T,d] if asked.
 
-        `hook` is `FINAL_HOOK`, `layers.N` or a module's name (its output; the first element of a tuple or list). `mask` [B,T]
-        is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
+        `hook` is `FINAL_HOOK`, `layers.N` or a module's name (its output; the first element of a tuple or list).
+        `mask` [B,T] is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
         (with close matches), a module that does not run exactly once, or logits of a model without a head.
         When the activations of a module are all that is asked for, the pass ends as soon as it has run:
         what comes after costs nothing, and a second run of the module goes unseen.
@@ -306,15 +307,16 @@ class LanguageModel:
         function: Callable[[Tensor], Tensor | None],
         fired: list[int],
         index: int,
-        shape: torch.Size,
+        shape: torch.Size | None,
     ) -> Any:
-        """Register `function` at hook `name`; counts its calls in `fired[index]`."""
+        """Register `function` at hook `name`; counts its calls in `fired[index]`. shape: [B, T], None: of any pass."""
 
         def apply(acts: Any) -> Tensor | None:
             fired[index] += 1
-            if not isinstance(acts, Tensor) or acts.ndim != 3 or acts.shape[:2] != shape:
+            if not isinstance(acts, Tensor) or acts.ndim != 3 or shape not in (None, acts.shape[:2]):
                 found = tuple(acts.shape) if isinstance(acts, Tensor) else type(acts).__name__
-                raise ValueError(f"model.hook: {name!r} gives {found}, allowed: a tensor {tuple(shape)} + (width,)")
+                allowed = "[B, T, width]" if shape is None else f"{tuple(shape)} + (width,)"
+                raise ValueError(f"model.hook: {name!r} gives {found}, allowed: a tensor {allowed}")
             edited = function(acts.float())
             assert edited is None or edited.shape == acts.shape
             return None if edited is None else edited.to(acts.dtype)

@@ -112,7 +112,7 @@ def test_what_is_written_lies_beside_the_studys_file(tmp_path, fixtures, monkeyp
 
 def test_the_page_calls_a_model_in_a_folder_by_the_folders_name(done, fixtures):
     assert json.loads((done / "results.json").read_text())["model"] == "textbook-lm-9m"
-    study, configs = load_findings(done / "study.yaml", [f"model.name={fixtures / 'lm'}"])
+    _, configs = load_findings(done / "study.yaml", [f"model.name={fixtures / 'lm'}"])
     assert next(iter(configs.values())).model.title == "lm"
 
 

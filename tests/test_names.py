@@ -91,9 +91,7 @@ def test_hooks_are_resolved_wherever_they_are_given():
     assert torch.equal(runs.logits(edit), expected)
     assert torch.equal(runs.logits(edit), expected)  # now without the blocks before it
     added = torch.randn(1, 2, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(
-        LastPosition(lm, ids, "layers.0").logits(added), LastPosition(lm, ids, module).logits(added)
-    )
+    assert torch.equal(LastPosition(lm, ids, "layers.0").logits(added), LastPosition(lm, ids, module).logits(added))
 
 
 # -- where a study's files go

@@ -70,7 +70,12 @@ def test_relative_paths_are_resolved_when_a_config_is_read(tmp_path, monkeypatch
 
 
 def test_names_are_no_paths():
-    fields = ["model.name=owner/model", "corpus.source=hub", "corpus.path=owner/data:train", "concepts.prompts=packaged"]
+    fields = [
+        "model.name=owner/model",
+        "corpus.source=hub",
+        "corpus.path=owner/data:train",
+        "concepts.prompts=packaged",
+    ]
     config = load_config("smoke", fields)
     assert (config.model.name, config.model.title) == ("owner/model", "owner/model")
     assert (config.corpus.path, config.concepts.prompts) == ("owner/data:train", "packaged")

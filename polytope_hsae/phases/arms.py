@@ -23,6 +23,7 @@ from ..records import Train
 from ..teacher import Teacher
 from ..tracking import Trackers, open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
+from .cards import arm_card
 from .flat_arms import MODELS, flat_config, match_line, match_record
 from .phase1_teacher import load_geometry, make_teacher, metric_file, require_room, token_geometry
 from .run import Run
@@ -119,6 +120,7 @@ def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool
             trackers.close()
     # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
     model.calibrate(Sample(store, "val", CALIBRATION_ROWS, seed), model.config.total_l0)
+    model.card = arm_card(run, arm, model.n_children, teacher_parents)
     model.save_pretrained(folder / "model")
     final = validation_metrics(run, model, store)
     record = {

@@ -15,9 +15,9 @@ from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
 from ..data.store import ActivationStore
+from ..data.vocabulary import TokenTexts
 from ..data.words import graph_tokens, load_graphs
 from ..evaluation.massive import describe_norms, massive_warnings
-from ..evaluation.words import TokenTexts
 from ..fileio import write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats

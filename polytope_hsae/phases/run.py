@@ -33,6 +33,7 @@ from .progress import Ticker
 from .sources import source_files
 
 PHASES = (1, 2, 3, 4)
+NORM_ROWS = 4096  # whose median norm is the unit of a steering dose
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 PIPED_WIDTH = 120  # columns of tables where there is no terminal to ask
 LEFTOVER = ".*.????????.tmp"  # what fileio.atomic and save_pretrained call a file or folder that is not whole yet
@@ -223,6 +224,12 @@ class Run:
     def train_moments(self) -> tuple[Tensor, float]:
         """Mean [d] (float64) of the train rows and their mean squared distance from it."""
         return self.store.moments("train")
+
+    @cached_property
+    def row_norm(self) -> float:
+        """Median norm of the first train rows, the unit of a steering dose."""
+        rows = torch.arange(min(NORM_ROWS, self.store.n_rows("train")))
+        return float(self.store.acts("train", rows).float().norm(dim=1).median())
 
     @property
     def hook(self) -> str:

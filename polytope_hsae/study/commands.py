@@ -18,7 +18,10 @@ Overrides = Annotated[
         "--set", help="key.path=value: a field of the study (text=FOLDER), or else of its config; repeatable."
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Study folder; default: the file's, or NAME beside a file that is not a study.yaml.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Study folder; default: the file's, or NAME beside a file that is not a study.yaml."),
+]
 Cache = Annotated[
     Path | None,
     typer.Option("--cache", help="Where activations (and models) are kept; default: cache in the study folder."),
