@@ -45,7 +45,14 @@ def folder_of(run: Path, arm: str) -> Path:
 
 def test_every_artifact_is_there_and_nothing_else(finished):
     steps = [f"checkpoints/step-{step:08d}.safetensors" for step in (16, 24)]
-    of_arm = ["train.json", "model/config.json", "model/model.safetensors", "checkpoints/identity.json", *steps]
+    of_arm = [
+        "train.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/card.json",
+        "checkpoints/identity.json",
+        *steps,
+    ]
     shards = [shard["file"] for shard in read_json(finished / "activations/manifest.json")["shards"]]
     expected = {"config.yaml", "provenance.json", "metrics.jsonl", "activations/manifest.json"}
     expected |= {f"activations/{name}" for name in shards}

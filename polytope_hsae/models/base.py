@@ -200,7 +200,7 @@ class SparseAutoencoder(Described, nn.Module):
     # files
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json, model.safetensors and, if there is one, the card; the folder appears whole or not at all."""
+        """Write config.json, model.safetensors and the card, if any; the folder appears whole or not at all."""
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         header = {
