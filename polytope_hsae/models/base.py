@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -142,13 +143,20 @@ class SparseAutoencoder(Described, nn.Module):
 
         Raises ValueError on another width and on NaN.
         """
-        h_Bd, training = self.checked_rows(h_Bd, "encode"), self.training
+        h_Bd = self.checked_rows(h_Bd, "encode")
+        with self.in_eval_mode():
+            codes: Codes = self(h_Bd).codes
+        return codes
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Within this the model is in eval mode; afterwards in the mode that it was in."""
+        training = self.training
         self.eval()
         try:
-            codes: Codes = self(h_Bd).codes
+            yield
         finally:
             self.train(training)
-        return codes
 
     def decode(self, codes: Codes) -> Tensor:
         """Raw reconstruction [B, d] of codes. Raises ValueError on NaN."""

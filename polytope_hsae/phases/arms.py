@@ -265,8 +265,6 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder, store
 @torch.no_grad()
 def validation_metrics(run: Run, sae: SparseAutoencoder, store: ActivationStore) -> dict[str, float]:
     """EV (centred on the train mean) and L0 on the first `val_rows` validation rows."""
-    was_training = sae.training
-    sae.eval()
     mean = run.train_moments[0].to(run.device, torch.float32)
     limit = min(store.n_rows("val"), run.config.training.val_rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
@@ -275,6 +273,5 @@ def validation_metrics(run: Run, sae: SparseAutoencoder, store: ActivationStore)
         codes = sae.encode(rows)
         error_nd, total_nd = (rows - sae.decode(codes)).square(), (rows - mean).square()
         sums += torch.stack([part.sum().double() for part in (error_nd, total_nd, codes.l0())])
-    sae.train(was_training)
     error, total, l0 = sums.tolist()
     return {"val_ev": 1 - error / total, "val_l0": l0 / limit}
