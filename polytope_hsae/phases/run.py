@@ -33,7 +33,6 @@ from .progress import Ticker
 from .sources import source_files
 
 PHASES = (1, 2, 3, 4)
-NORM_ROWS = 4096  # whose median norm is the unit of a steering dose
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 PIPED_WIDTH = 120  # columns of tables where there is no terminal to ask
 LEFTOVER = ".*.????????.tmp"  # what fileio.atomic and save_pretrained call a file or folder that is not whole yet
@@ -227,9 +226,8 @@ class Run:
 
     @cached_property
     def row_norm(self) -> float:
-        """Median norm of the first train rows, the unit of a steering dose."""
-        rows = torch.arange(min(NORM_ROWS, self.store.n_rows("train")))
-        return float(self.store.acts("train", rows).float().norm(dim=1).median())
+        """Median norm of the train rows, the unit of a steering dose."""
+        return float(self.store.column("train", "norm").median())
 
     @property
     def hook(self) -> str:
