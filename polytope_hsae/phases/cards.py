@@ -12,7 +12,6 @@ from .run import Run
 
 OF_PARENT = ("z", "p", "q", "auroc", "reliability")
 OF_CHILD = ("beta", "delta_z", "delta_q", "auroc", "reliability")
-OF_MAP = ("purity", "leakage", "recall")
 
 
 def arm_card(run: Run, arm: ArmConfig, n_children: int, teacher_parents: Sequence[int]) -> Card:
@@ -91,7 +90,13 @@ def add_measured(run: Run) -> None:
         if card is None:  # a run of an earlier version
             continue
         card["mapped"] = [
-            {"parent": of["latent"], "concept": concepts[of["concept"]], **{key: of[key] for key in OF_MAP}}
+            {
+                "parent": of["latent"],
+                "concept": concepts[of["concept"]],
+                "purity": of["purity"],
+                "leakage": of["leakage"],
+                "recall": of["recall"],
+            }
             for of in latents[arm.name]["parents"]
             if of["mapped"]
         ]
