@@ -62,7 +62,12 @@ def update_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, obj: Any) -> None:
     """Write `obj` as JSON, atomically. Raises ValueError on NaN or infinity: they are not JSON."""
-    write_text(path, json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, json_text(obj))
+
+
+def json_text(obj: Any) -> str:
+    """What a JSON file holds. Raises ValueError on NaN or infinity."""
+    return json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path | str, kind: Any = object) -> Any:

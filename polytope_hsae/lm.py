@@ -20,6 +20,7 @@ from polytope_hsae.lm_config import block_list, hidden_size, logit_scale, max_co
 from polytope_hsae.lm_loading import load_model, quiet_transformers
 
 FINAL_HOOK = "final_residual_pre_unembed"
+NO_HEAD = "the language model has no output head"
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Edit = Callable[[Tensor], Tensor]
@@ -151,10 +152,12 @@ class LanguageModel:
     def resolve_hook(self, hook: str) -> str:
         """The module's own name for `layers.N`, the N-th block whatever the model calls it (N < 0 from the end).
 
-        Any other hook is returned as it is. Raises ValueError for a block or a module that the model does not have, for
-        the output head, and for the final residual where only input embeddings of another width stand in for the
-        unembedding.
+        `blocks.N.hook_resid_post` and `blocks.N.hook_resid_pre` of TransformerLens and SAELens are `layers.N` and the
+        block before it. Any other hook is returned as it is. Raises ValueError for a block or a module that the model
+        does not have, for the output head, and for the final residual where only input embeddings of another width
+        stand in for the unembedding.
         """
+        hook = self._of_transformer_lens(hook)
         match = re.fullmatch(r"layers\.(-?\d+)", hook)
         if match is None or hook in self._modules:
             self._require_module(hook)
@@ -173,6 +176,30 @@ class LanguageModel:
             allowed = f"layers.{-self.n_layers} to layers.{self.n_layers - 1} for {self.name}"
             raise ValueError(f"model.hook: found {hook!r}, allowed: {allowed}")
         return f"{blocks}.{number % self.n_layers}"
+
+    def _of_transformer_lens(self, hook: str) -> str:
+        """`layers.N` for a name that TransformerLens gives to a block's residual; any other hook as it is.
+
+        Raises ValueError, with what there is instead, for its names of what no module here gives just so.
+        """
+        match = re.fullmatch(r"blocks\.(\d+)\.(.*hook_\w+)", hook)
+        if hook in self._modules or (match is None and not hook.rpartition(".")[2].startswith("hook_")):
+            return hook
+        if match is None:
+            embeds = hook in ("hook_embed", "hook_pos_embed", "hook_tokens")
+            allowed = "layers.N, or a module's name" if embeds else FINAL_HOOK
+            raise ValueError(f"model.hook: found {hook!r}, a name of TransformerLens; allowed: {allowed}")
+        number, name = int(match[1]), match[2]
+        if name == "hook_resid_post":
+            return f"layers.{number}"
+        if name == "hook_resid_pre" and number > 0:
+            return f"layers.{number - 1}"
+        allowed = f"layers.{number}"
+        blocks = block_list(self.model)
+        if blocks is not None and number < self.n_layers:
+            modules = self.model.get_submodule(f"{blocks}.{number}").named_children()
+            allowed += f", or one of its modules: {', '.join(f'{blocks}.{number}.{name}' for name, _ in modules)}"
+        raise ValueError(f"model.hook: found {hook!r}, a name of TransformerLens; allowed: {allowed}")
 
     def logits_from_final(self, acts_d: Tensor) -> Tensor:
         """softcap(U h + b) in float32: [..., d] -> [..., V]."""
@@ -219,14 +246,15 @@ class LanguageModel:
     ) -> Captured:
         """Activations at `hook` (float32 [B,T,d]); also logits [B,T,V] and the final residual [B,T,d] if asked.
 
-        `hook` is `FINAL_HOOK` or a module's name (its output; the first element of a tuple or list). `mask` [B,T]
-        is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
+        `hook` is `FINAL_HOOK`, `layers.N` or a module's name (its output; the first element of a tuple or list).
+        `mask` [B,T] is 1 on tokens and 0 on padding, which must be on the right. Raises ValueError for an unknown hook
         (with close matches), a module that does not run exactly once, or logits of a model without a head.
         When the activations of a module are all that is asked for, the pass ends as soon as it has run:
         what comes after costs nothing, and a second run of the module goes unseen.
         """
         if logits:
             self._require_head("logits")
+        hook = self.resolve_hook(hook)
         seen: dict[str, Tensor] = {}
 
         stop = hook != FINAL_HOOK and not (logits or final)
@@ -257,7 +285,8 @@ class LanguageModel:
         `mask` keeps. Raises ValueError as `capture` does.
         """
         self._require_head("a run with an edit")
-        logits = self._forward(ids_BT, mask, [(hook, edit)], "last" if last_only else None).logits.float()
+        hooks = [(self.resolve_hook(hook), edit)]
+        logits = self._forward(ids_BT, mask, hooks, "last" if last_only else None).logits.float()
         return logits[:, 0] if last_only else logits
 
     def _forward(
@@ -305,15 +334,16 @@ class LanguageModel:
         function: Callable[[Tensor], Tensor | None],
         fired: list[int],
         index: int,
-        shape: torch.Size,
+        shape: torch.Size | None,
     ) -> Any:
-        """Register `function` at hook `name`; counts its calls in `fired[index]`."""
+        """Register `function` at hook `name`; counts its calls in `fired[index]`. shape: [B, T], None: of any pass."""
 
         def apply(acts: Any) -> Tensor | None:
             fired[index] += 1
-            if not isinstance(acts, Tensor) or acts.ndim != 3 or acts.shape[:2] != shape:
+            if not isinstance(acts, Tensor) or acts.ndim != 3 or shape not in (None, acts.shape[:2]):
                 found = tuple(acts.shape) if isinstance(acts, Tensor) else type(acts).__name__
-                raise ValueError(f"model.hook: {name!r} gives {found}, allowed: a tensor {tuple(shape)} + (width,)")
+                allowed = "[B, T, width]" if shape is None else f"{tuple(shape)} + (width,)"
+                raise ValueError(f"model.hook: {name!r} gives {found}, allowed: a tensor {allowed}")
             edited = function(acts.float())
             assert edited is None or edited.shape == acts.shape
             return None if edited is None else edited.to(acts.dtype)

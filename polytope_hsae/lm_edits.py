@@ -25,8 +25,8 @@ class EditedRuns:
     """
 
     def __init__(self, lm: LanguageModel, ids_BT: Tensor, hook: str, mask_BT: Tensor | None = None) -> None:
-        self.lm, self.ids_BT, self.hook, self.mask_BT = lm, ids_BT, hook, mask_BT
-        self._blocks = _FirstBlocks(lm, hook)
+        self.lm, self.ids_BT, self.hook, self.mask_BT = lm, ids_BT, lm.resolve_hook(hook), mask_BT
+        self._blocks = _FirstBlocks(lm, self.hook)
 
     def logits(self, edit: Edit) -> Tensor:
         """Logits float32 [B,T,V] with the hook's activations replaced by `edit(acts_BTd)`; raises as `capture` does."""
@@ -47,8 +47,8 @@ class LastPosition:
     @torch.no_grad()
     def __init__(self, lm: LanguageModel, ids_MT: Tensor, hook: str) -> None:
         lm._require_head("a run with an edit")
-        self.lm, self.ids_MT, self.hook = lm, ids_MT, hook
-        self._blocks = _FirstBlocks(lm, hook)
+        self.lm, self.ids_MT, self.hook = lm, ids_MT, lm.resolve_hook(hook)
+        self._blocks = _FirstBlocks(lm, self.hook)
         self._cache: DynamicCache | None = None
         if ids_MT.shape[-1] > 1:
             output = lm._forward(ids_MT[:, :-1], None, [], "one", use_cache=True)

@@ -24,7 +24,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, G
 from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
-from polytope_hsae.fileio import sha256_file
+from polytope_hsae.fileio import sha256_file, sha256_json
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -289,6 +289,13 @@ def _check_ids(source: _Source, tokenizer: Any, model: PreTrainedModel) -> None:
         raise source.refused(
             f"the tokenizer of {source.name!r} is not its own: found token {largest}, allowed: {allowed}"
         )
+
+
+def folder_sha256(folder: Path | str) -> str:
+    """SHA-256 over all files of a model's folder that it is loaded from: weights, config and tokenizer."""
+    patterns = ("*.safetensors", "config.json", *TOKENIZERS)
+    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+    return sha256_json({path.name: sha256_file(path) for path in paths})
 
 
 def _weights_sha256(folder: Path) -> str:

@@ -3,9 +3,10 @@
 It imports no PyTorch: the command line reads its config with it.
 """
 
+import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NoReturn
 
@@ -145,6 +146,12 @@ def shown(value: Any) -> str:
         return cut(repr(value))
     except ValueError:
         return "a number of thousands of digits"  # Python prints none of more than 4300
+
+
+def did_you_mean(found: str, names: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the name that is most like it; nothing where none is."""
+    close = difflib.get_close_matches(found, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def cut(text: str) -> str:

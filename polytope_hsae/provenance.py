@@ -8,6 +8,7 @@ skipped; one whose dependencies differ is refused unless it is forced.
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from typing_extensions import TypedDict
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, local_paths
 from .fileio import read_json, write_json
 from .parsing import shown
 
+LOCAL = "a file or folder"  # stands for a path
 NOT_IN_RESULTS = ("baseline", "teacher", "checkpoint_every", "allow_unequal_budget")
 PACKAGES = ("polytope-hsae", "torch", "transformers", "safetensors", "numpy", "scipy", "scikit-learn", "pydantic")
 
@@ -67,7 +69,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def dependencies(config: Config, phase: int) -> dict[str, Any]:
-    """The flattened part of the config that a phase's outputs depend on (device, threads and trackers do not count)."""
+    """The flattened part of the config that a phase's outputs depend on (device, threads and trackers do not count).
+
+    Paths do not count either: what lies there is among phase 1's inputs, by its hash.
+    """
     tree = config.model_dump(mode="json")
     arms = [arm for arm in tree["arms"] if phase == 4 or config.arm(arm["name"]).phase == phase]
     stages = {
@@ -96,7 +101,8 @@ def dependencies(config: Config, phase: int) -> dict[str, Any]:
         3: {**trained, "teacher": tree["teacher"]},
         4: {"concepts": tree["concepts"], "eval": tree["eval"], "arms": arms},
     }
-    return {"run.seed": config.run.seed, **flatten(parts[phase])}
+    found = {"run.seed": config.run.seed, **flatten(parts[phase])}
+    return {**found, **{field: LOCAL for field in local_paths(config) if field in found}}
 
 
 class _Phase(TypedDict):
@@ -139,13 +145,20 @@ class Provenance:
                     )
         return True
 
-    def require(self, phase: int, config: Config) -> None:
-        """Raise ConfigError unless the phase was finished with the present config, forced or not."""
+    def inputs(self, phase: int) -> dict[str, str]:
+        """sha256 of what a finished phase was made from; empty for any other phase."""
+        recorded = self.state["phases"].get(f"phase{phase}")
+        return {} if recorded is None else recorded["inputs"]
+
+    def require(self, phase: int, config: Config, inputs: Mapping[str, str]) -> None:
+        """Raise ConfigError unless the phase was finished with the present config and `inputs`, forced or not."""
         recorded, now = self.state["phases"].get(f"phase{phase}"), dependencies(config, phase)
         if recorded is None:
             raise ConfigError(f"phase {phase}: not finished in this run folder; run it first, or all with hsae run")
-        for key in sorted(set(recorded["config"]) | set(now)):
-            found, made = now.get(key), recorded["config"].get(key)
+        before = recorded["config"] | {key: recorded["inputs"].get(key) for key in inputs}
+        now |= inputs
+        for key in sorted(set(before) | set(now)):
+            found, made = now.get(key), before.get(key)
             if found != made:
                 line = f"{key}: found {shown(found)}, but phase {phase} was made with {shown(made)}"
                 raise ConfigError(f"{line}; run phase {phase} again first")

@@ -117,6 +117,11 @@ def contents(folder: Path, *parts: str) -> dict[str, str]:
     return {name: digest for name, (digest, _) in files(folder, *parts).items() if name not in OF_TIME}
 
 
+def without_cards(found: dict[str, Any]) -> dict[str, Any]:
+    """What `files` or `contents` found, but for the models' cards, to which phase 4 adds what it measured."""
+    return {name: state for name, state in found.items() if not name.endswith("model/card.json")}
+
+
 def copy(run: Path, target: Path, phases: int = 4) -> Path:
     """A copy of a finished run folder as it was when only the first phases were done."""
     shutil.copytree(run, target)

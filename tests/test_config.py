@@ -1,6 +1,7 @@
 """The configuration: refusals, overrides, packaged files; and the record that decides what runs again."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -226,7 +227,7 @@ def test_overrides_reach_every_depth(load):
     assert (second.name, second.steps) == ("c", 5)
     assert config.arms[0].name == "y"
     assert config.corpus.split == (0.6, 0.2, 0.2)
-    assert config.corpus.path == "a=b.txt"
+    assert config.corpus.path == str(Path("a=b.txt").absolute())
     assert config.training.grad_clip is None
 
 

@@ -97,6 +97,25 @@ def test_a_study_leaves_one_small_record_for_every_arm(done):
         assert kept["evidence"]["main"]["parents"]["z"]
 
 
+def test_what_is_written_lies_beside_the_studys_file(tmp_path, fixtures, monkeypatch):
+    here, folder = tmp_path / "here", tmp_path / "studies"
+    here.mkdir(), folder.mkdir()
+    path = written(folder)
+    monkeypatch.chdir(here)
+    model = ("--set", f"model.name={fixtures / 'lm'}", "--device", "cpu")
+    answer = hsae("findings", "run", path, *model, "--limit", 1)
+    assert answer.code == 0, answer.err
+    assert f"records in {folder / 'tiny'}, activations and models in {folder / 'tiny' / 'cache'}" in answer.out
+    assert {made.name for made in (folder / "tiny").iterdir()} == {"study.yaml", "runs", "cache"}
+    assert not list(here.iterdir())
+
+
+def test_the_page_calls_a_model_in_a_folder_by_the_folders_name(done, fixtures):
+    assert json.loads((done / "results.json").read_text())["model"] == "textbook-lm-9m"
+    _, configs = load_findings(done / "study.yaml", [f"model.name={fixtures / 'lm'}"])
+    assert next(iter(configs.values())).model.title == "lm"
+
+
 def test_seeds_change_the_models_and_not_the_data(done):
     one, other = (record(done, HOOKS[0], seed, "baseline") for seed in (0, 1))
     assert one["data_sha256"] == other["data_sha256"]

@@ -10,9 +10,10 @@ import torch
 from factored import factored
 
 from polytope_hsae.config import LatentsConfig
-from polytope_hsae.evaluation import words as words_module
+from polytope_hsae.data import vocabulary
+from polytope_hsae.data.vocabulary import TokenTexts, Words, significant
 from polytope_hsae.evaluation.latents import UNNAMED, Names, describe_latents
-from polytope_hsae.evaluation.words import Lexicon, TokenTexts, Words, significant
+from polytope_hsae.evaluation.words import Lexicon
 from polytope_hsae.fileio import read_json
 from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.lm import FINAL_HOOK
@@ -214,7 +215,7 @@ def unembedding():
 
 @pytest.mark.parametrize("scores_at_once", [1 << 24, 20])
 def test_words_are_ranked_by_causal_cosine(unembedding, monkeypatch, scores_at_once):
-    monkeypatch.setattr(words_module, "_SCORES", scores_at_once)
+    monkeypatch.setattr(vocabulary, "_SCORES", scores_at_once)
     geometry = CausalGeometry(unembedding)
     mean = unembedding.double().mean(0)
     centred = unembedding.double() - mean

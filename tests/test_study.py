@@ -133,6 +133,23 @@ def test_a_study_leaves_one_small_file_for_every_run(done):
         assert chosen == {max(trials, key=trials.__getitem__)}
 
 
+def test_what_is_written_lies_beside_the_studys_file(tmp_path, fixtures, monkeypatch):
+    here, folder = tmp_path / "here", tmp_path / "studies"
+    here.mkdir(), folder.mkdir()
+    path = written(folder)
+    monkeypatch.chdir(here)
+    places = ("--set", f"model.name={fixtures / 'lm'}", "--set", f"concepts.ontology={fixtures / 'words.yaml'}")
+    answer = hsae("study", "run", path, *places, "--device", "cpu", "--limit", 1)
+    assert answer.code == 0, answer.err
+    assert f"records in {folder / 'tiny'}, activations in {folder / 'tiny' / 'cache'}" in answer.out
+    assert {made.name for made in (folder / "tiny").iterdir()} == {"study.yaml", "runs", "cache"}
+    assert len(records(folder / "tiny")) == 1
+    assert not list(here.iterdir())
+    again = hsae("study", "run", folder / "tiny" / "study.yaml", *places, "--device", "cpu", "--limit", 1)
+    assert again.code == 0, again.err
+    assert len(records(folder / "tiny")) == 2
+
+
 def test_a_finished_study_is_not_run_again(done, fixtures):
     before = files(done)
     answer = run(done / "study.yaml", done, fixtures)

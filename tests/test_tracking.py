@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from polytope_hsae.config import ConfigError, load_config
-from polytope_hsae.phases.phase1_teacher import source_files
+from polytope_hsae.phases.sources import source_files
 from polytope_hsae.tracking import open_trackers
 
 

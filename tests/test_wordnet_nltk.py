@@ -11,7 +11,7 @@ from polytope_hsae.config import load_config
 from polytope_hsae.data.wordnet import WordNet, load_wordnet
 from polytope_hsae.data.wordnet_nltk import load_nltk_wordnet, nltk_is_there, nltk_sha256
 from polytope_hsae.data.words import load_graphs
-from polytope_hsae.phases.phase1_teacher import source_files
+from polytope_hsae.phases.sources import source_files
 
 DEBIAN = Path("/usr/share/wordnet")
 PARTS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}

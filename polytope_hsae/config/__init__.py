@@ -9,6 +9,7 @@ from .evaluation import EvalConfig, LatentsConfig, SteeringConfig, TargetsConfig
 from .flat import FLAT_KINDS, BatchTopKConfig, FlatConfig, JumpReLUConfig, MatryoshkaConfig, TopKConfig
 from .hsae import HSAEConfig
 from .load import apply_override, dump_yaml, find_config, load_config, put
+from .places import local_paths, located
 from .run import ArmConfig, Config
 from .sources import ConceptsConfig, CorpusConfig, DataConfig, GeometryConfig, ModelConfig, RunConfig
 from .training import LossOverrides, PhaseStages, StageConfig, TeacherConfig, TrainingConfig
@@ -50,5 +51,7 @@ __all__ = [
     "find_config",
     "first_line",
     "load_config",
+    "local_paths",
+    "located",
     "put",
 ]

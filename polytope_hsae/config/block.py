@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..parsing import misfit, place
+from ..parsing import did_you_mean, misfit, place
 
 PACKAGE = Path(__file__).parents[1]
 FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
@@ -65,4 +65,6 @@ def first_line(error: ValidationError, block: type[Block]) -> str:
     problem = error.errors()[0]
     if problem["type"] != "extra_forbidden":
         return misfit(error)
-    return f"{place(problem)}: found an unknown key, allowed: {', '.join(_keys_beside(block, problem['loc']))}"
+    keys = _keys_beside(block, problem["loc"])
+    meant = did_you_mean(str(problem["loc"][-1]), keys)
+    return f"{place(problem)}: found an unknown key, allowed: {', '.join(keys)}{meant}"

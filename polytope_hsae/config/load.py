@@ -6,8 +6,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..parsing import cut, parse_yaml, shown
+from ..parsing import cut, did_you_mean, parse_yaml, shown
 from .block import MAX_BYTES, PACKAGE, ConfigError, first_line
+from .places import located
 from .run import Config
 
 
@@ -17,12 +18,15 @@ def find_config(name_or_path: str) -> Path:
     for path in (Path(name_or_path), packaged):
         if path.is_file():
             return path
-    names = ", ".join(sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml")))
-    raise ConfigError(f"config: found {name_or_path!r}, allowed: a YAML file or one of {names}")
+    names = sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml"))
+    near = Path(name_or_path).parent
+    files = sorted(str(path) for path in near.glob("*.yaml")) if near.is_dir() else []
+    meant = did_you_mean(name_or_path, [*names, *files])
+    raise ConfigError(f"config: found {name_or_path!r}, allowed: a YAML file or one of {', '.join(names)}{meant}")
 
 
 def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
-    """Read, override and validate a config.
+    """Read, override and validate a config; its relative paths become absolute, from the working directory.
 
     Args:
         name_or_path: packaged name ("quickstart") or path of a YAML file.
@@ -44,7 +48,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     for override in overrides or []:
         apply_override(tree, override)
     try:
-        return Config.model_validate(tree)
+        return located(Config.model_validate(tree))
     except ValidationError as error:
         raise ConfigError(first_line(error, Config)) from error
 

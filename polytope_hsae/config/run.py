@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from ..parsing import did_you_mean
 from .block import FOLDER_NAME, Block, BlockT, Whole, first_line, require
 from .evaluation import EvalConfig, TrackingConfig
 from .flat import FLAT_KINDS, FlatConfig
@@ -170,7 +171,7 @@ class Config(Block):
         require(f"{where}.match", arm.match, one, "one arm for all quantities")
         for quantity, other in arm.match.items():
             field = f"{where}.match.{quantity}"
-            require(field, other, other in earlier, "an earlier arm")
+            require(field, other, other in earlier, f"an earlier arm{did_you_mean(other, earlier)}")
             random = self.arm(other).phase == 2
             require(field, other, random, "an arm with init random, which is trained before")
             size = MATCHED_BY[quantity]

@@ -1,5 +1,6 @@
 """Where a run's numbers come from: machine, language model, text, concepts, activations, geometry."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -24,6 +25,11 @@ class ModelConfig(Block):
         description="final_residual_pre_unembed (after the final norm), layers.N (N-th block, negative from the end), "
         "or any module name, e.g. model.layers.2.",
     )
+
+    @property
+    def title(self) -> str:
+        """What files call the model: its name, or of a folder the last part of its path."""
+        return Path(self.name).name if Path(self.name).is_absolute() else self.name
 
 
 class CorpusConfig(Block):

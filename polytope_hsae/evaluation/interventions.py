@@ -34,8 +34,7 @@ from polytope_hsae.evaluation.pushing import (
     parent_targets,
     push,
 )
-from polytope_hsae.evaluation.reconstruction import NO_HEAD
-from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm import NO_HEAD, LanguageModel
 from polytope_hsae.teacher import Teacher
 
 MEDIAN_KL, P90_KL = 0.10, 0.20  # the published thresholds of ratio invariance, nats

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from polytope_hsae.config import LatentsConfig
 from polytope_hsae.data.store import ActivationStore
+from polytope_hsae.data.vocabulary import TokenTexts, significant
 from polytope_hsae.evaluation.bootstrap import FloatArray
 from polytope_hsae.evaluation.firings import check_eval_mode
 from polytope_hsae.evaluation.row_codes import IntArray
-from polytope_hsae.evaluation.words import Lexicon, TokenTexts, WordList, significant
+from polytope_hsae.evaluation.words import Lexicon, WordList
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 

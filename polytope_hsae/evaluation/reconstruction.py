@@ -25,11 +25,10 @@ from polytope_hsae.evaluation.bootstrap import (
     unavailable,
 )
 from polytope_hsae.evaluation.firings import GROUPS, Firings, check_eval_mode, firing_metrics, usage_metrics
-from polytope_hsae.lm import Edit, LanguageModel
+from polytope_hsae.lm import NO_HEAD, Edit, LanguageModel
 from polytope_hsae.lm_edits import EditedRuns
 from polytope_hsae.models.base import SparseAutoencoder
 
-NO_HEAD = "the language model has no output head"
 LM_METRICS = (
     "ce_recovered", "delta_ce", "kl", "ev_logit", "ce_clean", "ce_ablated", "ce_spliced",
     "ce_recovered_massive_kept", "delta_ce_massive_kept", "kl_massive_kept",

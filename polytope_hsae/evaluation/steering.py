@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
+from polytope_hsae.data.vocabulary import significant
 from polytope_hsae.evaluation.bootstrap import (
     Evaluation,
     FloatArray,
@@ -44,9 +45,7 @@ from polytope_hsae.evaluation.pushing import (
     parent_targets,
     push,
 )
-from polytope_hsae.evaluation.reconstruction import NO_HEAD
-from polytope_hsae.evaluation.words import significant
-from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm import NO_HEAD, LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 
 Form = Literal["inject", "override"]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..study.commands import Device, Folder, Out, Overrides, Packed, Quiet, teller
+from ..study.commands import Cache, Device, Folder, Out, Overrides, Packed, Quiet, teller
 
 app = typer.Typer(help="Evidence and controls over hooks, seeds and arms: a JSON record per arm, a page from those.")
 
@@ -22,9 +22,7 @@ def run_command(
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Arms at once, each in a process.")] = 1,
     test: Annotated[bool, typer.Option("--test", help="Measure on test documents and words, too.")] = False,
     device: Device = "auto",
-    cache: Annotated[Path, typer.Option("--cache", help="Where activations and models are kept.")] = Path(
-        "runs/findings-cache"
-    ),
+    cache: Cache = None,
     quiet: Quiet = False,
 ) -> None:
     """Make the records that are not there yet; one that is stopped goes on where it was."""

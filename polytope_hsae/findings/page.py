@@ -69,7 +69,7 @@ def _made_from(found: Summary) -> list[str]:
     devices = sorted({record["code"]["device"] for record in found.records.values()})
     parents = sorted({record["parents"] for record in found.records.values()})
     lines = [
-        f"{config.model.name}, {listed([f'`{hook}`' for hook in found.shown_hooks])}; "
+        f"{config.model.title}, {listed([f'`{hook}`' for hook in found.shown_hooks])}; "
         f"{listed([f'{count:,}' for count in parents])} parents; every arm trained for "
         f"{listed([f'{count:,}' for count in steps])} steps of {config.training.batch_size:,} rows "
         f"({listed([f'{count:,}' for count in tokens])} rows); {HELD_OUT[found.split]} documents and words; "

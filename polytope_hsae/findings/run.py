@@ -24,16 +24,17 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
-from ..config import Config, ConfigError
+from ..config import Config, located
 from ..data.corpus import load_documents
 from ..fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
 from ..lm import LanguageModel
 from ..phases.phase1_teacher import run_phase1
 from ..phases.run import Run, remove_leftovers, use_device
+from ..phases.sources import source_files
 from ..provenance import dependencies
 from ..report.words import number
 from ..study.data import text_hashes
-from ..study.files import claim, key_of, read_records, still_valid, study_yaml
+from ..study.files import claim, key_of, nothing_wanted, read_records, still_valid, study_folder, study_yaml
 from ..study.plan import places_removed
 from ..study.workers import Options, Say, results, threads_each, worker_pool
 from ..training.trainer import Interrupted
@@ -64,14 +65,15 @@ class OfHook(TypedDict):
 def run_findings(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
     """Make all records of a study that are due; returns the study's folder."""
     study, configs = load_findings(path, overrides)
-    folder = Path("studies") / study.name if out is None else out
+    folder = study_folder(path, study.name, out)
+    cache = options.cache or folder / "cache"
+    say(f"records in {folder}, activations and models in {cache}")
     remove_leftovers(folder, deep=True)
     lasting = places_removed(overrides)
     refusal = f"a study's own folder, allowed: --out FOLDER, or a change of {folder / 'study.yaml'}"
     claim(folder, path, lasting, lambda: study_yaml(load_findings(path, lasting)[0], "json"), refusal)
     if not any(wanted(key, options.only) for key in study.keys):
-        names = ", ".join(arm.name for arm in study.arms)
-        raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of HOOK-sSEED/ARM")
+        raise nothing_wanted(options.only, [arm.name for arm in study.arms], "HOOK-sSEED/ARM")
     disable_progress_bar()  # of loading, on standard error, where errors are one line
     first = next(iter(configs.values()))
     lm = LanguageModel.load(first.model.name, revision=first.model.revision, dtype=first.model.dtype)
@@ -84,8 +86,8 @@ def run_findings(path: Path, overrides: list[str], out: Path | None, options: Op
     due = [key for key in study.keys if key not in kept and wanted(key, options.only)][: options.limit]
     if not due:
         return folder
-    placed = {hook: _placed(config, lm, options, say) for hook, config in configs.items()}
-    work = Work(study, {hook: _run_folder(options.cache, config, inputs) for hook, config in placed.items()}, inputs)
+    placed = {hook: _placed(config, lm, options, cache, say) for hook, config in configs.items()}
+    work = Work(study, {hook: _run_folder(cache, config, inputs) for hook, config in placed.items()}, inputs)
     del lm
     due = _with_matched(configs, due, work.folders)
     try:
@@ -122,16 +124,19 @@ def read_hooks(folder: Path) -> dict[str, Any]:
 def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
     """What every record says of its text, language model and ontology; nothing in it names a place."""
     ontology = config.concepts.ontology
-    known = {
+    known: dict[str, Any] = {
         "text_sha256": text_hashes({"train": config.corpus.path, "heldout": config.corpus.heldout_path}),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "ontology": ontology if ontology == "wordnet" else sha256_file(ontology),
     }
+    # what studies did not have from the start counts where it is used, so that older records stay valid
+    used = ("concepts.prompts", "concepts.wordnet")
+    known |= {field: digest for field, digest in source_files(config).items() if field.startswith(used)}
     return {**known, "data_sha256": sha256_json(known)}
 
 
-def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Config:
+def _placed(config: Config, lm: LanguageModel, options: Options, cache: Path, say: Say) -> Config:
     """The config with the device and threads of its workers, and its text as a file of tokens in the cache."""
     tree = config.model_dump(mode="json")
     threads = threads_each(options.workers, config.run.threads)
@@ -140,9 +145,9 @@ def _placed(config: Config, lm: LanguageModel, options: Options, say: Say) -> Co
     if corpus["source"] == "text":
         for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
             if corpus[field] is not None:
-                corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, options.cache, say))
+                corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, cache, say))
         corpus["source"] = "tokens"
-    return Config.model_validate(tree)
+    return located(Config.model_validate(tree))
 
 
 def _tokens(config: Config, text: str, max_tokens: int, lm: LanguageModel, cache: Path, say: Say) -> Path:

@@ -219,7 +219,7 @@ def results(found: Summary) -> dict[str, Any]:
     config = next(iter(found.configs.values()))
     seeds = found.study.seeds
     return {
-        "model": config.model.name,
+        "model": config.model.title,
         "split": found.split,
         "seeds": list(seeds),
         "hooks": {
@@ -244,7 +244,7 @@ def _run(found: Summary, hook: str, seed: int) -> dict[str, Any]:
     arms = [arm for arm in found.arms(hook) if seed in found.seeds(hook, arm)]
     plan = found.study.plan(hook)
     return {
-        "model": found.configs[hook].model.name,
+        "model": found.configs[hook].model.title,
         "hook": hook,
         "label": _label(found, hook),
         "split": found.split,

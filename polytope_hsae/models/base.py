@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -20,17 +21,20 @@ from .. import ops
 from ..config import Block, LossOverrides
 from ..fileio import FLOATS, PICKLE_SUFFIXES, check_tensors, read_json, read_tensors, write_json, write_tensors
 from ..parsing import misfit, shown
+from .card import FILE as CARD
+from .card import Described, read_card, write_card
 from .codes import Codes, Dead, ModelOutput
 
 UNIT_ROW_EPS = 1e-6
 NORMALIZATIONS = ("rms", "unit_row", "none")
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(Described, nn.Module):
     """Base of the hierarchical and the flat autoencoders.
 
     `encode`, `decode`, `reconstruct` and every file speak raw activations h. Inside, x = (h - data_mean) / data_scale
-    (`rms`), h / (|h| + 1e-6) (`unit_row`), or h (`none`).
+    (`rms`), h / (|h| + 1e-6) (`unit_row`), or h (`none`). Rows of any float type are taken; codes and reconstructions
+    have the model's own, float32 unless it was converted.
     """
 
     registry: ClassVar[dict[str, type["SparseAutoencoder"]]] = {}
@@ -106,13 +110,19 @@ class SparseAutoencoder(nn.Module):
     # coordinates
 
     def set_normalization(self, mean_d: Tensor, scale: float) -> None:
-        """Set the train mean and scale of `rms`; ignored by the other normalisations."""
+        """Set the train mean and scale of `rms`; ignored by the other normalisations.
+
+        Raises ValueError for a scale that is not above 0: rows that are all the same have no scale.
+        """
         if self.normalize == "rms":
+            if not 0 < scale < float("inf"):
+                raise ValueError(f"data_scale: found {float(scale)}, allowed: above 0, so rows that differ")
             self.data_mean.copy_(mean_d)
             self.data_scale.fill_(scale)
 
     def to_normalized(self, h_Bd: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(x [B, d], row norms [B] or None)."""
+        """(x [B, d], row norms [B] or None), in the model's type."""
+        h_Bd = h_Bd.to(self.data_mean.dtype)
         if self.normalize == "unit_row":
             norms_B = h_Bd.norm(dim=1) + UNIT_ROW_EPS
             return h_Bd / norms_B[:, None], norms_B
@@ -129,14 +139,43 @@ class SparseAutoencoder(nn.Module):
         return NormalizedBatches(self, batches)
 
     def encode(self, h_Bd: Tensor) -> Codes:
-        """Sparse codes of raw rows [B, d] (without noise in eval mode). Raises ValueError on another width."""
-        if h_Bd.ndim != 2 or h_Bd.shape[1] != self.width:
-            raise ValueError(f"encode: found rows of shape {tuple(h_Bd.shape)}, allowed: [B, {self.width}]")
-        return self(h_Bd).codes
+        """Sparse codes of raw rows [B, d], the same in training mode: no noise, and nothing in the model moves.
+
+        Raises ValueError on another width and on NaN.
+        """
+        h_Bd = self.checked_rows(h_Bd, "encode")
+        with self.in_eval_mode():
+            codes: Codes = self(h_Bd).codes
+        return codes
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Within this the model is in eval mode; afterwards in the mode that it was in."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
 
     def decode(self, codes: Codes) -> Tensor:
-        """Raw reconstruction [B, d] of codes."""
+        """Raw reconstruction [B, d] of codes. Raises ValueError on NaN."""
+        dtype = self.data_mean.dtype
+        for name in ("parent_value", "child_value", "row_scale"):
+            value = getattr(codes, name)
+            if value is not None:
+                require_finite("decode", name, value)
+                codes = codes._replace(**{name: value.to(dtype)})
         return self.to_raw(self.decode_normalized(codes), codes.row_scale)
+
+    def checked_rows(self, h_Bd: Tensor, what: str) -> Tensor:
+        """Raw rows [B, d] in the model's type. Raises ValueError, beginning with `what`, for anything else and NaN."""
+        if h_Bd.ndim != 2 or h_Bd.shape[1] != self.width:
+            raise ValueError(f"{what}: found rows of shape {tuple(h_Bd.shape)}, allowed: [B, {self.width}]")
+        if not h_Bd.is_floating_point():
+            raise ValueError(f"{what}: found rows of {h_Bd.dtype}, allowed: a float type")
+        require_finite(what, "rows", h_Bd)
+        return h_Bd.to(self.data_mean.dtype)
 
     def reconstruct(self, h_Bd: Tensor) -> Tensor:
         """decode(encode(h)): [B, d]."""
@@ -169,7 +208,7 @@ class SparseAutoencoder(nn.Module):
     # files
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json and model.safetensors; the folder appears whole or not at all."""
+        """Write config.json, model.safetensors and the card, if any; the folder appears whole or not at all."""
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         header = {
@@ -182,6 +221,8 @@ class SparseAutoencoder(nn.Module):
         try:
             write_json(temporary / "config.json", header)
             write_tensors(temporary / "model.safetensors", without_sharing(kept))
+            if self.card is not None:
+                write_card(temporary, self.card)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
@@ -202,7 +243,7 @@ class SparseAutoencoder(nn.Module):
             if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
                 raise ValueError(f"{name}: no such folder, allowed: a saved model's folder or a hub id (owner/name)")
             try:
-                folder = Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors"]))
+                folder = Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors", CARD]))
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{name}: not a folder here, and the hub does not give it ({reason})") from error
@@ -235,6 +276,7 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
         if model.data_scale <= 0:
             raise ValueError(f"{folder}/model.safetensors: data_scale: found {model.data_scale}, allowed: above 0")
+        model.card = read_card(folder)
         return model.to(device).eval()
 
 
@@ -246,6 +288,7 @@ class NormalizedBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         for h_Bd in self.batches:
+            h_Bd = self.model.checked_rows(h_Bd, "batches")
             yield self.model.to_normalized(h_Bd.to(self.model.data_mean))[0]
 
 
@@ -256,6 +299,14 @@ class _Header(TypedDict):
     width: Annotated[int, Field(ge=1, lt=2**31)]
     normalize: str
     config: dict[str, Any]
+
+
+def require_finite(what: str, name: str, value: Tensor) -> None:
+    """Raise ValueError, beginning with `what`, where a tensor of rows [B, ...] has NaN or an infinity."""
+    finite = torch.isfinite(value)
+    if not finite.all():
+        row = int((~finite).nonzero()[0, 0])
+        raise ValueError(f"{what}: found NaN or an infinity in row {row} of {name}, allowed: finite numbers")
 
 
 def without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

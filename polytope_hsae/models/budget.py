@@ -84,8 +84,6 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
 
     Parents get their share of them, k / (k + K_c) unless that was learned; children get what the parents leave.
     """
-    was_training = model.training
-    model.eval()
 
     def codes() -> Iterator[Codes]:
         return (model.encode(h_Bd.to(model.data_mean)) for h_Bd in batches)
@@ -106,4 +104,3 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
             max(0.0, target_l0 - active),
         )
         model.child_budget.threshold.fill_(max(0.0, level))
-    model.train(was_training)

@@ -27,10 +27,8 @@ def recycle(
     into a dead parent. The dead ones that are left start at the errors of the rows that are rebuilt worst. Only `free`
     parents change. This waits for the device.
     """
-    was_training = model.training
-    model.eval()
-    output = model(h_Bd)
-    model.train(was_training)
+    with model.in_eval_mode():
+        output = model(h_Bd)
     dead = (dead_P & free_P).nonzero().flatten().tolist()
     share_P = (
         load(output.codes.parent_index, output.codes.parent_value, model.n_parents) / max(1, len(h_Bd))

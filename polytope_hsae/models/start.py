@@ -112,10 +112,8 @@ def _router_from_rows(model: "HierarchicalSAE", rows_Nd: Tensor) -> None:
 
 def _children_from_rows(model: "HierarchicalSAE", rows_Nd: Tensor) -> None:
     """Each parent's subspace is spanned by the principal directions of x' - a D_p, its children by centres of those."""
-    was_training = model.training
-    model.eval()
-    chosen = [model.encode_parent(part_Bd)[:2] for part_Bd in rows_Nd.split(4096)]
-    model.train(was_training)
+    with model.in_eval_mode():
+        chosen = [model.encode_parent(part_Bd)[:2] for part_Bd in rows_Nd.split(4096)]
     parent_Nk, code_Nk = (torch.cat(part) for part in zip(*chosen, strict=True))
     row_M, slot_M = (code_Nk > 0).nonzero(as_tuple=True)
     parent_M, order_M = parent_Nk[row_M, slot_M].sort(stable=True)

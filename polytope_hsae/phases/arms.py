@@ -22,6 +22,7 @@ from ..records import Train
 from ..teacher import Teacher
 from ..tracking import Trackers, open_trackers
 from ..training.trainer import HSAETrainer, discard_checkpoints
+from .cards import arm_card
 from .flat_arms import MODELS, flat_config, match_line, match_record
 from .phase1_teacher import load_geometry, make_teacher, metric_file, token_geometry
 from .preflight import BYTES_PER_WEIGHT, check_arms, check_rows, memory_of, planned
@@ -94,6 +95,7 @@ def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool
             trackers.close()
     # A threshold is a choice, and choices are made on val; on train rows the L0 on val would come out 2 % higher.
     model.calibrate(Sample(store, "val", CALIBRATION_ROWS, seed), model.config.total_l0)
+    model.card = arm_card(run, arm, model.n_children, teacher_parents)
     model.save_pretrained(folder / "model")
     final = validation_metrics(run, model, store)
     record = {
@@ -237,8 +239,6 @@ def initialize_teacher(run: Run, arm: ArmConfig, model: SparseAutoencoder, store
 @torch.no_grad()
 def validation_metrics(run: Run, sae: SparseAutoencoder, store: ActivationStore) -> dict[str, float]:
     """EV (centred on the train mean) and L0 on the first `val_rows` validation rows."""
-    was_training = sae.training
-    sae.eval()
     mean = run.train_moments[0].to(run.device, torch.float32)
     limit = min(store.n_rows("val"), run.config.training.val_rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
@@ -247,6 +247,5 @@ def validation_metrics(run: Run, sae: SparseAutoencoder, store: ActivationStore)
         codes = sae.encode(rows)
         error_nd, total_nd = (rows - sae.decode(codes)).square(), (rows - mean).square()
         sums += torch.stack([part.sum().double() for part in (error_nd, total_nd, codes.l0())])
-    sae.train(was_training)
     error, total, l0 = sums.tolist()
     return {"val_ev": 1 - error / total, "val_l0": l0 / limit}

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..data.corpus import Documents, context_ids, padded_contexts
+from ..data.vocabulary import TokenTexts
 from ..evaluation.bootstrap import Evaluation, unavailable
 from ..evaluation.child_latents import map_children
 from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts, labelled_children
@@ -19,7 +20,6 @@ from ..evaluation.pushing import evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
 from ..evaluation.structure import evaluate_structure, labelled_sample
-from ..evaluation.words import TokenTexts
 from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
 from .preflight import check_contexts

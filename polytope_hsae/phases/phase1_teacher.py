@@ -15,11 +15,10 @@ from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
 from ..data.store import ActivationStore
-from ..data.wordnet_nltk import nltk_sha256
-from ..data.words import graph_tokens, load_graphs, uses_nltk
+from ..data.vocabulary import TokenTexts
+from ..data.words import graph_tokens, load_graphs
 from ..evaluation.massive import describe_norms, massive_warnings
-from ..evaluation.words import TokenTexts
-from ..fileio import sha256_file, write_json
+from ..fileio import write_json
 from ..geometry.causal import CausalGeometry
 from ..geometry.estimators import ActivationClassStats
 from ..geometry.evidence import collect_evidence
@@ -40,7 +39,7 @@ def run_phase1(run: Run) -> None:
         "evidence.json",
     )
     outputs = [run.activations / "manifest.json", *(folder / name for name in names)]
-    inputs = source_files(run.config)
+    inputs = run.sources
     if run.provenance.is_done(1, run.config, inputs, outputs, run.force):
         run.say("phase 1: done before")
         return
@@ -73,22 +72,6 @@ def run_phase1(run: Run) -> None:
     write_json(folder / "evidence.json", evidence)
     run.say(f"phase 1: {summary(evidence)}")
     run.finish(1, inputs, started)
-
-
-def source_files(config: Config) -> dict[str, str]:
-    """sha256 of what the config names outside the run folder: corpus, ontology, templates, nltk's WordNet."""
-    options = config.concepts
-    named = {
-        "corpus.path": config.corpus.path,
-        "corpus.heldout_path": config.corpus.heldout_path,
-        "concepts.ontology": options.ontology,
-        "concepts.prompts": options.prompts,
-    }
-    found = {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
-    if uses_nltk(options.wordnet, options.nltk_data):
-        for part in options.parts_of_speech:
-            found[f"concepts.wordnet.{part}"] = nltk_sha256(part, options.nltk_data)
-    return found
 
 
 def say_what_stands_in(run: Run) -> None:

@@ -9,14 +9,15 @@ from ..evaluation.agreement import teacher_agreement
 from ..evaluation.bootstrap import Evaluation, Metric, Units, paired
 from ..evaluation.interventions import evaluate_interventions
 from ..evaluation.latents import Names, describe_latents
-from ..evaluation.reconstruction import NO_HEAD
 from ..evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets
 from ..evaluation.words import Lexicon
 from ..fileio import read_json, write_json
 from ..geometry.causal import CausalGeometry
+from ..lm import NO_HEAD
 from ..models.base import SparseAutoencoder
 from ..records import Evidence, Results, Train
 from ..teacher import Teacher
+from .cards import add_measured, child_concepts
 from .measure import HeldOut, Measured, measure_models, metrics_table
 from .preflight import check_contexts, check_layers
 from .run import Run
@@ -36,6 +37,7 @@ def run_phase4(run: Run) -> None:
     outputs = [folder / name for name in OUTPUTS]
     if run.provenance.is_done(4, run.config, inputs, outputs, run.force):
         run.say("phase 4: done before")
+        add_measured(run)
         print_results(run)
         return
     run.require_done(1, 2, 3)
@@ -56,6 +58,7 @@ def run_phase4(run: Run) -> None:
     of_labels = next(iter(measured.values())).concepts  # the same rows for every arm
     few = of_labels.lacking if len(of_labels.parents_Q) < MIN_UNITS else ""
     write_json(folder / "results.json", results(run, arms, few))
+    add_measured(run)
     run.finish(4, inputs, started)
     print_results(run)
 
@@ -149,27 +152,12 @@ def names_of(
         of_slot = {record["parent"]: record for record in measured.own_slots.to_json()}
         for slot, concept in enumerate(teacher_parents):
             parents.setdefault(slot, _named(concept, False, of_slot.get(concept, {})))
-        children = _child_concepts(run, arm, sae.n_children)
+        children = child_concepts(run, arm, sae.n_children)
     return Names(parents, children)
 
 
 def _named(concept: int, mapped: bool, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"concept": concept, "mapped": mapped, **{key: record.get(key) for key in OF_CONCEPT}}
-
-
-def _child_concepts(run: Run, arm: ArmConfig, n_children: int) -> dict[int, list[int | None]]:
-    """By slot of a teacher's parent, the child concept that the teacher put into each of the parent's child slots."""
-    options = run.config.arm_teacher(arm)
-    if not (options.seed_child and options.seed_projectors):
-        return {}
-    teacher = Teacher.load(run.phase(1) / "teacher.safetensors")
-    pairs = [(parent.name, child.name) for parent in run.concepts.parents for child in parent.children]
-    concept_of = {pair: row for row, pair in enumerate(pairs)}
-    rows: dict[int, list[int | None]] = {parent: [] for parent in range(teacher.n_parents)}
-    known = teacher.child_delta_unified.any(dim=1).tolist()  # a child that was not seen seeds nothing
-    for parent, name, seeds in zip(teacher.child_parent.tolist(), teacher.child_names, known, strict=True):
-        rows[parent].append(concept_of[teacher.parent_names[parent], name] if seeds else None)
-    return {parent: (own + [None] * n_children)[:n_children] for parent, own in rows.items()}
 
 
 def differences(arms: Mapping[str, Evaluation], resamples: int, seed: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ..provenance import Provenance, dependencies
 from ..records import Checks
 from ..units import duration
 from .progress import Ticker
+from .sources import source_files
 
 PHASES = (1, 2, 3, 4)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -68,10 +69,12 @@ class Run:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         random.seed(config.run.seed)
         if not read_only:
+            self._require_folder()
+        self.provenance = Provenance(self.folder)
+        if not read_only:
             self._claim_folder()
             for part in (self.folder, self.activations, self.templates, *map(self.phase, PHASES)):
                 remove_leftovers(part, deep=part != self.folder)
-        self.provenance = Provenance(self.folder)
 
     @classmethod
     def open(cls, folder: Path, device: str | None = None, *, quiet: bool = False, stderr: bool = False) -> "Run":
@@ -82,14 +85,17 @@ class Run:
         config = load_config(str(path), [f"run.device={device}"] if device is not None else None)
         return cls(config, folder, quiet=quiet, stderr=stderr, read_only=True)
 
-    def _claim_folder(self) -> None:
-        """Write config.yaml, or check that the one there asks for the same results of all phases that have begun."""
+    def _require_folder(self) -> None:
+        """Raise ConfigError where no folder of this name can be, or something else is."""
         try:
             str(self.folder).encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError(f"--out: found {str(self.folder)!r}, allowed: a name in UTF-8, to be printed") from error
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise ConfigError(f"--out: found {str(self.folder)!r}, not a folder; allowed: a folder or a new name")
+
+    def _claim_folder(self) -> None:
+        """Write config.yaml, or check that the one there asks for the same results of all phases that have begun."""
         path = self.folder / "config.yaml"
         text = dump_yaml(self.config)
         if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -98,6 +104,9 @@ class Run:
             recorded = load_config(str(path))
             for phase in filter(self._has_begun, PHASES):
                 before, now = dependencies(recorded, phase), dependencies(self.config, phase)
+                if phase == 1:
+                    before |= self.provenance.inputs(1) or source_files(recorded)
+                    now |= self.sources
                 for key in sorted(set(before) | set(now)):
                     if before.get(key) != now.get(key):
                         raise ConfigError(
@@ -111,10 +120,13 @@ class Run:
         return self.phase(phase).exists() or (phase == 1 and self.activations.exists())
 
     def require_done(self, *phases: int) -> None:
-        """Raise ConfigError unless these phases, as far as they have arms, were finished with the present config."""
+        """Raise ConfigError unless these phases, as far as they have arms, were finished with the present config.
+
+        Phase 1's inputs have to be the same, too, as far as they are still there.
+        """
         for phase in phases:
             if phase == 1 or any(arm.phase == phase for arm in self.config.arms):
-                self.provenance.require(phase, self.config)
+                self.provenance.require(phase, self.config, self.sources if phase == 1 else {})
 
     def finish(self, phase: int, inputs: dict[str, str], started: float) -> None:
         """Record a phase that began at `started` (time.monotonic) as done, and say how long it took."""
@@ -148,6 +160,11 @@ class Run:
         return {path.relative_to(self.folder).as_posix(): sha256_file(path) for path in paths}
 
     # contents, loaded once
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """sha256 of what the config names outside the run folder, by field."""
+        return source_files(self.config)
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -206,6 +223,11 @@ class Run:
     def train_moments(self) -> tuple[Tensor, float]:
         """Mean [d] (float64) of the train rows and their mean squared distance from it."""
         return self.store.moments("train")
+
+    @cached_property
+    def row_norm(self) -> float:
+        """Median norm of the train rows, the unit of a steering dose."""
+        return float(self.store.column("train", "norm").median())
 
     @property
     def hook(self) -> str:

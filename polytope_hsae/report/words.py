@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ..config import Config, HSAEConfig
@@ -261,7 +262,7 @@ def label_meaning(label: str) -> str:
 
 def model_meaning(config: Config) -> str:
     """Which language model a run reads."""
-    name, revision = config.model.name, config.model.revision
+    name, revision = config.model.title, config.model.revision
     about = " (packaged: 9 million parameters, trained on textbooks)" if name == "textbook-lm-9m" else ""
     return f"{name}{f' at {revision}' if revision else ''}{about}"
 
@@ -269,6 +270,8 @@ def model_meaning(config: Config) -> str:
 def corpus_meaning(config: Config) -> str:
     """Which text the model reads."""
     corpus = config.corpus
-    packaged = corpus.source == "tokens" and corpus.path is None
-    text = "the packaged sample, which textbook-lm-9m wrote itself" if packaged else f"{corpus.source}: {corpus.path}"
+    if corpus.path is None:
+        text = "the packaged sample, which textbook-lm-9m wrote itself"
+    else:
+        text = f"{corpus.source}: {corpus.path if corpus.source == 'hub' else Path(corpus.path).name}"
     return f"{text}; at most {corpus.max_tokens:,} tokens, in contexts of {corpus.context_length}"

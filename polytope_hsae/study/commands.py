@@ -18,7 +18,14 @@ Overrides = Annotated[
         "--set", help="key.path=value: a field of the study (text=FOLDER), or else of its config; repeatable."
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Study folder; default studies/NAME.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Study folder; default: the file's, or NAME beside a file that is not a study.yaml."),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Where activations (and models) are kept; default: cache in the study folder."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
@@ -38,7 +45,7 @@ def run_command(
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Runs at once, each in a process.")] = 1,
     test: Annotated[bool, typer.Option("--test", help="Measure on test documents, too.")] = False,
     device: Device = "auto",
-    cache: Annotated[Path, typer.Option("--cache", help="Where activations are kept.")] = Path("runs/study-cache"),
+    cache: Cache = None,
     quiet: Quiet = False,
 ) -> None:
     """Make the runs that are not there yet; one that is stopped goes on where it was."""

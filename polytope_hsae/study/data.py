@@ -1,6 +1,6 @@
 """What a study's runs read: per hook a store of activations, contexts of held-out text, and the probes of concepts.
 
-It lies in a cache folder outside the study, is made once, and is known by the hash of what it was made from.
+It lies in a cache folder, is made once, and is known by the hash of what it was made from.
 
     CACHE/<hash>/contexts.safetensors, concepts.json, <hook>/ (a store), <hook>.safetensors (moments and probes)
 """
@@ -109,7 +109,7 @@ class StudyData:
     """The cache of one study. `prepare` makes what is missing; `hook` opens it on a device."""
 
     def __init__(self, study: Study, config: Config, cache: Path, device: str) -> None:
-        self.study, self.config, self.device = study, config, device
+        self.study, self.config, self.cache, self.device = study, config, cache, device
         self.identity = data_identity(study, config, self.lm)
         self.sha256 = sha256_json(self.identity)
         self.folder = cache / self.sha256[:16]

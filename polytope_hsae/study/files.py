@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ..config import Block, ConfigError, first_line
 from ..fileio import read_json, update_text
-from ..parsing import parse_yaml
+from ..parsing import did_you_mean, parse_yaml
 
 BlockT = TypeVar("BlockT", bound=Block)
 KeyT = TypeVar("KeyT", bound="Key")
@@ -24,9 +24,11 @@ class Key(Protocol):
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """The fields of a study's file. Raises ConfigError where it is none."""
+    """The fields of a study's file. Raises ConfigError where it is none, with the file that may be meant."""
     if not path.is_file():
-        raise ConfigError(f"study: found {str(path)!r}, allowed: a YAML file")
+        near = path.parent if path.parent.is_dir() else path.parent.parent
+        files = [str(file) for pattern in ("*.yaml", "*/study.yaml") for file in sorted(near.glob(pattern))]
+        raise ConfigError(f"study: found {str(path)!r}, allowed: a YAML file{did_you_mean(str(path), files)}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -47,6 +49,19 @@ def validated(block: type[BlockT], tree: Mapping[str, Any], where: str) -> Block
 def study_yaml(study: Block, mode: Literal["python", "json"] = "python") -> str:
     """A study as YAML, without what is as by default."""
     return yaml.safe_dump(study.model_dump(mode=mode, exclude_defaults=True), sort_keys=False, width=120)
+
+
+def study_folder(path: Path, name: str, out: Path | None) -> Path:
+    """Where a study's records lie: `out`; else beside its file, in a folder `name` unless that is a study.yaml."""
+    if out is not None:
+        return out
+    return path.parent if path.name == "study.yaml" else path.parent / name
+
+
+def nothing_wanted(only: str | None, arms: list[str], globs: str) -> ConfigError:
+    """The error for an --only that no run of these arms has."""
+    meant = did_you_mean(str(only), arms)
+    return ConfigError(f"--only: found {only!r}, allowed: {', '.join(arms)}, or a glob of {globs}{meant}")
 
 
 def claim(folder: Path, path: Path, changes: list[str], text: Callable[[], str], refusal: str) -> None:

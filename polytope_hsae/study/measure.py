@@ -119,7 +119,7 @@ def held_out(
     spliced = evaluate_language_model(
         {"model": model},
         data.lm,
-        data.lm.resolve_hook(run.hook),
+        run.hook,
         ids_NT,
         train_mean_d,
         documents=documents_N.numpy(),

@@ -34,8 +34,8 @@ from .files import read_study, validated
 
 TEXTS = {"train": "train.txt.xz", "heldout": "heldout.txt.xz"}  # of a folder of texts
 PLACES = (  # fields, or blocks of them, that say where something lies or runs, and change no result
-    *("text", "model.name", "corpus.path", "concepts.ontology", "data.batch_tokens", "tracking"),
-    *("run.name", "run.device", "run.threads"),
+    *("text", "model.name", "corpus.path", "corpus.heldout_path", "concepts.ontology", "concepts.nltk_data"),
+    *("data.batch_tokens", "tracking", "run.name", "run.device", "run.threads"),
 )
 WATCHING = (  # other fields that change no result: how a run is watched and shown
     *("training.cuda_graph", "training.log_every", "training.val_every", "training.val_rows"),
@@ -301,7 +301,10 @@ def stated_config(name: str, fields: Mapping[str, Any], unused: tuple[str, ...] 
     for key, value in fields.items():
         put(tree, key, deepcopy(value))  # a later field may go into it
     without = (*PLACES, *WATCHING, *unused)
-    return {key: value for key, value in flatten(tree).items() if not _of(key, without)}
+    stated = {key: value for key, value in flatten(tree).items() if not _of(key, without)}
+    if stated.get("concepts.prompts") not in (None, "packaged"):  # a path; the data's hash has what lies there
+        del stated["concepts.prompts"]
+    return stated
 
 
 SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters

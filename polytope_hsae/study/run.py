@@ -14,12 +14,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
-from ..config import Config, ConfigError
+from ..config import Config
 from ..fileio import write_json
 from ..phases.run import remove_leftovers, use_device
 from ..training.trainer import Interrupted
 from .data import StudyData
-from .files import claim, key_of, read_records, still_valid, study_yaml
+from .files import claim, key_of, nothing_wanted, read_records, still_valid, study_folder, study_yaml
 from .measure import run_once
 from .plan import Cell, RunKey, Study, load_study, places_removed, settings_hash
 from .workers import Options, Say, results, threads_each, worker_pool
@@ -44,19 +44,20 @@ Records = Mapping[RunKey, Any]
 def run_study(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
     """Make all runs of a study that are due; returns the study's folder."""
     study, base = load_study(path, overrides)
-    folder = Path("studies") / study.name if out is None else out
+    folder = study_folder(path, study.name, out)
+    cache = options.cache or folder / "cache"
+    say(f"records in {folder}, activations in {cache}")
     remove_leftovers(folder, deep=True)
     lasting = places_removed(overrides)
     refusal = f"{folder / 'study.yaml'}, allowed: --out FOLDER, or a change of the file"
     claim(folder, path, lasting, lambda: study_yaml(load_study(path, lasting)[0]), refusal)
     if not any(wanted(cell, options.only) for cell in study.cells):
-        names = ", ".join(arm.name for arm in study.arms)
-        raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of ARM-HOOK-L0")
+        raise nothing_wanted(options.only, [arm.name for arm in study.arms], "ARM-HOOK-L0")
     device = use_device(options.device)
     disable_progress_bar()  # of loading, on standard error, where errors are one line
     torch.set_num_threads(base.run.threads)
     with_device = base.model_copy(update={"run": base.run.model_copy(update={"device": device})})
-    data = StudyData(study, with_device, options.cache, device)
+    data = StudyData(study, with_device, cache, device)
     data.prepare(say)
     asked = {run: record for run, record in records_in(folder).items() if study.asks(run)}
     untested = "has no test values, is made again" if options.test else None
@@ -138,7 +139,7 @@ def _made(
     else:
         data.__dict__.pop("lm", None)  # every worker loads its own
         torch.cuda.empty_cache()
-    of_worker = (study, config, options, data.device)
+    of_worker = (study, config, options, data.cache, data.device)
     with worker_pool(options.workers, _start, of_worker, "study", "; finished runs are kept") as pool:
         for record in results(pool, _work, ready):
             records[key_of(RunKey, record)] = record
@@ -148,12 +149,12 @@ def _made(
 _worker: list[Any] = []  # of a process that makes runs: the study, its config, its data and the options
 
 
-def _start(study: Study, config: Config, options: Options, device: str) -> None:
+def _start(study: Study, config: Config, options: Options, cache: Path, device: str) -> None:
     """Begin a worker process: it loads what its runs share once."""
     use_device(device)
     torch.set_num_threads(threads_each(options.workers, config.run.threads))
     disable_progress_bar()
-    _worker[:] = [study, config, StudyData(study, config, options.cache, device), options]
+    _worker[:] = [study, config, StudyData(study, config, cache, device), options]
 
 
 def _work(run: RunKey) -> dict[str, Any]:

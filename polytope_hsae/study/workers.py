@@ -18,14 +18,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How a study is run; nothing of it changes a result."""
+    """How a study is run; nothing of it changes a result. `cache`: None is a folder of the study's."""
 
     only: str | None
     limit: int | None
     workers: int
     test: bool
     device: str
-    cache: Path
+    cache: Path | None
 
 
 class _Here(Executor):

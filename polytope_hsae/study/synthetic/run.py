@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from typing_extensions import TypedDict
 
-from ...config import ConfigError
 from ...fileio import read_json, write_json
 from ...phases.run import use_device
 from ...report.words import number
-from ..files import claim, key_of, study_yaml
+from ..files import claim, key_of, nothing_wanted, study_folder, study_yaml
 from ..workers import Say, results, threads_each, worker_pool
 from .measure import run_once
 from .plan import SyntheticRun, SyntheticStudy, load_synthetic, settings_hash
@@ -44,13 +43,13 @@ class Options:
 def run_synthetic(path: Path, overrides: list[str], out: Path | None, options: Options, say: Say) -> Path:
     """Make all runs of a study that are due, and its table after each; returns the study's folder."""
     study = load_synthetic(path, overrides)
-    folder = path.parent if out is None else out
+    folder = study_folder(path, study.name, out)
+    say(f"records in {folder}")
     refusal = f"{path}, allowed: --out FOLDER, or a change of the file"
     claim(folder, path, overrides, lambda: study_yaml(study), refusal)
     wanted = [run for run in study.runs if options.only is None or fnmatchcase(run.arm, options.only)]
     if not wanted:
-        names = ", ".join(arm.name for arm in study.arms)
-        raise ConfigError(f"--only: found {options.only!r}, allowed: {names}, or a glob of them")
+        raise nothing_wanted(options.only, [arm.name for arm in study.arms], "them")
     devices = [use_device(name) for name in options.device.split(",")]
     missing = [run for run in wanted if not is_done(study, folder, run)]
     say(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there")

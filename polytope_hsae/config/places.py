@@ -1,0 +1,49 @@
+"""The fields of a config that may name a file or folder: which of them do, and where that lies.
+
+A relative path means the working directory of the command that reads the config, in a file as after --set.
+"""
+
+import os
+from pathlib import Path
+
+from .run import Config
+
+FIELDS: dict[str, str | None] = {  # that may name a file or folder, and the value that is another name
+    "model.name": None,
+    "corpus.path": None,
+    "corpus.heldout_path": None,
+    "concepts.ontology": "wordnet",
+    "concepts.prompts": "packaged",
+    "concepts.nltk_data": None,
+}
+
+
+def local_paths(config: Config) -> dict[str, str]:
+    """The paths that a config names, by field; names of the hub and of what is packaged are none."""
+    found = {}
+    for field, name in FIELDS.items():
+        value = _value(config, field)
+        on_hub = field.startswith("corpus.") and config.corpus.source == "hub"
+        if value and value != name and not on_hub and (field != "model.name" or _is_folder(value)):
+            found[field] = value
+    return found
+
+
+def located(config: Config) -> Config:
+    """The config with absolute paths, so that it says the same in any folder."""
+    for field, path in local_paths(config).items():
+        block, name = field.split(".")
+        absolute = os.path.abspath(os.path.expanduser(path))
+        config = config.model_copy(update={block: getattr(config, block).model_copy(update={name: absolute})})
+    return config
+
+
+def _value(config: Config, field: str) -> str | None:
+    block, name = field.split(".")
+    value: str | None = getattr(getattr(config, block), name)
+    return value
+
+
+def _is_folder(name: str) -> bool:
+    """Whether model.name is a folder, or can be nothing else; a folder comes before a hub id of the same name."""
+    return name.startswith(("/", ".", "~")) or Path(name).is_dir()

@@ -1,0 +1,24 @@
+"""What a config names outside the run folder, by its content: two paths to the same bytes are the same input."""
+
+from pathlib import Path
+
+from ..config import Config, local_paths
+from ..data.wordnet_nltk import nltk_sha256
+from ..data.words import uses_nltk
+from ..fileio import sha256_file
+from ..lm_loading import folder_sha256
+
+
+def source_files(config: Config) -> dict[str, str]:
+    """sha256 by field of the files that are there: corpus, ontology, templates; the model's folder; nltk's WordNet."""
+    found = {}
+    for field, path in local_paths(config).items():
+        if field == "model.name" and Path(path).is_dir():
+            found[field] = folder_sha256(path)
+        elif Path(path).is_file():
+            found[field] = sha256_file(path)
+    options = config.concepts
+    if uses_nltk(options.wordnet, options.nltk_data):
+        for part in options.parts_of_speech:
+            found[f"concepts.wordnet.{part}"] = nltk_sha256(part, options.nltk_data)
+    return found
