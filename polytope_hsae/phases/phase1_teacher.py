@@ -10,7 +10,8 @@ from torch import Tensor
 from ..config import Config
 from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
 from ..data.concepts import Concepts, build_concepts
-from ..data.corpus import SPLITS, Documents
+from ..data.corpus import SPLITS, Documents, corpus_sha256
+from ..data.exclude import read_exclusions
 from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
@@ -50,6 +51,8 @@ def run_phase1(run: Run) -> None:
     concepts = make_concepts(run.config, run.lm.tokenizer)
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
     documents, members = run.documents
+    if documents.skipped:
+        run.say(f"phase 1: {documents.skipped:,} rows of the corpus have no text and were skipped")
     checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
     check_text(run, width, concepts, documents, members, templates)
     if checks["warnings"]:
@@ -79,12 +82,14 @@ def source_files(config: Config) -> dict[str, str]:
     """sha256 of what the config names outside the run folder: corpus, ontology, templates, nltk's WordNet."""
     options = config.concepts
     named = {
-        "corpus.path": config.corpus.path,
-        "corpus.heldout_path": config.corpus.heldout_path,
         "concepts.ontology": options.ontology,
         "concepts.prompts": options.prompts,
+        "concepts.exclude": options.exclude if isinstance(options.exclude, str) else None,
     }
     found = {field: sha256_file(path) for field, path in named.items() if path is not None and Path(path).is_file()}
+    texts = {"corpus.path": config.corpus.path, "corpus.heldout_path": config.corpus.heldout_path}
+    hashes = {field: corpus_sha256(config.corpus.kind, path) for field, path in texts.items() if path is not None}
+    found |= {field: sha256 for field, sha256 in hashes.items() if sha256 is not None}
     if uses_nltk(options.wordnet, options.nltk_data):
         for part in options.parts_of_speech:
             found[f"concepts.wordnet.{part}"] = nltk_sha256(part, options.nltk_data)
@@ -116,6 +121,7 @@ def make_concepts(config: Config, tokenizer: Any) -> Concepts:
         parts_of_speech=options.parts_of_speech,
         wordnet=options.wordnet,
         nltk_data=options.nltk_data,
+        exclude=read_exclusions(options.exclude),
     )
     require_apart(concepts)
     return concepts
@@ -134,7 +140,9 @@ def make_checks(
     if options.prompts is not None and short:
         sentences = read_templates(options.prompts)
         part = options.parts_of_speech[0]
-        templates = template_documents(concepts, short, sentences, tokenizer, default_part=part, seed=seed)
+        templates = template_documents(
+            concepts, short, sentences, tokenizer, start_id=documents.start_id, default_part=part, seed=seed
+        )
     checks = check_concepts(
         concepts,
         documents,

@@ -269,6 +269,6 @@ def model_meaning(config: Config) -> str:
 def corpus_meaning(config: Config) -> str:
     """Which text the model reads."""
     corpus = config.corpus
-    packaged = corpus.source == "tokens" and corpus.path is None
-    text = "the packaged sample, which textbook-lm-9m wrote itself" if packaged else f"{corpus.source}: {corpus.path}"
+    packaged = corpus.kind == "tokens" and corpus.path is None
+    text = "the packaged sample, which textbook-lm-9m wrote itself" if packaged else f"{corpus.kind}: {corpus.path}"
     return f"{text}; at most {corpus.max_tokens:,} tokens, in contexts of {corpus.context_length}"
