@@ -1,4 +1,4 @@
-"""Text as token ids, the same for every tokenizer: plain text, the token that starts a document, the token of a word."""
+"""Text as token ids, the same way for every tokenizer, and the token that starts a document."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ END_OF_TEXT = "<|endoftext|>"
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of every text. Nothing is put around it, and a special token that is spelt in it is its letters."""
     ids = _ids(tokenizer, texts)
-    spelt = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special and len(str(token)) > 1}
+    added = tokenizer.added_tokens_decoder.items()
+    spelt = {i: token.content for i, token in added if token.special and len(token.content) > 1}
     spelt.pop(tokenizer.unk_token_id, None)  # stands for what the vocabulary lacks
     for row, text in enumerate(texts):
         if not spelt.keys().isdisjoint(ids[row]):  # the model itself has that piece, as SentencePiece's Unigram does

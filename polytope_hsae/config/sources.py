@@ -36,7 +36,7 @@ class ModelConfig(Block):
 
 
 class CorpusConfig(Block):
-    source: Source | None = Field(None, description="Kind of corpus; null = by the ending of path (tokens without one).")
+    source: Source | None = Field(None, description="Kind of corpus; null = by the ending of path.")
     path: str | None = Field(
         None, description="File, folder, pattern of files, or hub dataset; null = the packaged sampled tokens."
     )

@@ -96,6 +96,7 @@ def check_concepts(
     report: dict[str, Any] = {
         "parents": _parents(concepts, contexts, counts_V, documents.n_tokens, templated),
         "excluded_words": concepts.excluded,
+        "skipped_rows": documents.skipped,
         "min_rows": min_rows,
         "short_of_contexts": [concepts.parents[row].name for row in short_parents(contexts, min_rows)],
         "sizes": _sizes(concepts),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from polytope_hsae.data.exclude import Exclusions
 from polytope_hsae.data.ontology import Families, listed_words, read_ontology, select_parents

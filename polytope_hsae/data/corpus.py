@@ -1,9 +1,10 @@
 """Corpora: documents of tokens from a token file, text, JSONL, Parquet or a hub dataset; splits and contexts.
 
 A document is a run of tokens that starts with the document-start token (`tokens.document_start`) where there is
-one. Its text is encoded whole: a seam inside it would be a token more, or another. A context is what the model sees at once: the start token and the next part of one document, so
-that every token of a document but its start is seen exactly once, and never without a start token before
-it. Nothing is put at the end: an encoder gets no closing separator.
+one. Its text is encoded whole: a seam inside it would be another token, or one more. A context is what the model
+sees at once: the start token and the next part of one document, so that every token of a document but its start is
+seen exactly once, and never without a start token before it. Nothing is put at the end: an encoder gets no closing
+separator.
 Shapes: N tokens, D documents, n contexts, B sequences, T positions.
 """
 
@@ -319,7 +320,8 @@ def _token_documents(
 def _text_documents(location: str, documents: str, tokenizer: Any, most: int) -> Iterator[str]:
     """The texts of a file's documents, by `corpus.documents`.
 
-    packed: consecutive blocks between blank lines, as many as have at most `most` tokens; blank: every such block; line: every line that is not blank; file: all of it, but for blank lines before and after.
+    packed: consecutive blocks between blank lines, as many as have at most `most` tokens; blank: every such block;
+    line: every line that is not blank; file: all of it, but for blank lines before and after.
     """
     with _open_text(location) as lines:
         if documents == "packed":

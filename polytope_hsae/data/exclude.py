@@ -20,11 +20,14 @@ class Exclusions:
     synsets: frozenset[str] = frozenset()
 
     def kept(self, words: Iterable[str], wordnet: WordNet | None) -> list[str]:
-        """The words that are not left out; those of a graph, or (None) of a user's file, to which synsets say nothing.
+        """The words that are not left out; those of a graph, or (None) of a user's file.
 
-        Raises ValueError for a synset that the graph does not have, though it has its part of speech.
+        Raises ValueError for a synset that the graph does not have, though it has its part of speech, and for any
+        with a user's file.
         """
         below: set[str] = set()
+        if wordnet is None and self.synsets:
+            raise ValueError(f"concepts.exclude: found {min(self.synsets)!r}, allowed with a file's words: words")
         if wordnet is not None:
             letters = {match[1] for name in wordnet.lemmas if (match := SYNSET.fullmatch(name))}
             level = [name for name in self.synsets if name.rsplit(".", 2)[1] in letters]

@@ -109,8 +109,9 @@ def template_documents(
 ) -> TemplateDocuments:
     """Every word of these parents (rows of `concepts.json`) in every sentence of its split.
 
-    A word stands in its first form that is one token. `start_id` starts a document; `default_part` is the part of speech of parents that are not
-    from WordNet. Raises ValueError when the templates lack a part of speech, or a split gets no document.
+    A word stands in its first form that is one token. `start_id` starts a document. `default_part` is the part of
+    speech of parents that are not from WordNet. Raises ValueError when the templates lack a part of speech, or a split
+    gets no document.
     """
     dealt = {part: split_templates(sentences, seed) for part, sentences in templates.items()}
     texts: dict[str, list[list[int]]] = {split: [] for split in FOLDS}

@@ -52,7 +52,7 @@ def run_phase1(run: Run) -> None:
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
     documents, members = run.documents
     if documents.skipped:
-        run.say(f"phase 1: {documents.skipped:,} rows of the corpus have no text and were skipped")
+        run.say(f"phase 1: {documents.skipped:,} rows of the corpus have no text and are skipped")
     checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
     check_text(run, width, concepts, documents, members, templates)
     if checks["warnings"]:
