@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from polytope_hsae.fileio import sha256_json
 from polytope_hsae.lm_config import block_list, hidden_size, logit_scale, max_context, n_blocks, softcap
 from polytope_hsae.lm_loading import load_model, quiet_transformers
+from polytope_hsae.tokens import document_start, plain_ids, space_before, with_start
 
 FINAL_HOOK = "final_residual_pre_unembed"
 NO_HEAD = "the language model has no output head"
@@ -126,6 +127,21 @@ class LanguageModel:
         if self._tokenizer_sha256 is None:
             self._tokenizer_sha256 = sha256_json(self.tokenizer.get_vocab())
         return self._tokenizer_sha256
+
+    def token_ids(self, text: str, start: str = "auto") -> Tensor:
+        """A text as the model reads a document, int64 [1,T]: its start token once, and nothing after it.
+
+        `start` is `corpus.document_start` (`tokens.document_start`): none for the text alone.
+        """
+        ids = plain_ids(self.tokenizer, [text])[0]
+        return torch.tensor([with_start(ids, document_start(self.tokenizer, start))], dtype=torch.int64)
+
+    def token_id(self, word: str) -> int:
+        """The token of a word after a space. Raises ValueError for a word that is not one token."""
+        ids = plain_ids(self.tokenizer, [space_before(self.tokenizer) + word])[0]
+        if len(ids) != 1:
+            raise ValueError(f"word: found {word!r}, {len(ids)} tokens of {self.name}, allowed: a word of one token")
+        return ids[0]
 
     def require_context(self, length: int) -> None:
         """Raise ValueError when the model cannot read that many tokens at once."""

@@ -22,6 +22,8 @@ import transformers
 from safetensors.numpy import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from polytope_hsae.tokens import document_start
+
 SAMPLER_FORMAT = "1"
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(str(args.model_dir))
-    start_id = tokenizer.bos_token_id
+    start_id = document_start(tokenizer)
     if start_id is None:
         raise SystemExit(f"{args.model_dir}: the tokenizer has no document-start (bos) token")
     folder = str(args.model_dir)

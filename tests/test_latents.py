@@ -309,7 +309,7 @@ def test_what_has_no_words_says_why(unembedding):
 def test_tokens_keep_their_leading_space():
     text = TokenTexts(load_tokenizer("textbook-lm-9m"))
     for word in (" horse", "ing", " the", "<|endoftext|>", "\n"):
-        (token,) = text.tokenizer.encode(word)
+        (token,) = text.tokenizer.encode(word, add_special_tokens=False)
         assert text(token) == word
     assert TokenTexts(Numbered(9))(4) == " 4"
     assert TokenTexts(tiny.tokenizer())(4) == "w4"

@@ -35,7 +35,7 @@ def concepts(tokenizer) -> Concepts:
 
 
 def test_every_word_stands_in_the_sentences_of_its_split(tokenizer, concepts) -> None:
-    made = template_documents(concepts, [3, 5], {"noun": SENTENCES, "verb": SENTENCES}, tokenizer, seed=1)
+    made = template_documents(concepts, [3, 5], {"noun": SENTENCES, "verb": SENTENCES}, tokenizer, start_id=0, seed=1)
     assert made.left_out == 0
     dealt = split_templates(SENTENCES, 1)
     starts = made.documents.starts.tolist() + [made.documents.n_tokens]
@@ -59,7 +59,7 @@ def test_every_word_stands_in_the_sentences_of_its_split(tokenizer, concepts) ->
     assert sorted(number for found in made.members.values() for number in found.tolist()) == list(
         range(starts.index(made.documents.n_tokens))
     )
-    again = template_documents(concepts, [3, 5], {"noun": SENTENCES, "verb": SENTENCES}, tokenizer, seed=1)
+    again = template_documents(concepts, [3, 5], {"noun": SENTENCES, "verb": SENTENCES}, tokenizer, start_id=0, seed=1)
     assert again.documents.sha256() == made.documents.sha256()
 
 
@@ -103,13 +103,13 @@ def test_bad_templates(tmp_path: Path, content: str, message: str) -> None:
 
 def test_templates_that_cannot_be_used(tokenizer, concepts) -> None:
     with pytest.raises(ValueError, match=r"concepts\.prompts: found no sentences of noun for"):
-        template_documents(concepts, [0], {"verb": SENTENCES}, tokenizer)
+        template_documents(concepts, [0], {"verb": SENTENCES}, tokenizer, start_id=0)
     child = concepts.children[0]
     words = {"train": child.words["train"], "val": [], "test": child.words["test"]}
     tokens = {word: child.tokens[word] for found in words.values() for word in found}
     no_val = Concepts([Parent("p", None, [replace(child, words=words, tokens=tokens)])])
     with pytest.raises(ValueError, match=r"found no sentence for val in which the word is one token"):
-        template_documents(no_val, [0], {"noun": SENTENCES}, tokenizer)
+        template_documents(no_val, [0], {"noun": SENTENCES}, tokenizer, start_id=0)
     refused(hsae("concepts", "smoke", "--set", "concepts.prompts=nowhere.yaml"), "concepts.prompts", "packaged")
 
 

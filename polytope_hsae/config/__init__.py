@@ -11,14 +11,16 @@ from .hsae import HSAEConfig
 from .load import apply_override, dump_yaml, find_config, load_config, put
 from .places import local_paths, located
 from .run import ArmConfig, Config
-from .sources import ConceptsConfig, CorpusConfig, DataConfig, GeometryConfig, ModelConfig, RunConfig
+from .sources import ENDINGS, PACKAGED, ConceptsConfig, CorpusConfig, DataConfig, GeometryConfig, ModelConfig, RunConfig
 from .training import LossOverrides, PhaseStages, StageConfig, TeacherConfig, TrainingConfig
 
 __all__ = [
+    "ENDINGS",
     "FLAT_KINDS",
     "FOLDER_NAME",
     "GROUPS",
     "PACKAGE",
+    "PACKAGED",
     "ArmConfig",
     "BatchTopKConfig",
     "Block",

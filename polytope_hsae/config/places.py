@@ -7,14 +7,16 @@ import os
 from pathlib import Path
 
 from .run import Config
+from .sources import PACKAGED
 
 FIELDS: dict[str, str | None] = {  # that may name a file or folder, and the value that is another name
     "model.name": None,
     "corpus.path": None,
     "corpus.heldout_path": None,
     "concepts.ontology": "wordnet",
-    "concepts.prompts": "packaged",
+    "concepts.prompts": PACKAGED,
     "concepts.nltk_data": None,
+    "concepts.exclude": PACKAGED,
 }
 
 
@@ -23,7 +25,7 @@ def local_paths(config: Config) -> dict[str, str]:
     found = {}
     for field, name in FIELDS.items():
         value = _value(config, field)
-        on_hub = field.startswith("corpus.") and config.corpus.source == "hub"
+        on_hub = field.startswith("corpus.") and config.corpus.kind == "hub"
         if value and value != name and not on_hub and (field != "model.name" or _is_folder(value)):
             found[field] = value
     return found
@@ -40,8 +42,8 @@ def located(config: Config) -> Config:
 
 def _value(config: Config, field: str) -> str | None:
     block, name = field.split(".")
-    value: str | None = getattr(getattr(config, block), name)
-    return value
+    value = getattr(getattr(config, block), name)
+    return value if isinstance(value, str) else None  # concepts.exclude may be a list of words
 
 
 def _is_folder(name: str) -> bool:

@@ -1,11 +1,20 @@
 """Where a run's numbers come from: machine, language model, text, concepts, activations, geometry."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from .block import FOLDER_NAME, Block, Fraction, Whole, check_split, require
+
+Source = Literal["tokens", "text", "jsonl", "parquet", "hub"]
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "tokens": (".safetensors",),
+    "text": (".txt", ".txt.xz", ".txt.gz"),
+    "jsonl": (".jsonl", ".jsonl.xz", ".jsonl.gz"),
+    "parquet": (".parquet",),
+}  # of the files of each source
+PACKAGED = "packaged"
 
 
 class RunConfig(Block):
@@ -33,13 +42,24 @@ class ModelConfig(Block):
 
 
 class CorpusConfig(Block):
-    source: Literal["tokens", "text", "jsonl", "parquet", "hub"] = Field("tokens", description="Kind of corpus.")
-    path: str | None = Field(None, description="File or hub dataset; null = the packaged sampled tokens.")
+    source: Source | None = Field(None, description="Kind of corpus; null = by the ending of path.")
+    path: str | None = Field(
+        None, description="File, folder, pattern of files, or hub dataset; null = the packaged sampled tokens."
+    )
+    documents: Literal["packed", "blank", "line", "file"] = Field(
+        "packed",
+        description="A document of a text file: paragraphs packed up to one context, a block between blank lines, "
+        "a line, or the file.",
+    )
+    text_field: str = Field("text", min_length=1, description="The field of the text in JSONL, Parquet and the hub.")
+    document_start: str = Field(
+        "auto", description="Token that starts a document: auto (docs/method.md section 3), none, bos, eos or its text."
+    )
     split: tuple[Fraction, Fraction, Fraction] = Field(
         (0.80, 0.05, 0.15), description="Shares of documents for train, val and test; unused with heldout_path."
     )
     heldout_path: str | None = Field(
-        None, description="File of the same kind: half of its documents are val, half test; null = path is split."
+        None, description="Files of the same kind: half of the documents are val, half test; null = path is split."
     )
     max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
     heldout_tokens: Whole = Field(600_000, ge=256, description="Tokens of heldout_path read at most.")
@@ -50,8 +70,22 @@ class CorpusConfig(Block):
     )
     context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
 
+    @property
+    def kind(self) -> Source:
+        """The source, which the ending of the path says where it is not given."""
+        if self.source is not None or self.path is None:
+            return self.source or "tokens"
+        path = self.path
+        found = next((source for source in get_args(Source) if path.endswith(ENDINGS.get(source, ()))), None)
+        endings = ", ".join(ending for listed in ENDINGS.values() for ending in listed)
+        allowed = f"a path that ends in {endings}, or a source: {', '.join(get_args(Source))}"
+        require("source", f"null with the path {path!r}", found is not None, allowed)
+        return found
+
     @model_validator(mode="after")
-    def _sums_to_one(self) -> "CorpusConfig":
+    def _one_kind(self) -> "CorpusConfig":
+        of_text = self.kind == "text"
+        require("documents", self.documents, of_text or self.documents == "packed", f"packed with source {self.kind}")
         return check_split(self)
 
 
@@ -70,6 +104,11 @@ class ConceptsConfig(Block):
         None,
         description="Sentences for parents with fewer than min_test_rows natural contexts: packaged, or a YAML/JSON "
         "file {noun: [sentences with {word}]}; null = none.",
+    )
+    exclude: str | list[str] = Field(
+        PACKAGED,
+        description="Words and WordNet's synsets (with all below them) that are left out: a list, a file with one a "
+        "line, or packaged (slurs and demeaning words); [] = none.",
     )
     max_parents: Whole = Field(80, ge=2, description="Parents kept at most.")
     max_children_per_parent: Whole = Field(32, ge=2, description="Children kept per parent at most.")

@@ -37,6 +37,10 @@ def _three(values: Mapping[str, float | None]) -> str:
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
     lines = ["no word or token is in two folds, no document in two splits"]
+    if report["excluded_words"]:
+        lines.append(f"{report['excluded_words']} words of this tokenizer are left out (concepts.exclude)")
+    if report["skipped_rows"]:
+        lines.append(f"{report['skipped_rows']:,} rows of the corpus have no text and are skipped")
     for fold, found in report["frequency"].items():
         medians = found["median_uses"]
         lines.append(

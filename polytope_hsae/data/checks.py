@@ -95,6 +95,8 @@ def check_concepts(
     counts_V = sum(_split_token_counts(documents, members, size).values(), start=np.zeros(size, dtype=np.int64))
     report: dict[str, Any] = {
         "parents": _parents(concepts, contexts, counts_V, documents.n_tokens, templated),
+        "excluded_words": concepts.excluded,
+        "skipped_rows": documents.skipped,
         "min_rows": min_rows,
         "short_of_contexts": [concepts.parents[row].name for row in short_parents(contexts, min_rows)],
         "sizes": _sizes(concepts),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
+from polytope_hsae.data.exclude import Exclusions
 from polytope_hsae.data.ontology import Families, listed_words, read_ontology, select_parents
 from polytope_hsae.data.wordnet import PartOfSpeech
 from polytope_hsae.data.words import graph_tokens, load_graphs, word_tokens
@@ -32,6 +33,7 @@ from polytope_hsae.parsing import checked
 
 FOLDS = ("train", "val", "test")
 MIN_TRAIN_WORDS = 2
+NOTHING = Exclusions()
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class Parent:
 
 @dataclass(frozen=True)
 class Concepts:
-    """Parents in the order of `concepts.json`.
+    """Parents in the order of `concepts.json`; `excluded` counts words that were left out (`concepts.exclude`).
 
     Raises ValueError for a token in two places, a word without a fold, and for names that repeat.
     """
 
     parents: list[Parent]
+    excluded: int = 0
 
     def __post_init__(self) -> None:
         _require_unique("parents", [parent.name for parent in self.parents])
@@ -139,7 +142,7 @@ class Concepts:
                 for c in p["children"]
             ])
             for p in tree["parents"]
-        ])  # fmt: skip
+        ], tree.get("excluded", 0))  # fmt: skip
 
 
 class _Child(TypedDict):
@@ -159,6 +162,7 @@ class _Tree(TypedDict):
     """The content of concepts.json."""
 
     parents: Annotated[list[_Parent], Field(min_length=1)]
+    excluded: NotRequired[Annotated[int, Field(ge=0)]]
 
 
 def _require_unique(where: str, names: list[str]) -> None:
@@ -180,12 +184,14 @@ def build_concepts(
     parts_of_speech: Sequence[PartOfSpeech] = ("noun",),
     wordnet: str = "embedded",
     nltk_data: str | None = None,
+    exclude: Exclusions = NOTHING,
 ) -> Concepts:
     """Parents and children for a tokenizer from "wordnet" or a JSON or YAML file {parent: {child: [words]}}.
 
     Parents with the most words come first, and so do children within a parent; the limits cut the rest.
     `parts_of_speech` says what is taken from WordNet, and how a file's words are inflected (its first entry);
-    `wordnet` and `nltk_data` where WordNet comes from (`words.load_graphs`). `seed` decides the folds only.
+    `wordnet` and `nltk_data` where WordNet comes from (`words.load_graphs`). A word that `exclude` leaves out keeps its
+    tokens from other words, and counts for nothing else. `seed` decides the folds only.
     Equal arguments give equal results. ValueError when a field is out of bounds, the file is not such a
     tree, nltk is asked for and missing, or no parent is left.
     """
@@ -193,15 +199,20 @@ def build_concepts(
     from_wordnet = str(ontology) == "wordnet"
     tree: Families = {}
     tokens: dict[str, list[int]] = {}
+    n_words = 0
     if from_wordnet:
         graphs = load_graphs(parts_of_speech, wordnet, nltk_data)
         for part, found_words in graph_tokens(tokenizer, graphs).items():
             sizes = {"min_children": min_children, "min_words_per_child": min_words_per_child}
-            tree |= select_parents(graphs[part], found_words, **sizes)
-            tokens |= found_words
+            kept = exclude.kept(found_words, graphs[part])
+            tree |= select_parents(graphs[part], kept, **sizes)
+            tokens |= {word: found_words[word] for word in kept}
+            n_words += len(found_words)
     else:
         tree = read_ontology(Path(ontology))
-        tokens = word_tokens(tokenizer, listed_words(tree), parts_of_speech[0])
+        found_words = word_tokens(tokenizer, listed_words(tree), parts_of_speech[0])
+        tokens = {word: found_words[word] for word in exclude.kept(found_words, None)}
+        n_words = len(found_words)
     families = []
     for parent, children in tree.items():
         found = [(child, [word for word in listed if word in tokens]) for child, listed in children.items()]
@@ -226,7 +237,7 @@ def build_concepts(
             ids = {word: tokens[word] for word in sorted(listed)}
             rows.append(Child(child_name, child if from_wordnet else None, fold, ids))
         parents.append(Parent(name, parent if from_wordnet else None, rows))
-    return Concepts(parents)
+    return Concepts(parents, excluded=n_words - len(tokens))
 
 
 def _check_bounds(

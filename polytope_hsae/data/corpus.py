@@ -1,22 +1,25 @@
 """Corpora: documents of tokens from a token file, text, JSONL, Parquet or a hub dataset; splits and contexts.
 
-A document is a run of tokens that starts with the tokenizer's document-start token (bos, else cls, else eos)
-where it has one. A context is what the model sees at once: the start token and the next part of one document, so
-that every token of a document but its start is seen exactly once, and never without a start token before
-it. Nothing is put at the end: an encoder gets no closing separator.
+A document is a run of tokens that starts with the document-start token (`tokens.document_start`) where there is
+one. Its text is encoded whole: a seam inside it would be another token, or one more. A context is what the model
+sees at once: the start token and the next part of one document, so that every token of a document but its start is
+seen exactly once, and never without a start token before it. Nothing is put at the end: an encoder gets no closing
+separator.
 Shapes: N tokens, D documents, n contexts, B sequences, T positions.
 """
 
+import glob
 import gzip
 import hashlib
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +27,37 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from polytope_hsae.fileio import check_tensors, read_tensors, sha256_file
+from polytope_hsae.config import ENDINGS
+from polytope_hsae.fileio import check_tensors, read_tensors, sha256_file, sha256_json
 from polytope_hsae.parsing import shown
+from polytope_hsae.tokens import document_start, plain_ids, with_start
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PACKAGED_TOKENS = ASSETS / "quickstart_tokens.safetensors"
 PACKAGED_TOKENIZER = ASSETS / "textbook-lm-9m"
-SOURCES = ("tokens", "text", "jsonl", "parquet", "hub")
+SOURCES = (*ENDINGS, "hub")
 SPLITS = ("train", "val", "test")
 MIN_DOCUMENT_TOKENS = 2
-ENCODE_BATCH = 256
+ENCODE_BATCH = 256  # texts that are encoded at once, or fewer with so many characters
+ENCODE_CHARACTERS = 1 << 20
+BLANK = "\n\n"
+MAX_FIELDLESS = 10_000  # rows read before a field that none of them has counts as not there
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates: JSON can spell it, tokenizers and UTF-8 cannot
-MAX_LINE = 1 << 24  # characters; a small compressed file can hold a line of any length
+MAX_TEXT = 1 << 24  # characters of a line or a document; a small compressed file can hold a line of any length
 
 
 @dataclass(frozen=True)
 class Documents:
     """`tokens` int32 [N], all documents one after another; `starts` int64 [D], the offset of each one's first token.
 
-    `start_id` is the token that every document begins with, None for a tokenizer that has none.
+    `start_id` is the token that every document begins with, None for none; `skipped` counts the rows that were read
+    and have no text.
     """
 
     tokens: Tensor
     starts: Tensor
     start_id: int | None
+    skipped: int = 0
 
     @property
     def n_documents(self) -> int:
@@ -80,39 +90,67 @@ def load_documents(
     max_tokens: int,
     context_length: int,
     tokenizer_sha256: str | None = None,
+    documents: str = "packed",
     text_field: str = "text",
+    start: str = "auto",
 ) -> Documents:
     """Read a corpus until `max_tokens` tokens; the last document is cut to fit.
 
     `source`: tokens (a file with `tokens` and `doc_start`; `path` None = the packaged sample; another
-    tokenizer than the file's gets the decoded text, encoded anew), text (paragraphs between blank lines,
-    joined up to `context_length` tokens; .xz and .gz are unpacked), jsonl and parquet (`text_field`), hub
-    (NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, streamed). Raises ValueError for an unknown source, a missing or
-    malformed file, a missing extra, or an empty corpus.
+    tokenizer than the file's gets the decoded text, encoded anew), text (`documents` of it: `_text_documents`; .xz
+    and .gz are unpacked), jsonl and parquet (`text_field`; a row without it is skipped), hub (NAME, NAME:SPLIT or
+    NAME:CONFIG:SPLIT, streamed). `path` may name several files (`corpus_files`); no document spans two. `start` is
+    `corpus.document_start`. Raises ValueError for an unknown source, a missing or malformed file, a missing
+    extra, a field that no row has, or an empty corpus.
     """
     if source not in SOURCES:
         raise ValueError(f"corpus.source: found {source!r}, allowed: {', '.join(SOURCES)}")
     if path is None and source != "tokens":
         raise ValueError(f"corpus.path: found null, allowed with corpus.source {source}: a path")
     location = str(PACKAGED_TOKENS if path is None else path)
-    if source != "hub" and not Path(location).is_file():
-        raise ValueError(f"corpus.path: no such file {location!r}")
-    start_id = document_start(tokenizer)
+    files = [str(file) for file in corpus_files(source, location)]
+    start_id, skipped = document_start(tokenizer, start), _Skipped()
     if source == "tokens":
-        documents = _token_documents(location, tokenizer, tokenizer_sha256, start_id)
-    elif source == "text":
-        documents = _packed_paragraphs(_paragraphs(location), tokenizer, context_length, start_id)
+        found = chain.from_iterable(_token_documents(file, tokenizer, tokenizer_sha256, start_id) for file in files)
     else:
-        readers = {"jsonl": _jsonl_texts, "parquet": _parquet_texts, "hub": _hub_texts}
-        texts = readers[source](location, text_field)
-        documents = (_with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
-    return _gather(documents, max_tokens, start_id, location)
+        if source == "text":
+            most = context_length - (start_id is not None)
+            texts = chain.from_iterable(_text_documents(file, documents, tokenizer, most) for file in files)
+        else:
+            readers = {"jsonl": _jsonl_records, "parquet": _parquet_records, "hub": _hub_records}
+            records = (readers[source](name, text_field) for name in files or [location])
+            texts = _field_texts(chain.from_iterable(records), text_field, location, skipped)
+        found = (with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
+    gathered = _gather(found, max_tokens, start_id, location)
+    return replace(gathered, skipped=skipped.rows)
 
 
-def document_start(tokenizer: Any) -> int | None:
-    """The token that starts a document: bos, else cls (encoders such as BERT), else eos, else None."""
-    candidates = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id)
-    return next((token for token in candidates if token is not None), None)
+def corpus_files(source: str, path: str | Path) -> list[Path]:
+    """The files that `corpus.path` names, in the order in which they are read; none for a hub dataset.
+
+    A file; a folder: its files with an ending of the source; or else a pattern of files (`**`: folders of any depth).
+    `~` is the home folder. Files are sorted by name. Raises ValueError when there are none.
+    """
+    if source == "hub":
+        return []
+    place = Path(os.path.expanduser(path))
+    if place.is_file():
+        return [place]
+    pattern, endings, missing = str(place), ("",), f"no such file {str(path)!r}"
+    if place.is_dir():
+        pattern, endings = f"{glob.escape(pattern)}/*", ENDINGS[source]
+        missing = f"found no file that ends in {' or '.join(endings)} in the folder {str(path)!r}"
+    found = (Path(name) for name in glob.glob(pattern, recursive=True) if name.endswith(endings))
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise ValueError(f"corpus.path: {missing}")
+    return files
+
+
+def corpus_sha256(source: str, path: str | Path) -> str | None:
+    """SHA-256 of what `corpus.path` names: of the file, or over those of its files in order; None for a hub dataset."""
+    hashes = [sha256_file(file) for file in corpus_files(source, path)]
+    return (hashes[0] if len(hashes) == 1 else sha256_json(hashes)) if hashes else None
 
 
 def split_documents(n_documents: int, fractions: Sequence[float], seed: int) -> dict[str, Tensor]:
@@ -138,7 +176,7 @@ def shortened(documents: Documents, most: int, doc_ids: Tensor | None = None) ->
     which = slice(None) if doc_ids is None else doc_ids
     length_D[which] = length_D[which].clamp_max(most)
     parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
-    return Documents(torch.cat(parts), length_D.cumsum(0) - length_D, documents.start_id)
+    return replace(documents, tokens=torch.cat(parts), starts=length_D.cumsum(0) - length_D)
 
 
 def with_held_out(train: Documents, held_out: Documents, seed: int) -> tuple[Documents, dict[str, Tensor]]:
@@ -150,7 +188,8 @@ def with_held_out(train: Documents, held_out: Documents, seed: int) -> tuple[Doc
     order_D = torch.randperm(held_out.n_documents, generator=torch.Generator().manual_seed(seed))
     val, test = (order_D + train.n_documents).tensor_split(2)
     starts = torch.cat([train.starts, held_out.starts + train.n_tokens])
-    documents = Documents(torch.cat([train.tokens, held_out.tokens]), starts, train.start_id)
+    tokens, skipped = torch.cat([train.tokens, held_out.tokens]), train.skipped + held_out.skipped
+    documents = Documents(tokens, starts, train.start_id, skipped)
     return documents, dict(zip(SPLITS, (torch.arange(train.n_documents), val, test), strict=True))
 
 
@@ -234,15 +273,24 @@ def _gather(documents: Iterable[list[int]], max_tokens: int, start_id: int | Non
     return Documents(torch.cat(parts), lengths.cumsum(0), start_id)
 
 
-def _with_start(ids: list[int], start_id: int | None) -> list[int]:
-    return ids if start_id is None or (ids and ids[0] == start_id) else [start_id, *ids]
-
-
 def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of every text, without special tokens."""
-    iterator = iter(texts)
-    while batch := list(islice(iterator, ENCODE_BATCH)):
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    """Token ids of every text."""
+    for batch in _batches(texts):
+        yield from plain_ids(tokenizer, batch)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts by as many as are encoded at once."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == ENCODE_BATCH or characters >= ENCODE_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _token_documents(
@@ -259,29 +307,50 @@ def _token_documents(
     if int(tokens.min()) < 0 or int(tokens.max()) >= 2**31:
         found = f"{int(tokens.min())} to {int(tokens.max())}"
         raise ValueError(f"{location}: tokens: found {found}, allowed: token ids of 31 bits")
-    stored = (tokens[a:b].tolist() for a, b in zip(starts, [*starts[1:], tokens.numel()], strict=True))
+    stored = (tokens[a:b].tolist() for a, b in pairwise([*starts, tokens.numel()]))
     if tokenizer_sha256 == metadata["tokenizer_sha256"]:
-        return (_with_start(ids, start_id) for ids in stored)
+        return (ids if ids[:1] == [start_id] else with_start(ids, start_id) for ids in stored)
     if metadata["tokenizer_sha256"] != sha256_file(PACKAGED_TOKENIZER / "tokenizer.json"):
         raise ValueError(f"corpus.path: {location!r} is for a tokenizer that is neither the model's nor packaged")
     packaged = AutoTokenizer.from_pretrained(str(PACKAGED_TOKENIZER))
     texts = (str(packaged.decode(ids, skip_special_tokens=True)) for ids in stored)
-    return (_with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
+    return (with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
 
 
-def _packed_paragraphs(
-    paragraphs: Iterator[str], tokenizer: Any, context_length: int, start_id: int | None
-) -> Iterator[list[int]]:
-    """Documents of consecutive paragraphs: as many as fit into one context, at least one."""
-    separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    document: list[int] = []
-    for ids in _encoded(paragraphs, tokenizer):
-        if document and len(document) + len(separator) + len(ids) > context_length:
-            yield document
-            document = []
-        document = [*document, *separator, *ids] if document else _with_start(ids, start_id)
-    if document:
-        yield document
+def _text_documents(location: str, documents: str, tokenizer: Any, most: int) -> Iterator[str]:
+    """The texts of a file's documents, by `corpus.documents`.
+
+    packed: consecutive blocks between blank lines, as many as have at most `most` tokens; blank: every such block;
+    line: every line that is not blank; file: all of it, but for blank lines before and after.
+    """
+    with _open_text(location) as lines:
+        if documents == "packed":
+            yield from _packed(_blocks(lines, location), tokenizer, most)
+        elif documents == "blank":
+            yield from _blocks(lines, location)
+        elif documents == "line":
+            yield from (line.rstrip("\n") for line in lines if line.strip())
+        else:
+            yield _joined(lines, location, "document").strip("\n")
+
+
+def _packed(paragraphs: Iterable[str], tokenizer: Any, most: int) -> Iterator[str]:
+    """Consecutive paragraphs joined, as many as have at most `most` tokens, at least one.
+
+    A paragraph is counted with the blank line before it: what joins them can only make fewer tokens of both.
+    """
+    joined: list[str] = []
+    total = 0
+    for batch in _batches(paragraphs):
+        counted = plain_ids(tokenizer, [BLANK + text for text in batch])
+        for text, n_tokens in zip(batch, map(len, counted), strict=True):
+            if joined and total + n_tokens > most:
+                yield BLANK.join(joined)
+                joined, total = [], 0
+            joined.append(text)
+            total += n_tokens
+    if joined:
+        yield BLANK.join(joined)
 
 
 @contextmanager
@@ -289,61 +358,100 @@ def _open_text(location: str) -> Iterator[Iterator[str]]:
     """The lines of a text file, unpacked. Raises ValueError for a broken archive, other bytes and endless lines."""
     openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
     try:
-        with openers.get(Path(location).suffix, open)(location, "rt", encoding="utf-8") as stream:
+        with openers.get(Path(location).suffix, open)(location, "rt", encoding="utf-8-sig") as stream:
             yield _lines(stream, location)
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"corpus.path: {location!r}: not readable as UTF-8 text ({error})") from error
 
 
 def _lines(stream: Any, location: str) -> Iterator[str]:
-    while line := stream.readline(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
-            raise ValueError(f"corpus.path: {location!r}: found a line of more than {MAX_LINE} characters")
+    while line := stream.readline(MAX_TEXT + 1):
+        if len(line) > MAX_TEXT:
+            raise ValueError(f"corpus.path: {location!r}: found a line of more than {MAX_TEXT} characters")
         yield line
 
 
-def _paragraphs(location: str) -> Iterator[str]:
+def _blocks(lines: Iterable[str], location: str) -> Iterator[str]:
     """Blocks of text between blank lines."""
-    with _open_text(location) as lines:
-        block: list[str] = []
-        for line in lines:
-            if line.strip():
-                block.append(line.rstrip("\n"))
-            elif block:
-                yield "\n".join(block)
-                block = []
-        if block:
-            yield "\n".join(block)
+    for blank, block in groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            yield _joined(block, location, "block without a blank line").rstrip("\n")
 
 
-def _jsonl_texts(location: str, text_field: str) -> Iterator[str]:
+def _joined(lines: Iterable[str], location: str, what: str) -> str:
+    """Lines as one text. Raises ValueError when it is too long to be encoded at once."""
+    parts: list[str] = []
+    characters = 0
+    for line in lines:
+        parts.append(line)
+        characters += len(line)
+        if characters > MAX_TEXT:
+            found = f"{location!r} with a {what} of more than {MAX_TEXT} characters"
+            raise ValueError(f"corpus.documents: found {found}, allowed: line, or shorter ones")
+    return "".join(parts)
+
+
+@dataclass
+class _Skipped:
+    """How many rows were read that have no text."""
+
+    rows: int = 0
+
+
+def _field_texts(records: Iterable[tuple[str, Any]], field: str, location: str, skipped: _Skipped) -> Iterator[str]:
+    """The text of every record that has one, from (where it stands, record); the others are counted.
+
+    Raises ValueError for a record that is no object, a field of another kind, and one that no record has.
+    """
+    fields: set[str] = set()  # of the records until one has the field
+    missing = True
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"corpus.path: {where}: found {type(record).__name__}, allowed: an object with fields")
+        if missing:
+            fields.update(record)
+            missing = field not in record
+            if missing and skipped.rows == MAX_FIELDLESS:
+                break
+        text = record.get(field)
+        if text is None:
+            skipped.rows += 1
+        elif not isinstance(text, str) or HALF_PAIR.search(text):
+            raise ValueError(f"corpus.path: {where}: no text in field {field!r}")
+        else:
+            yield text
+    if missing and fields:
+        found = f"{field!r}, which none of the {skipped.rows:,} rows read of {location!r} has"
+        raise ValueError(f"corpus.text_field: found {found}, allowed: {', '.join(sorted(fields))}")
+
+
+def _jsonl_records(location: str, text_field: str) -> Iterator[tuple[str, Any]]:
     with _open_text(location) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"{location!r} line {number}"
             try:
-                record = json.loads(line)
+                yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"corpus.path: {location!r} line {number}: not JSON ({error})") from error
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str) or HALF_PAIR.search(text):
-                raise ValueError(f"corpus.path: {location!r} line {number}: no text in field {text_field!r}")
-            yield text
+                raise ValueError(f"corpus.path: {where}: not JSON ({error})") from error
 
 
-def _parquet_texts(location: str, text_field: str) -> Iterator[str]:
+def _parquet_records(location: str, text_field: str) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError('corpus.source: parquet needs pyarrow: pip install "polytope-hsae[data]"') from error
     file = parquet.ParquetFile(location)
-    if text_field not in file.schema_arrow.names:
-        raise ValueError(f"corpus.path: {location!r} has no column {text_field!r}")
+    names = file.schema_arrow.names
+    if text_field not in names:
+        found = f"{text_field!r}, which {location!r} does not have"
+        raise ValueError(f"corpus.text_field: found {found}, allowed: {', '.join(names)}")
     for batch in file.iter_batches(columns=[text_field]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+        yield from ((repr(location), {text_field: value}) for value in batch.column(0).to_pylist())
 
 
-def _hub_texts(location: str, text_field: str) -> Iterator[str]:
+def _hub_records(location: str, text_field: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -351,6 +459,4 @@ def _hub_texts(location: str, text_field: str) -> Iterator[str]:
     name, *rest = location.split(":")
     config = rest[0] if len(rest) > 1 else None
     for record in datasets.load_dataset(name, config, split=rest[-1] if rest else "train", streaming=True):
-        if not isinstance(record.get(text_field), str):
-            raise ValueError(f"corpus.path: dataset {name!r} has no text in field {text_field!r}")
-        yield record[text_field]
+        yield f"dataset {name!r}", record

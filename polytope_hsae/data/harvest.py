@@ -88,6 +88,7 @@ def harvest(
         "hook": hook,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "documents_sha256": documents.sha256(),
+        "start_id": documents.start_id,
         "concepts_sha256": sha256_json(concepts.to_json()) if concepts is not None and index is not None else None,
         "belief": index is not None,
         "belief_threshold": belief_threshold,

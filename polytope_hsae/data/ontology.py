@@ -120,7 +120,7 @@ def read_ontology(path: Path) -> Families:
         raise ValueError(f"concepts.ontology: {path} is not a file; allowed: wordnet, or a JSON or YAML file")
     parse = parse_json if path.suffix == ".json" else parse_yaml
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
+        tree = parse(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"concepts.ontology: {path} cannot be parsed: {error}") from error
     families: Families = {}

@@ -19,9 +19,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from polytope_hsae.data.concepts import FOLDS, Concepts, Parent
-from polytope_hsae.data.corpus import Documents, document_start
+from polytope_hsae.data.corpus import Documents
 from polytope_hsae.data.wordnet import LETTERS, PartOfSpeech
 from polytope_hsae.parsing import checked, parse_json, parse_yaml, shown
+from polytope_hsae.tokens import plain_ids, with_start
 
 PACKAGED = Path(__file__).with_name("prompts.yaml")
 GAP = "{word}"
@@ -69,7 +70,7 @@ def read_templates(source: str) -> Templates:
         raise ValueError(f"concepts.prompts: found {source!r}, allowed: packaged, or a YAML or JSON file")
     parse = parse_json if path.suffix == ".json" else parse_yaml
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
+        tree = parse(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"concepts.prompts: {path} cannot be parsed: {error}") from error
     templates: Templates = checked(tree, _Templates, f"concepts.prompts: {path}")
@@ -102,15 +103,16 @@ def template_documents(
     templates: Templates,
     tokenizer: Any,
     *,
+    start_id: int | None,
     default_part: PartOfSpeech = "noun",
     seed: int = 0,
 ) -> TemplateDocuments:
     """Every word of these parents (rows of `concepts.json`) in every sentence of its split.
 
-    A word stands in its first form that is one token. `default_part` is the part of speech of parents that are not
-    from WordNet. Raises ValueError when the templates lack a part of speech, or a split gets no document.
+    A word stands in its first form that is one token. `start_id` starts a document. `default_part` is the part of
+    speech of parents that are not from WordNet. Raises ValueError when the templates lack a part of speech, or a split
+    gets no document.
     """
-    start_id = document_start(tokenizer)
     dealt = {part: split_templates(sentences, seed) for part, sentences in templates.items()}
     texts: dict[str, list[list[int]]] = {split: [] for split in FOLDS}
     owners: dict[str, list[int]] = {split: [] for split in FOLDS}
@@ -122,7 +124,7 @@ def template_documents(
             raise ValueError(f"concepts.prompts: found no sentences of {part} for {parent.name}, allowed: at least 3")
         for split in FOLDS:
             found, missed = _filled(parent, split, dealt[part][split], tokenizer)
-            texts[split] += found if start_id is None else [[start_id, *ids] for ids in found]
+            texts[split] += [with_start(ids, start_id) for ids in found]
             owners[split] += [row] * len(found)
             left_out += missed
     empty = [split for split in FOLDS if not texts[split]]
@@ -154,6 +156,6 @@ def _filled(parent: Parent, split: str, sentences: list[str], tokenizer: Any) ->
         form = tokenizer.decode([token]).strip()
         made += [sentence.replace(GAP, form) for sentence in sentences]
         tokens += [token] * len(sentences)
-    encoded = tokenizer(made, add_special_tokens=False)["input_ids"]
+    encoded = plain_ids(tokenizer, made)
     kept = [ids for ids, token in zip(encoded, tokens, strict=True) if token in ids]
     return kept, len(made) - len(kept)

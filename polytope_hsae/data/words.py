@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polytope_hsae.data.wordnet import PartOfSpeech, WordNet, load_wordnet, single_words, word_forms
 from polytope_hsae.data.wordnet_nltk import load_nltk_wordnet, nltk_is_there
+from polytope_hsae.tokens import plain_ids, space_before
 
 Claim = tuple[int, str, str]  # rank of the form, word, form
 Source = str  # embedded, nltk or auto
@@ -78,16 +79,10 @@ def token_claims(
     if not forms:
         return {}
     space = space_before(tokenizer)
-    encoded = tokenizer([space + form for _, _, form in forms], add_special_tokens=False)["input_ids"]
+    encoded = plain_ids(tokenizer, [space + form for _, _, form in forms])
     special = set(tokenizer.all_special_ids)
     claims: dict[int, list[Claim]] = {}
     for form, ids in zip(forms, encoded, strict=True):
         if len(ids) == 1 and ids[0] not in special:
             claims.setdefault(ids[0], []).append(form)
     return {token: sorted(claimed) for token, claimed in claims.items()}
-
-
-def space_before(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to put before a word: SentencePiece puts a space there itself, and a second one is a token of its own."""
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
-    return "" if first and first[0].startswith("\u2581") else " "

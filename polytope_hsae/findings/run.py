@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from typing_extensions import TypedDict
 
 from ..config import Config, located
-from ..data.corpus import load_documents
+from ..data.corpus import corpus_sha256, load_documents
 from ..fileio import read_json, sha256_file, sha256_json, write_json, write_tensors
 from ..lm import LanguageModel
 from ..phases.phase1_teacher import run_phase1
@@ -33,7 +33,7 @@ from ..phases.run import Run, remove_leftovers, use_device
 from ..phases.sources import source_files
 from ..provenance import dependencies
 from ..report.words import number
-from ..study.data import text_hashes
+from ..study.data import text_hashes, text_options
 from ..study.files import claim, key_of, nothing_wanted, read_records, still_valid, study_folder, study_yaml
 from ..study.plan import places_removed
 from ..study.workers import Options, Say, results, threads_each, worker_pool
@@ -124,8 +124,9 @@ def read_hooks(folder: Path) -> dict[str, Any]:
 def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
     """What every record says of its text, language model and ontology; nothing in it names a place."""
     ontology = config.concepts.ontology
+    texts = {"train": config.corpus.path, "heldout": config.corpus.heldout_path}
     known: dict[str, Any] = {
-        "text_sha256": text_hashes({"train": config.corpus.path, "heldout": config.corpus.heldout_path}),
+        "text_sha256": text_hashes(config.corpus.kind, texts),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "ontology": ontology if ontology == "wordnet" else sha256_file(ontology),
@@ -142,20 +143,29 @@ def _placed(config: Config, lm: LanguageModel, options: Options, cache: Path, sa
     threads = threads_each(options.workers, config.run.threads)
     tree["run"] |= {"device": use_device(options.device), "threads": threads}
     corpus = tree["corpus"]
-    if corpus["source"] == "text":
+    if config.corpus.kind == "text":
         for field, limit in (("path", "max_tokens"), ("heldout_path", "heldout_tokens")):
             if corpus[field] is not None:
                 corpus[field] = str(_tokens(config, corpus[field], corpus[limit], lm, cache, say))
-        corpus["source"] = "tokens"
+        corpus |= {"source": "tokens", "documents": "packed"}
     return located(Config.model_validate(tree))
 
 
 def _tokens(config: Config, text: str, max_tokens: int, lm: LanguageModel, cache: Path, say: Say) -> Path:
     """A text's tokens, which every process reads in no time."""
-    length = config.corpus.context_length
-    path = cache / f"{sha256_json([sha256_file(text), lm.tokenizer_sha256, max_tokens, length])[:16]}.safetensors"
+    options = config.corpus
+    made_from = [corpus_sha256("text", text), lm.tokenizer_sha256, max_tokens, options.context_length]
+    path = cache / f"{sha256_json([*made_from, text_options(options)])[:16]}.safetensors"
     if not path.is_file():
-        documents = load_documents("text", text, lm.tokenizer, max_tokens=max_tokens, context_length=length)
+        documents = load_documents(
+            "text",
+            text,
+            lm.tokenizer,
+            max_tokens=max_tokens,
+            context_length=options.context_length,
+            documents=options.documents,
+            start=options.document_start,
+        )
         tensors = {"tokens": documents.tokens, "doc_start": documents.starts}
         write_tensors(path, tensors, {"tokenizer_sha256": str(lm.tokenizer_sha256)})
         say(f"{Path(text).name}: {documents.n_documents:,} documents, {documents.n_tokens:,} tokens")

@@ -11,6 +11,7 @@ from ..config import Config
 from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
 from ..data.concepts import Concepts, build_concepts
 from ..data.corpus import SPLITS, Documents
+from ..data.exclude import read_exclusions
 from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
@@ -49,6 +50,8 @@ def run_phase1(run: Run) -> None:
     concepts = make_concepts(run.config, run.lm.tokenizer)
     run.say(f"phase 1: {concepts.n_parents} parents, {concepts.n_children} children")
     documents, members = run.documents
+    if documents.skipped:
+        run.say(f"phase 1: {documents.skipped:,} rows of the corpus have no text and are skipped")
     checks, templates = make_checks(run.config, run.lm.tokenizer, concepts, documents, members)
     check_text(run, width, concepts, documents, members, templates)
     if checks["warnings"]:
@@ -99,6 +102,7 @@ def make_concepts(config: Config, tokenizer: Any) -> Concepts:
         parts_of_speech=options.parts_of_speech,
         wordnet=options.wordnet,
         nltk_data=options.nltk_data,
+        exclude=read_exclusions(options.exclude),
     )
     require_apart(concepts)
     return concepts
@@ -117,7 +121,9 @@ def make_checks(
     if options.prompts is not None and short:
         sentences = read_templates(options.prompts)
         part = options.parts_of_speech[0]
-        templates = template_documents(concepts, short, sentences, tokenizer, default_part=part, seed=seed)
+        templates = template_documents(
+            concepts, short, sentences, tokenizer, start_id=documents.start_id, default_part=part, seed=seed
+        )
     checks = check_concepts(
         concepts,
         documents,

@@ -263,12 +263,15 @@ def load_corpus(config: Config, tokenizer: Any, tokenizer_sha256: str | None) ->
 
     def load(path: str | None, max_tokens: int) -> Documents:
         return load_documents(
-            options.source,
+            options.kind,
             path,
             tokenizer,
             max_tokens=max_tokens,
             context_length=options.context_length,
             tokenizer_sha256=tokenizer_sha256,
+            documents=options.documents,
+            text_field=options.text_field,
+            start=options.document_start,
         )
 
     documents, most = load(options.path, options.max_tokens), options.heldout_document_tokens

@@ -105,7 +105,7 @@ def _more_text(run: RunFiles, said: str) -> Advice:
     """More tokens, as far as the corpus is known to reach."""
     corpus = run.config.corpus
     more = 2 * corpus.max_tokens
-    if corpus.source == "tokens" and corpus.path is None:
+    if corpus.kind == "tokens" and corpus.path is None:
         more = min(more, PACKAGED_TOKENS)
         said += (
             f" The packaged sample ends at {PACKAGED_TOKENS:,} tokens; after that, name another corpus (corpus.path)."

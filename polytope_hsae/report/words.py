@@ -273,5 +273,5 @@ def corpus_meaning(config: Config) -> str:
     if corpus.path is None:
         text = "the packaged sample, which textbook-lm-9m wrote itself"
     else:
-        text = f"{corpus.source}: {corpus.path if corpus.source == 'hub' else Path(corpus.path).name}"
+        text = f"{corpus.kind}: {corpus.path if corpus.kind == 'hub' else Path(corpus.path).name}"
     return f"{text}; at most {corpus.max_tokens:,} tokens, in contexts of {corpus.context_length}"

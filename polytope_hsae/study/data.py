@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, CorpusConfig
 from ..data.concepts import Concepts
 from ..data.corpus import (
     Documents,
     contexts,
+    corpus_sha256,
     load_documents,
     padded_contexts,
     shortened,
     split_documents,
     with_held_out,
 )
+from ..data.exclude import read_exclusions
 from ..data.harvest import harvest, planned_rows
 from ..data.store import ActivationStore, ResidentStore, read_manifest
 from ..evaluation.concepts import Label
@@ -46,14 +48,27 @@ def load_lm(config: Config, device: str) -> LanguageModel:
     return LanguageModel.load(model.name, revision=model.revision, dtype=model.dtype, device=device)
 
 
-def text_hashes(files: Mapping[str, str | None]) -> dict[str, str]:
-    """sha256 of text files, by what they are; None: the packaged one. Raises ConfigError naming one that is missing."""
-    for path in files.values():
-        if path is not None and not Path(path).is_file():
+def text_hashes(source: str, paths: Mapping[str, str | None]) -> dict[str, str]:
+    """sha256 of texts, by what they are; None: the packaged one. Raises ConfigError naming one that is missing."""
+    hashes = {}
+    for name, path in paths.items():
+        try:
+            found = "packaged" if path is None else corpus_sha256(source, path)
+        except ValueError:
+            found = None
+        if found is None:
             raise ConfigError(
                 f"text: found no file {path!r}, allowed: --set text=FOLDER with {', '.join(TEXTS.values())}"
             )
-    return {name: "packaged" if path is None else sha256_file(path) for name, path in files.items()}
+        hashes[name] = found
+    return hashes
+
+
+def text_options(corpus: CorpusConfig) -> dict[str, str]:
+    """What of a config decides how its text becomes tokens, as far as it is not as by default."""
+    fields = {"documents", "text_field", "document_start"}
+    options: dict[str, str] = corpus.model_dump(include=fields, exclude_defaults=True)
+    return options
 
 
 def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, Any]:
@@ -62,13 +77,16 @@ def data_identity(study: Study, config: Config, lm: LanguageModel) -> dict[str, 
     if options.prompts is not None:
         raise ConfigError(f"concepts.prompts: found {options.prompts!r}, allowed in a study: null")
     # what studies did not have from the start counts where it is used, so that older records stay valid
-    left_out = {"label", "belief_threshold", "ontology", "prompts", "nltk_data"}
+    left_out = {"label", "belief_threshold", "ontology", "prompts", "nltk_data", "exclude"}
     left_out |= {name for name in ("parts_of_speech", "wordnet") if name not in options.model_fields_set}
-    files: dict[str, str | None] = {"corpus": config.corpus.path}
+    excluded = read_exclusions(options.exclude) if "exclude" in options.model_fields_set else None
+    source, paths = config.corpus.kind, {"corpus": config.corpus.path}
     if study.text is not None:
-        files = {name: str(Path(study.text) / file) for name, file in TEXTS.items()}
+        source, paths = "text", {name: str(Path(study.text) / file) for name, file in TEXTS.items()}
     return {
-        "text_sha256": text_hashes(files),
+        "text_sha256": text_hashes(source, paths),
+        **text_options(config.corpus),
+        **({} if excluded is None else {"exclude": sorted(excluded.words | excluded.synsets)}),
         "model_revision": lm.revision,
         "tokenizer_sha256": lm.tokenizer_sha256,
         "max_tokens": config.corpus.max_tokens,
@@ -173,10 +191,13 @@ class StudyData:
                 max_tokens=max_tokens,
                 context_length=options.context_length,
                 tokenizer_sha256=self.lm.tokenizer_sha256,
+                documents=options.documents,
+                text_field=options.text_field,
+                start=options.document_start,
             )
 
         if self.study.text is None:
-            documents = load(options.source, options.path, options.max_tokens)
+            documents = load(options.kind, options.path, options.max_tokens)
             return documents, split_documents(documents.n_documents, options.split, self.config.run.seed)
         folder = Path(self.study.text)
         train = load("text", folder / TEXTS["train"], options.max_tokens)
