@@ -288,6 +288,9 @@ def test_rows_of_massive_norm_are_told_where_there_are_any(files):
     )
     assert f"“The” (7) and “{HOSTILE}” (5)" in said[0]
     assert said[1].startswith("They hold 91\u00a0% of the squared deviation from the mean")
+    assert said[1].endswith("about all other rows.")
+    files["phase4/results.json"]["arms"]["baseline"]["ev_all_rows"] = metric(0.954)
+    assert "with them it would be 0.954 (baseline)" in massive_rows(run_files(files))[1]
     assert said[2].startswith("They are left out of training and of every metric below")
     files["phase1/norms.json"] = norms(limit=None)
     said = massive_rows(run_files(files))

@@ -32,7 +32,8 @@ def local_paths(config: Config) -> dict[str, str]:
 
 
 def located(config: Config) -> Config:
-    """The config with absolute paths, so that it says the same in any folder."""
+    """The config with absolute paths and the corpus's kind, so that it says the same in any folder."""
+    config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"source": config.corpus.kind})})
     for field, path in local_paths(config).items():
         block, name = field.split(".")
         absolute = os.path.abspath(os.path.expanduser(path))

@@ -79,7 +79,8 @@ class CorpusConfig(Block):
         found = next((source for source in get_args(Source) if path.endswith(ENDINGS.get(source, ()))), None)
         endings = ", ".join(ending for listed in ENDINGS.values() for ending in listed)
         allowed = f"a path that ends in {endings}, or a source: {', '.join(get_args(Source))}"
-        require("source", f"null with the path {path!r}", found is not None, allowed)
+        if found is None:
+            raise ValueError(f"source: found null with the path {path!r}, allowed: {allowed}")
         return found
 
     @model_validator(mode="after")

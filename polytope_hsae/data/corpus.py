@@ -110,6 +110,8 @@ def load_documents(
     location = str(PACKAGED_TOKENS if path is None else path)
     files = [str(file) for file in corpus_files(source, location)]
     start_id, skipped = document_start(tokenizer, start), _Skipped()
+    found: Iterator[list[int]]
+    texts: Iterator[str]
     if source == "tokens":
         found = chain.from_iterable(_token_documents(file, tokenizer, tokenizer_sha256, start_id) for file in files)
     else:
@@ -136,7 +138,8 @@ def corpus_files(source: str, path: str | Path) -> list[Path]:
     place = Path(os.path.expanduser(path))
     if place.is_file():
         return [place]
-    pattern, endings, missing = str(place), ("",), f"no such file {str(path)!r}"
+    endings: tuple[str, ...] = ("",)
+    pattern, missing = str(place), f"no such file {str(path)!r}"
     if place.is_dir():
         pattern, endings = f"{glob.escape(pattern)}/*", ENDINGS[source]
         missing = f"found no file that ends in {' or '.join(endings)} in the folder {str(path)!r}"

@@ -1,5 +1,5 @@
-"""Rows of massive norm: in many language models a few tokens, mostly a text's first ones, have residuals a hundred
-times longer than all others (massive activations: Sun et al., arXiv 2402.17762).
+"""Rows of massive norm: in many language models a few tokens, mostly a text's first ones and its first
+delimiters, have residuals a hundred times longer than all others (massive activations: Sun et al., arXiv 2402.17762).
 
 A handful of them can hold most of the squared deviation from the mean, so that EV speaks of them alone. They are left
 out where `data.max_norm_multiple` says so, and described in norms.json in any case.
