@@ -52,8 +52,8 @@ def summary(run: RunFiles) -> list[str]:
     ]
     if leads:
         sentences.append(f"Paired by concept, the teacher's lead in purity is {listed(leads)}.")
-    if known := _of_arms(run, "ev"):
-        sentences.append(f"Explained variance: {known}.")
+    if explained := _of_arms(run, "ev"):
+        sentences.append(f"Explained variance: {explained}.")
     seeds = listed([str(seed) for seed in run.results["seeds"]])
     sentences.append(f"Seed {seeds}: the intervals are over concepts and documents, not over training runs.")
     return sentences
