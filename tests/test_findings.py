@@ -260,7 +260,7 @@ def test_n_is_of_the_value_over_seeds_and_each_seed_stands_beside(done, tmp_path
         path.write_text(json.dumps(found))
     assert hsae("findings", "write", copy).code == 0
     rows = [line for line in (copy / "results.md").read_text().splitlines() if line.startswith("| Gain of purity")]
-    assert [row.split("|")[-2].strip() for row in rows] == ["8 (8 and 5)", "8 (8 and 5)", "8", "8"]
+    assert [row.split("|")[-2].strip() for row in rows] == ["8 concepts (8 and 5)"] * 2 + ["8 concepts"] * 2
     assert "over seeds | n over seeds |" in (copy / "results.md").read_text()
 
 

@@ -73,8 +73,8 @@ def test_every_artifact_is_there_and_nothing_else(finished):
 def test_phase_1_files_have_their_fields(finished):
     manifest = read_json(finished / "activations/manifest.json")
     assert list(manifest) == [
-        "format", "model", "revision", "hook", "tokenizer_sha256", "documents_sha256", "concepts_sha256", "belief",
-        "belief_threshold", "context_length", "batch_tokens", "shard_rows", "seed", "split", "dtype", "n_documents",
+        "format", "model", "revision", "hook", "tokenizer_sha256", "documents_sha256", "start_id", "concepts_sha256",
+        "belief", "belief_threshold", "context_length", "batch_tokens", "shard_rows", "seed", "split", "dtype", "n_documents",
         "rows", "width", "complete", "shards",
     ]  # fmt: skip
     assert manifest["complete"] is True
