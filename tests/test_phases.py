@@ -74,8 +74,8 @@ def test_phase_1_files_have_their_fields(finished):
     manifest = read_json(finished / "activations/manifest.json")
     assert list(manifest) == [
         "format", "model", "revision", "hook", "tokenizer_sha256", "documents_sha256", "start_id", "concepts_sha256",
-        "belief", "belief_threshold", "context_length", "batch_tokens", "shard_rows", "seed", "split", "dtype", "n_documents",
-        "rows", "width", "complete", "shards",
+        "belief", "belief_threshold", "context_length", "batch_tokens", "shard_rows", "seed", "split", "dtype",
+        "n_documents", "rows", "width", "complete", "shards",
     ]  # fmt: skip
     assert manifest["complete"] is True
     assert {name: shards for name, shards in manifest["rows"].items() if shards < 1} == {}
