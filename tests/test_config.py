@@ -244,7 +244,10 @@ def test_overrides_reach_every_depth(load):
         ("arms.first.name=x", "--set arms.first.name: found item 'first', allowed: 0 to 1"),
         ("arms.²=x", "--set arms.²: found item '²', allowed: 0 to 1"),
         ("run.name.first=x", "--set run.name.first: found a value above 'first', allowed: a block"),
-        ("run.sede=1", "run.sede: found an unknown key, allowed: name, seed, device, threads, deterministic"),
+        (
+            "run.sede=1",
+            "run.sede: found an unknown key, allowed: name, seed, device, threads, deterministic; did you mean seed?",
+        ),
         ("training.lr=nan", "training.lr: found 'nan', allowed: input should be a finite number"),
         ("training.lr=-1", "training.lr: found -1, allowed: input should be greater than 0"),
     ],

@@ -13,6 +13,7 @@ from polytope_hsae.config import load_config
 from polytope_hsae.data.corpus import PACKAGED_TOKENIZER
 from polytope_hsae.fileio import read_json
 from polytope_hsae.provenance import dependencies
+from polytope_hsae.study.plan import stated_config
 
 ONTOLOGY = {
     "animal": {"pet": ["dog", "cat", "horse"], "wild": ["wolf", "lion", "bear"], "water": ["fish", "whale", "shark"]},
@@ -64,6 +65,8 @@ def test_relative_paths_are_resolved_when_a_config_is_read(tmp_path, monkeypatch
     assert config.concepts.prompts == str(tmp_path / "a" / "b.yaml")
     assert config.concepts.nltk_data == str(tmp_path / "n")
     assert config.model.title == "lm"
+    assert load_config("smoke", ["concepts.exclude=out.txt"]).concepts.exclude == str(tmp_path / "out.txt")
+    assert load_config("smoke", ["concepts.exclude=[dog, cat]"]).concepts.exclude == ["dog", "cat"]
     (tmp_path / "my.yaml").write_text("corpus: {source: text, path: text.txt}")
     assert load_config("my.yaml").corpus.path == str(tmp_path / "text.txt")
     assert load_config("smoke", ["corpus.source=text", "corpus.path=~/a.txt"]).corpus.path == str(Path.home() / "a.txt")
@@ -138,3 +141,11 @@ def test_runs_in_different_folders_have_the_same_bytes_and_no_paths(made, tmp_pa
             assert str(tmp_path).encode() not in path.read_bytes(), path
     for name in ("activations/manifest.json", "phase4/results.json", "phase1/evidence.json"):
         assert read_json(other / "run" / name)["model"] == "lm"
+
+
+def test_paths_do_not_count_among_a_studys_settings():
+    fields = {"concepts.prompts": "a.yaml", "concepts.exclude": "b.txt", "corpus.heldout_path": "c.txt"}
+    elsewhere = {field: f"/elsewhere/{path}" for field, path in fields.items()}
+    assert stated_config("smoke", fields) == stated_config("smoke", elsewhere) == stated_config("smoke", {})
+    words = stated_config("smoke", {"concepts.exclude": ["dog"], "concepts.prompts": "packaged"})
+    assert words == stated_config("smoke", {}) | {"concepts.exclude.0": "dog", "concepts.prompts": "packaged"}

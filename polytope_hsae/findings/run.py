@@ -132,7 +132,7 @@ def data_identity(config: Config, lm: LanguageModel) -> dict[str, Any]:
         "ontology": ontology if ontology == "wordnet" else sha256_file(ontology),
     }
     # what studies did not have from the start counts where it is used, so that older records stay valid
-    used = ("concepts.prompts", "concepts.wordnet")
+    used = ("concepts.prompts", "concepts.exclude", "concepts.wordnet")
     known |= {field: digest for field, digest in source_files(config).items() if field.startswith(used)}
     return {**known, "data_sha256": sha256_json(known)}
 

@@ -302,8 +302,9 @@ def stated_config(name: str, fields: Mapping[str, Any], unused: tuple[str, ...] 
         put(tree, key, deepcopy(value))  # a later field may go into it
     without = (*PLACES, *WATCHING, *unused)
     stated = {key: value for key, value in flatten(tree).items() if not _of(key, without)}
-    if stated.get("concepts.prompts") not in (None, "packaged"):  # a path; the data's hash has what lies there
-        del stated["concepts.prompts"]
+    for key in ("concepts.prompts", "concepts.exclude"):
+        if stated.get(key) not in (None, "packaged"):  # a path; the data's hash has what lies there
+            del stated[key]
     return stated
 
 
