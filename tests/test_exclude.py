@@ -10,7 +10,8 @@ from polytope_hsae.config import load_config
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.exclude import read_exclusions
 from polytope_hsae.data.wordnet import load_wordnet, single_words
-from polytope_hsae.phases.phase1_teacher import make_concepts, source_files
+from polytope_hsae.phases.phase1_teacher import make_concepts
+from polytope_hsae.phases.sources import source_files
 
 BIRDS = {"birds": ["bird", "duck", "crow", "chicken"], "cats": ["cat", "lion", "bear"], "dogs": ["dog", "wolf", "fox"]}
 
