@@ -32,8 +32,9 @@ def local_paths(config: Config) -> dict[str, str]:
 
 
 def located(config: Config) -> Config:
-    """The config with absolute paths and the corpus's kind, so that it says the same in any folder."""
-    config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"source": config.corpus.kind})})
+    """The config with absolute paths and the kind of a corpus at a path, so that it says the same in any folder."""
+    if config.corpus.path is not None:
+        config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"source": config.corpus.kind})})
     for field, path in local_paths(config).items():
         block, name = field.split(".")
         absolute = os.path.abspath(os.path.expanduser(path))
