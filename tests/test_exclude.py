@@ -95,7 +95,7 @@ def test_bad_lists_are_refused_in_one_line(tmp_path):
     bad.write_bytes(b"\xff\xfe")
     tree.write_text(json.dumps({"animals": BIRDS}))
     for value, said in (
-        ("person.n.01", "concepts.exclude: found 'person.n.01', allowed: packaged, a list of words and synsets, or"),
+        ("person.n.01", "person.n.01', allowed: packaged, a list of words and synsets, or a file"),
         (bad, "is not readable as UTF-8 text"),
         ("[persn.n.01]", "concepts.exclude: found 'persn.n.01', allowed: a word or a synset of WordNet"),
     ):
