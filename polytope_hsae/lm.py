@@ -286,9 +286,7 @@ class LanguageModel:
         hooks: list[Hook] = [(hook, keep)]
         if final:
             hooks.append((FINAL_HOOK, keep_final))
-        head_is_hooked = self.head is not None and self._modules.get(hook) is self.head
-        positions = None if logits or head_is_hooked else "one"
-        output = self._forward(ids_BT, mask, hooks, positions)
+        output = self._forward(ids_BT, mask, hooks, None if logits else "one")
         return Captured(seen["acts"], output.logits.float() if logits else None, seen.get("final"))
 
     @torch.no_grad()
