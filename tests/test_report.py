@@ -181,7 +181,7 @@ def test_a_handful_is_said_in_the_headline(files):
         files, "steering_leakage_reduction", n=0, measured=None, ci95=None, verdict="INCONCLUSIVE", why="no head"
     )
     lead, *_ = summary(run_files(files))
-    assert "gain of purity over 6 concepts and fall of steering side effects, not measured" in lead
+    assert "gain of purity over 6 concepts and fall of steering side effects over 0 reached concepts" in lead
     assert "Fewer than 8 decide nothing." in lead
     assert target_rows(run_files(files))[1]["why"] == why
 

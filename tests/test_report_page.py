@@ -248,7 +248,7 @@ def test_no_concept_is_mapped(files, tmp_path):
     page = page_of(tmp_path, files)
     assert f"Not decided: purity: {why}." in page
     assert why in page[page.index('aria-label="Notes"') :]
-    assert "gain of purity, not measured" in page
+    assert "gain of purity over 0 concepts" in page
 
 
 def test_rows_of_massive_norm_are_told_near_the_headline(files, tmp_path):

@@ -105,7 +105,7 @@ def _verdict_sentence(run: RunFiles) -> str:
         if names:
             parts.append(f"{len(names)} {one if len(names) == 1 else several} ({listed(names)})")
     said = f"Of {len(targets)} targets, {listed(parts)}."
-    if any(0 < target["n"] < MIN_UNITS for target in targets):
+    if any(target["n"] < MIN_UNITS for target in targets):
         said += f" Fewer than {MIN_UNITS} decide nothing."
     passes, informative = (sum(target["verdict"] == "PASS" for target in targets), informative_passes(run))
     return said if informative == passes else f"{said} Informative: {informative} of the {passes} that pass."
@@ -114,5 +114,4 @@ def _verdict_sentence(run: RunFiles) -> str:
 def _over(target: dict[str, Any]) -> str:
     """'gain of purity over 16 concepts'."""
     name = TARGETS[target["name"]].name
-    measured = f" over {counted_units(target['name'], target['n'])}" if target["n"] else ", not measured"
-    return f"{name[0].lower()}{name[1:]}{measured}"
+    return f"{name[0].lower()}{name[1:]} over {counted_units(target['name'], target['n'])}"
