@@ -160,7 +160,9 @@ def test_text_from_corpus_and_ontology_stays_text(files, tmp_path):
     files["phase1/evidence.json"]["main"]["parents"]["name"][0] = HOSTILE
     files["phase1/concepts.json"]["parents"][0]["name"] = HOSTILE
     files["phase4/latents.json"]["reads"] = HOSTILE
-    files["config.yaml"] = files["config.yaml"].replace("path: null", f"path: '{HOSTILE}'")
+    files["config.yaml"] = files["config.yaml"].replace(
+        "source: null\n  path: null", f"source: text\n  path: '{HOSTILE}'"
+    )
     page = page_of(tmp_path, files)
     assert "<img" not in page
     assert page.count("<script") == page.count("</script>") == 2
