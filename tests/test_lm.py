@@ -79,7 +79,7 @@ def test_the_head_sees_one_position_when_logits_are_not_asked_for() -> None:
     lm.capture(ids(), FINAL_HOOK)
     lm.capture(ids(), "model.layers.1", logits=True)
     assert seen == [1, ids().shape[1]]
-    with pytest.raises(ValueError, match="model.hook: found 'lm_head'"):
+    with pytest.raises(ValueError, match=r"model\.hook: found 'lm_head'"):
         lm.capture(ids(), "lm_head")
 
 
