@@ -185,7 +185,7 @@ def test_concepts_prints_the_tree_with_counts(finished):
     assert hsae("concepts", "smoke", "--seed", "1").code == 2  # it has no such option
     document = hsae("concepts", "smoke", "--json")
     found = json.loads(document.out)
-    assert {"parents": found["parents"]} == made.to_json()
+    assert {key: value for key, value in found.items() if key != "checks"} == made.to_json()
     assert found["checks"] == json.loads((finished / "phase1/checks.json").read_text())
     assert document.err == ""
 

@@ -36,7 +36,7 @@ from polytope_hsae.config import (
 )
 from polytope_hsae.data.concepts import Concepts, build_concepts, format_tree, permuted_words
 from polytope_hsae.data.corpus import load_documents
-from polytope_hsae.data.store import LABELS, ActivationStore
+from polytope_hsae.data.store import FORMAT, LABELS, ActivationStore
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.fileio import read_json, write_json, write_tensors
 from polytope_hsae.geometry.causal import CausalGeometry, Space
@@ -109,7 +109,7 @@ def tokenizer() -> Any:
 def read_provenance(folder: Path) -> None:
     record = Provenance(folder)
     record.is_done(2, Config(), {"a": "b"}, [], force=False)
-    record.require(2, Config())
+    record.require(2, Config(), {})
 
 
 METRIC = {"value": 0.5, "ci95": [0.4, 0.6], "chance": None, "n": 3}
@@ -157,7 +157,7 @@ def write_store(folder: Path) -> None:
         columns = {name: torch.zeros(rows, dtype=dtype) for name, dtype in LABELS.items()}
         write_tensors(folder / f"{split}-00000.safetensors", {"acts": random(rows, WIDTH).float(), **columns})
         shards.append({"file": f"{split}-00000.safetensors", "split": split, "rows": rows, "bytes": 0, "sha256": "0"})
-    about = {"dtype": "float32", "rows": ROWS, "width": WIDTH, "complete": True, "shards": shards}
+    about = {"format": FORMAT, "dtype": "float32", "rows": ROWS, "width": WIDTH, "complete": True, "shards": shards}
     write_json(folder / "manifest.json", about)
     note_sizes(folder)
 
