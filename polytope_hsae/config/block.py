@@ -1,14 +1,16 @@
 """What every block of a config shares: its base, bounds that fields have in common, and errors of one line."""
 
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..parsing import did_you_mean, misfit, place
 
 PACKAGE = Path(__file__).parents[1]
 FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+LAST_WITH = "polytope_hsae 0.1 is the last version with this"
 MAX_BYTES = 1_000_000  # of a config file
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Whole = Annotated[int, Field(le=2**31 - 1)]  # PyTorch breaks on sizes that no 64-bit product holds
@@ -30,9 +32,30 @@ class ConfigError(ValueError):
 
 
 class Block(BaseModel):
-    """Base of all config blocks: unknown keys, NaN and infinities are refused; values never change."""
+    """Base of all config blocks: unknown keys, NaN and infinities are refused; values never change.
+
+    Files of version 0.1 are read: a key that has another name since then with a warning, and a key that is gone where
+    it has its default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[dict[str, str]] = {}  # old: new
+    deleted: ClassVar[dict[str, Any]] = {}  # field: its default
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_of_now(cls, fields: Any) -> Any:
+        return cls.modern(fields) if isinstance(fields, dict) else fields
+
+    @classmethod
+    def modern(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields under their present names. Raises ValueError for one that is gone and has not its default."""
+        for key in cls.deleted.keys() & fields.keys():
+            require(key, fields[key], fields[key] == cls.deleted[key], f"{cls.deleted[key]}; {LAST_WITH}")
+        for key in cls.renamed.keys() & fields.keys():
+            warnings.warn(f"{key} is now called {cls.renamed[key]}", stacklevel=2)
+        found = {key: value for key, value in fields.items() if key not in {**cls.deleted, **cls.renamed}}
+        return found | {new: fields[old] for old, new in cls.renamed.items() if old in fields}
 
 
 def require(field: str, found: Any, condition: bool, allowed: str) -> None:

@@ -1,7 +1,7 @@
 """The flat SAEs' options (docs/method.md section 1)."""
 
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,9 +35,7 @@ class TopKConfig(FlatConfig):
 
 
 class BatchTopKConfig(FlatConfig):
-    threshold_decay: float = Field(
-        0.99, ge=0, lt=1, description="Memory of the running mean of the smallest kept activation, per batch."
-    )
+    deleted: ClassVar[dict[str, Any]] = {"threshold_decay": 0.99}
 
 
 class MatryoshkaConfig(BatchTopKConfig):

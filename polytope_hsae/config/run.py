@@ -96,12 +96,7 @@ class Config(Block):
             "n_latents": hsae.n_parents * (1 + hsae.n_children_per_parent) if n_latents is None else n_latents,
             "k": max(1, round(k)) if arm.kind == "topk" else k,
         }
-        options = {
-            "recon_reduction": hsae.recon_reduction,
-            "project_gradient": hsae.project_gradient,
-            "aux_weight": hsae.aux_weight,
-            "aux_k": hsae.aux_k_parent,
-        }
+        options = {"recon_reduction": hsae.recon_reduction, "project_gradient": hsae.project_gradient}
         return _validated(FLAT_KINDS[arm.kind], {**sizes, **options, **arm.flat}, f"arms.{arm.name}.flat")
 
     def _codes(self, arm: ArmConfig) -> float:

@@ -1,4 +1,4 @@
-"""Row-wise steps that would otherwise take several passes over memory."""
+"""Rows on their way into the model, and their errors: steps that would otherwise take several passes over memory."""
 
 import torch
 import triton
@@ -73,46 +73,6 @@ def reconstruct_grad(
         x, top, x_hat, grad_B.contiguous(), grad_top_B.contiguous(), of_hat, of_both, d, BLOCK=1024
     )
     return of_hat, of_both
-
-
-@triton.jit
-def _project_kernel(grad, normal, d, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    inside = (row < R) & (c < d)
-    g = tl.load(grad + row * d + c, mask=inside, other=0.0)
-    w = tl.load(normal + row * d + c, mask=inside, other=0.0)
-    along = tl.sum(g * w, 1) / tl.maximum(tl.sum(w * w, 1), 1e-24)
-    tl.store(grad + row * d + c, g - along[:, None] * w, mask=inside)
-
-
-@triton.jit
-def _normalize_kernel(rows, d, R, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    inside = (row < R) & (c < d)
-    w = tl.load(rows + row * d + c, mask=inside, other=0.0)
-    norm = tl.maximum(tl.sqrt(tl.sum(w * w, 1)), 1e-12)
-    tl.store(rows + row * d + c, w / norm[:, None], mask=inside)
-
-
-def _rows_per_program(d: int) -> tuple[int, int]:
-    block = triton.next_power_of_2(d)
-    return max(1, 1024 // block), block
-
-
-def project_out_(grad: Tensor, normal: Tensor) -> None:
-    """Remove in place from every row [..., d] its component along the row of `normal`; both contiguous float32."""
-    ROWS, BLOCK = _rows_per_program(grad.shape[-1])
-    R = grad.numel() // grad.shape[-1]
-    _project_kernel[(triton.cdiv(R, ROWS),)](grad, normal, grad.shape[-1], R, ROWS=ROWS, BLOCK=BLOCK)
-
-
-def normalize_rows_(rows: Tensor) -> None:
-    """Divide in place every row [..., d] by its Euclidean norm; contiguous float32."""
-    ROWS, BLOCK = _rows_per_program(rows.shape[-1])
-    R = rows.numel() // rows.shape[-1]
-    _normalize_kernel[(triton.cdiv(R, ROWS),)](rows, rows.shape[-1], R, ROWS=ROWS, BLOCK=BLOCK)
 
 
 @triton.jit

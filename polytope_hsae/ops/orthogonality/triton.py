@@ -5,6 +5,7 @@ With m_j = M_jj, s = sum_i D_i, t = sum_j m_j E_j and column sums c_j = E_j . s,
     E_j: 2 E_j (D^T D) - 2 m_j s + 2 (P m_j - c_j) D_j,        D_i: 2 D_i (E^T E) - 2 t + 2 (P m_i - c_i) E_i.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dense import dense, product
-from .routed import DTYPE
+from ..dense import DTYPE, dense, product
+from . import naive
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _grad_kernel(
     tl.store(grad_D + row * d + c, scale * _through_norm(w, of_w, eps), mask=c < d)
 
 
-class BiorthJax(torch.autograd.Function):
+class _BiorthJax(torch.autograd.Function):
     """Value of the penalty from E, D [P, d]."""
 
     @staticmethod
@@ -91,3 +92,20 @@ class BiorthJax(torch.autograd.Function):
             BLOCK=block, num_warps=8,
         )  # fmt: skip
         return grad_E, grad_D, None, None
+
+
+def biorth_jax(E: Tensor, D: Tensor, *, precision: str) -> Tensor:
+    """As `naive.biorth_jax`."""
+    P, d = E.shape
+    if d >= P:
+        return naive.biorth_jax(E, D)
+    value: Tensor = _BiorthJax.apply(E, D, naive.EPS, precision)
+    return value
+
+
+def cross(E: Tensor, D: Tensor) -> Tensor:
+    """As `naive.cross`; a long product is summed in parts, which keeps a GPU busy."""
+    n, m = E.shape[-2:]
+    parts = math.gcd(m, 64) if m >= 16 * n else 1
+    E, D = (rows.unflatten(-1, (parts, m // parts)).transpose(-3, -2) for rows in (E, D))
+    return (E @ D.mT).sum(-3)

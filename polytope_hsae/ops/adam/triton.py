@@ -29,6 +29,6 @@ def _adam_kernel(p, g, m, v, scale, hyper, n, b1, b2, eps, BLOCK: tl.constexpr):
 def adam_(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, scale: Tensor, hyper_4: Tensor, b1: float, b2: float, eps: float
 ) -> None:
-    """One step in place; contiguous float32. scale: one number, NaN changes nothing; hyper_4 on the GPU as well."""
+    """As `naive.adam_`; contiguous float32, but for g."""
     n = p.numel()
-    _adam_kernel[(triton.cdiv(n, BLOCK),)](p, g, m, v, scale, hyper_4, n, b1, b2, eps, BLOCK=BLOCK, num_warps=8)
+    _adam_kernel[(triton.cdiv(n, BLOCK),)](p, g.contiguous(), m, v, scale, hyper_4, n, b1, b2, eps, BLOCK=BLOCK, num_warps=8)

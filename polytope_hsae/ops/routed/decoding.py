@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dense import DTYPE
 from .plan import Plan
-from .routed import DTYPE, FEW, slot_sums
+from .products import FEW, slot_sums
 
 BLOCK = 256  # columns per program
 

@@ -1,4 +1,4 @@
-"""Routed products in plain PyTorch: each row meets only the weights of the parents it was routed to.
+"""The routed operations on a CPU: rows are read where they lie and added in place, with no gathered copy.
 
 All of them are made of three products, each the gradient of the other two. With rows x [B, d], weights W [R, d] and
 for every row the numbers i of n weights and n values v:
@@ -7,12 +7,10 @@ for every row the numbers i of n weights and n values v:
     sum    sum over a row's n of v W_i                -> [B, d]
     outer  sum over a weight's pairs (b, i) of v x_b  -> [R, d], for which pairs are grouped by weight
 
-They read rows where these lie and add in place: no gathered copy, so memory is that of B n values.
-
-Shapes: B rows, k slots per row, P parents, C children per parent, s subspace width, d residual width, K children per
-row, M pairs that count.
+Memory is that of B n values. M counts the pairs whose value is not 0.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,44 +18,78 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from . import Children, Decoded, Routed, Routing, Rows
+from .naive import chosen
+
 SPARSE = 1 / 8  # share of a gradient's entries that are not 0, up to which its products take those entries alone
 
 
-def linear(x_Bd: Tensor, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
-    """x W^T + b [B, P], whose gradient costs what its entries other than 0 cost: those of the chosen logits."""
-    out: Tensor = _Linear.apply(x_Bd, weight_Pd, bias_P)
+def linear(rows: Rows, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+    """As `naive.linear`; the gradient costs what its entries other than 0 cost: those of the chosen logits."""
+    out: Tensor = _Linear.apply(rows.values, weight_Pd, bias_P)
     return out
 
 
-def weighted_row_sum(weight_Pd: Tensor, index_Bk: Tensor, value_Bk: Tensor) -> Tensor:
-    """Sum over k of value * weight[index]: [B, d]."""
-    summed: Tensor = _Sum.apply(weight_Pd, index_Bk, value_Bk)
+def route(
+    rows: Rows,
+    E: Tensor,
+    b_E: Tensor | None,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    noise: Callable[[Tensor], Tensor] | None = None,
+    threshold: Tensor | None = None,
+    sum_codes: bool = False,
+) -> Routed:
+    """As `naive.route`."""
+    return chosen(_Linear.apply(rows.values, E, b_E), k, bias, noise, threshold, sum_codes)
+
+
+def decode(routes: Routing, value_Bk: Tensor, D: Tensor) -> Tensor:
+    """As `naive.decode`."""
+    summed: Tensor = _Sum.apply(D, routes.parent_Bk, value_Bk)
     return summed
 
 
-def encode_children(x_Bd: Tensor, parent_Bk: Tensor, Down: Tensor | None, F: Tensor, b_F: Tensor | None) -> Tensor:
-    """Child pre-activations q = F_p Down_p x + b_F,p of every routed parent: [B, k, C]; no b_F counts as 0.
-
-    Without Down children read the row itself: F is [P, C, d].
-    """
+def encode_children(
+    rows: Rows, routes: Routing, F: Tensor, b_F: Tensor | None = None, Down: Tensor | None = None
+) -> Tensor:
+    """As `naive.encode_children`."""
+    parent_Bk, x_Bd = routes.parent_Bk, rows.values
     (B, k), (P, C, s) = parent_Bk.shape, F.shape
     if Down is None or composes(B * k, P, C, s):
         direct = F if Down is None else F @ Down
-        pre = _Dot.apply(x_Bd, direct.flatten(0, 1), rows_of(parent_Bk, C))
+        pre = _Dot.apply(x_Bd, direct.flatten(0, 1), parent_Bk, C)
     else:
-        subspace = _Dot.apply(x_Bd, Down.flatten(0, 1), rows_of(parent_Bk, s))
-        pre = _Dot.apply(subspace.view(B * k, s), F.flatten(0, 1), rows_of(parent_Bk.view(-1, 1), C))
+        subspace = _Dot.apply(x_Bd, Down.flatten(0, 1), parent_Bk, s)
+        pre = _Dot.apply(subspace.view(B * k, s), F.flatten(0, 1), parent_Bk.view(-1, 1), C)
     pre_BkC: Tensor = pre.view(B, k, C)
-    return pre_BkC if b_F is None else pre_BkC + b_F[parent_Bk]
+    if b_F is not None:
+        pre_BkC = pre_BkC + b_F[parent_Bk]
+    return pre_BkC if routes.used_Bk is None else torch.where(routes.used_Bk.unsqueeze(2), pre_BkC, 0.0)
 
 
-def decode_children(index_BK: Tensor, value_BK: Tensor, Up: Tensor | None, G: Tensor) -> Tensor:
-    """Sum of value * (Up_p^T G_pj) over each row's children, flat indices p*C + j: [B, d]; without Up of G_pj."""
+def decode_children(index_BK: Tensor, value_BK: Tensor, G: Tensor, Up: Tensor | None = None) -> Tensor:
+    """As `naive.decode_children`."""
     (B, K), (P, C, s) = index_BK.shape, G.shape
     if Up is None or composes(B * K, P, C, s):
-        return weighted_row_sum((G if Up is None else G @ Up).flatten(0, 1), index_BK, value_BK)
-    codes = weighted_row_sum(G.flatten(0, 1), index_BK.view(-1, 1), value_BK.view(-1, 1))
-    return weighted_row_sum(Up.flatten(0, 1), rows_of(index_BK // C, s), codes.view(B, K * s))
+        decoded: Tensor = _Sum.apply((G if Up is None else G @ Up).flatten(0, 1), index_BK, value_BK)
+    else:
+        codes = _Sum.apply(G.flatten(0, 1), index_BK.view(-1, 1), value_BK.view(-1, 1))
+        decoded = _Sum.apply(Up.flatten(0, 1), rows_of(index_BK // C, s), codes.view(B, K * s))
+    return decoded
+
+
+def reconstruct(
+    x: Tensor, top: Tensor | None, routes: Routing, value_Bk: Tensor, children: Children,
+    D: Tensor, b_dec: Tensor | None, G: Tensor, Up: Tensor | None,
+) -> Decoded:  # fmt: skip
+    """As `naive.reconstruct`."""
+    if top is None:
+        top = decode(routes, value_Bk, D)
+        top = top if b_dec is None else top + b_dec
+    x_hat = top + decode_children(children.index, children.value, G, Up)
+    return Decoded(x_hat, top, (x - x_hat).square().sum(1), (x - top).square().sum(1))
 
 
 def composes(pairs: int, P: int, C: int, s: int) -> bool:
@@ -98,20 +130,21 @@ class _Linear(torch.autograd.Function):
 
 
 class _Dot(torch.autograd.Function):
-    """x [B, d], W [R, d], index [B, n] -> [B, n]."""
+    """x [B, d], W [P m, d], parents [B, k] -> products with the m weights of every parent, [B, k m]."""
 
     @staticmethod
-    def forward(ctx: Any, x_Bd: Tensor, weight_Rd: Tensor, index_Bn: Tensor) -> Tensor:
+    def forward(ctx: Any, x_Bd: Tensor, weight_Rd: Tensor, parent_Bk: Tensor, m: int) -> Tensor:
+        index_Bn = rows_of(parent_Bk, m)
         ctx.save_for_backward(x_Bd, weight_Rd, index_Bn)
         return _dot(x_Bd, weight_Rd, index_Bn)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_Bd, weight_Rd, index_Bn = ctx.saved_tensors
         pairs = _pairs(index_Bn, grad_Bn)
         grad_x = _sum(weight_Rd, *pairs, len(x_Bd)) if ctx.needs_input_grad[0] else None
-        return grad_x, _outer(x_Bd, *pairs, len(weight_Rd)) if ctx.needs_input_grad[1] else None, None
+        return grad_x, _outer(x_Bd, *pairs, len(weight_Rd)) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -164,5 +197,4 @@ def _sum(weight_Rd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, B: 
 def _outer(x_Bd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, R: int) -> Tensor:
     """Sum of value * x over the pairs of every weight: [R, d]."""
     order_M = torch.argsort(index_M, stable=True)
-    index_M, row_M, value_M = (numbers_M.index_select(0, order_M) for numbers_M in (index_M, row_M, value_M))
-    return _sum(x_Bd, index_M, row_M, value_M, R)
+    return _sum(x_Bd, index_M[order_M], row_M[order_M], value_M[order_M], R)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+DTYPE = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}  # of a product's operands
+
 
 @contextmanager
 def dense(precision: str) -> Iterator[None]:

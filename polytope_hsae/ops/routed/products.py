@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dense import DTYPE
 from .plan import TILE, Plan
 
-DTYPE = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 MODE = {"bf16": "tf32", "tf32": "tf32", "float32": "ieee"}  # of tl.dot; bf16 operands ignore it
 FEW = 16  # weight rows per parent up to which one tile of the matrix units holds them
 

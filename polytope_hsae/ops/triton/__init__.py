@@ -1,1 +1,0 @@
-"""The GPU forms of the operations in `..reference`, in Triton; importing this package needs triton."""
