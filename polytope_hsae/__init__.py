@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .models.hsae import unfreeze_decoder_weights as unfreeze_decoder_weights
     from .models.jumprelu import JumpReLUSAE as JumpReLUSAE
     from .models.matryoshka import MatryoshkaSAE as MatryoshkaSAE
-    from .models.start import ChildInit as ChildInit
+    from .models.init import ChildInit as ChildInit
     from .teacher import Teacher as Teacher
     from .teacher import extract_teacher as extract_teacher
     from .training.trainer import HSAETrainer as HSAETrainer
@@ -56,7 +56,7 @@ _HOME = {
     "JumpReLUSAE": "models.jumprelu",
     "MatryoshkaSAE": "models.matryoshka",
     "TopKSAE": "models.flat",
-    "ChildInit": "models.start",
+    "ChildInit": "models.init",
     "HierarchicalSAE": "models.hsae",
     "freeze_decoder_weights": "models.hsae",
     "unfreeze_decoder_weights": "models.hsae",

@@ -39,11 +39,11 @@ def hsae_parts(config: HSAEConfig, width: int, batch: int, precision: str) -> li
     C, s, e = config.n_children_per_parent, config.subspace_dim, OPERAND[precision]
     N, M = B * k, B * min(k, config.active_children)
     K = config.active_children
-    every = config.l1_scope == "all"
+    every = config.magnitude == "leaky_offset"
     dense = (config.l1_parent > 0 and every) or (config.gate == "straight_through" and k == 1)
     all_children = config.l1_child > 0 and every
     codes, opened = (N * C, N) if all_children else (B * K, M)  # children, and pairs, that a gradient reaches
-    back = opened if config.child_input == "residual" and not config.child_input_detach else 0
+    back = opened if config.child_input == "residual" else 0
     decode = min((N + M * s) * d * e, (N + 2 * M) * d * e)  # rows gather weights, or parents write their part of rows
     reading, writing = N + M * s, P * (1 + 2 * s) * d + 2 * P * C * s
     return [

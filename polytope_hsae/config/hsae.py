@@ -142,7 +142,9 @@ def _name_parts(schema: dict[str, Any]) -> None:
             schema["properties"][name]["part"] = (part.__doc__ or "").partition(":")[0].rstrip(".")
 
 
-class HSAEConfig(*reversed(PARTS)):  # type: ignore[misc]  # pydantic lists the fields of the last base first
+class HSAEConfig(  # pydantic lists the fields of the last base first
+    LossOptions, NormOptions, StartOptions, BalanceOptions, SparsityOptions, ChildrenOptions, RouterOptions
+):
     """Shape and losses of an H-SAE. Defaults: the form `recommended` of studies/win."""
 
     model_config = ConfigDict(json_schema_extra=_name_parts)

@@ -6,7 +6,7 @@ Shapes: B rows, d residual width, P parents (a flat SAE's latents).
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -17,19 +17,49 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from .. import ops
 from ..config import Block, LossOverrides
 from ..fileio import FLOATS, PICKLE_SUFFIXES, check_tensors, read_json, read_tensors, write_json, write_tensors
+from ..ops import CPU, Ops, Precision, of
 from ..parsing import misfit, shown
 from .card import FILE as CARD
 from .card import Described, read_card, write_card
-from .codes import Codes, Dead, ModelOutput
+from .codes import Codes, Dead, Firings, ModelOutput
 
-UNIT_ROW_EPS = 1e-6
 NORMALIZATIONS = ("rms", "unit_row", "none")
 
 
-class SparseAutoencoder(Described, nn.Module):
+class Part(nn.Module):
+    """A module whose operations `ops` follow its weights: to a GPU and back, to another type, and with `precision`.
+
+    precision: of matrix products on a GPU; to set it on a model sets it on all of its parts.
+    """
+
+    ops: Ops = CPU
+    _precision: Precision = "float32"
+
+    @property
+    def precision(self) -> Precision:
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: Precision) -> None:
+        for module in self.modules():
+            if isinstance(module, Part):
+                module._precision = value
+                module._follow()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._follow()
+        return self
+
+    def _follow(self) -> None:
+        weight = next(self.parameters(), None)
+        if weight is not None:
+            self.ops = of(weight, self._precision)
+
+
+class SparseAutoencoder(Described, Part):
     """Base of the hierarchical and the flat autoencoders.
 
     `encode`, `decode`, `reconstruct` and every file speak raw activations h. Inside, x = (h - data_mean) / data_scale
@@ -39,7 +69,8 @@ class SparseAutoencoder(Described, nn.Module):
 
     registry: ClassVar[dict[str, type["SparseAutoencoder"]]] = {}
     config_block: ClassVar[type[Block]]
-    graphable: ClassVar[bool] = True  # a training step never waits for the GPU, so that one CUDA graph can replay it
+    graphable: bool = True  # a training step never waits for the GPU, so that one CUDA graph can replay it
+    router_temperature: float | Tensor = 1.0
     data_mean: Tensor
     data_scale: Tensor
     D: Tensor
@@ -59,10 +90,7 @@ class SparseAutoencoder(Described, nn.Module):
         self.config = config
         self.width = width
         self.normalize = normalize
-        self.router_temperature = 1.0
-        self.k_progress: float | Tensor | None = None  # of annealing k: from 0 to 1, then None
         self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
-        self.precision: ops.Precision = "float32"  # of the matrix products on a GPU; the trainer sets it
         self.register_buffer("data_mean", torch.zeros(width))
         self.register_buffer("data_scale", torch.ones(()))
 
@@ -122,11 +150,8 @@ class SparseAutoencoder(Described, nn.Module):
 
     def to_normalized(self, h_Bd: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x [B, d], row norms [B] or None), in the model's type."""
-        h_Bd = h_Bd.to(self.data_mean.dtype)
-        if self.normalize == "unit_row":
-            norms_B = h_Bd.norm(dim=1) + UNIT_ROW_EPS
-            return h_Bd / norms_B[:, None], norms_B
-        return (h_Bd - self.data_mean) / self.data_scale, None
+        x_Bd, _, norms_B = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, None)
+        return x_Bd, norms_B
 
     def to_raw(self, x_Bd: Tensor, row_scale_B: Tensor | None) -> Tensor:
         """Inverse of `to_normalized`: h [B, d]."""
@@ -199,11 +224,14 @@ class SparseAutoencoder(Described, nn.Module):
     def update_router_temperature(self, step: int, total_steps: int) -> None:
         """Set the temperature of step 0 <= step < total_steps; models without routing have nothing to set."""
 
-    def update_k(self, step: int) -> None:
-        """Set how far the annealing of k is at this step; models that do not anneal it have nothing to set."""
+    def after_batch(self, firings: Firings) -> None:
+        """Count what fired in a micro-batch; most models have nothing to count."""
 
-    def update_balance(self, codes: Codes) -> None:
-        """Move what balances the latents' loads by a training batch's codes; most models have nothing to move."""
+    def before_step(self, frozen: Container[str] = ()) -> None:
+        """Move what follows from the counts since the last step, once an optimiser step, and forget them.
+
+        frozen: names of tensors that do not learn in this step.
+        """
 
     # files
 
@@ -217,7 +245,7 @@ class SparseAutoencoder(Described, nn.Module):
             "normalize": self.normalize,
             "config": self.config.model_dump(mode="json"),
         }
-        kept = {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
+        kept = {self.file_names.get(name, name): t for name, t in self.lasting_state().items()}
         try:
             write_json(temporary / "config.json", header)
             write_tensors(temporary / "model.safetensors", without_sharing(kept))
@@ -229,7 +257,12 @@ class SparseAutoencoder(Described, nn.Module):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def lasting_state(self) -> dict[str, Tensor]:
+        """The state that outlives a stage of training."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
+
     transient_names: ClassVar[tuple[str, ...]] = ()
+    file_names: ClassVar[dict[str, str]] = {}  # of the state's tensors that a file has under another name
 
     @classmethod
     def from_pretrained(cls, name: Path | str, *, device: str = "cpu") -> Self:
@@ -259,7 +292,7 @@ class SparseAutoencoder(Described, nn.Module):
         try:
             config = kind.config_block.model_validate(header["config"])
             with torch.device("meta"):  # shapes without memory: the file may ask for any size
-                empty = kind(config, width, normalize).state_dict()
+                empty = {kind.file_names.get(name, name): t for name, t in kind(config, width, normalize).state_dict().items()}
         except ValidationError as error:
             raise ValueError(f"{folder}/config.json: not a model config (config.{misfit(error)})") from error
         except (ValueError, RuntimeError) as error:
@@ -271,7 +304,8 @@ class SparseAutoencoder(Described, nn.Module):
         check_tensors(folder / "model.safetensors", tensors, {name: (kinds[name], empty[name].shape) for name in empty})
         model = kind(config, width, normalize)
         try:
-            model.load_state_dict(tensors)
+            names = {model.file_names.get(name, name): name for name in model.state_dict()}
+            model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()})
         except RuntimeError as error:
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
         if model.data_scale <= 0:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,14 +32,35 @@ class Codes(NamedTuple):
         return dense.scatter_add(1, self.parent_index, self.parent_value)
 
 
-def load(index_Bk: Tensor, value_Bk: Tensor, n: int) -> Tensor:
-    """In how many rows each of n latents is active: [n], in the type of the codes. Nothing waits for a GPU."""
-    used_Bk = (value_Bk > 0).to(value_Bk.dtype)
-    return used_Bk.new_zeros(n).scatter_add_(0, index_Bk.flatten(), used_Bk.flatten())
+class Firings(NamedTuple):
+    """What fired in a batch of `rows`: in how many rows each parent [P] and each child [P*C] is on, and the sums of all
+    parents' and of all children's codes. All in the type of the codes; nothing waits for a GPU.
+    """
+
+    rows: int
+    parents: Tensor
+    children: Tensor
+    parent_sum: Tensor
+    child_sum: Tensor
+
+
+@torch.no_grad()
+def firings(codes: Codes, n_parents: int, n_children: int) -> Firings:
+    """Count a batch's firings: of P parents and, of all, n_children = P*C children."""
+    counts = []
+    for index_Bn, value_Bn, n in (
+        (codes.parent_index, codes.parent_value, n_parents),
+        (codes.child_index, codes.child_value, n_children),
+    ):
+        used_Bn = (value_Bn > 0).to(value_Bn.dtype)
+        if index_Bn.stride(0) == 0:  # all rows have the same slots: they are added up first
+            index_Bn, used_Bn = index_Bn[:1], used_Bn.sum(0, keepdim=True)
+        counts.append(used_Bn.new_zeros(n).scatter_add_(0, index_Bn.flatten(), used_Bn.flatten()))
+    return Firings(len(codes.parent_index), *counts, codes.parent_value.sum(), codes.child_value.sum())
 
 
 class Dead(NamedTuple):
-    """Masks of what has not been in use for too long: parents [P] (a flat SAE's latents), children [P*C]."""
+    """Masks of what has not been on for too long: parents [P] (a flat SAE's latents), children [P*C]."""
 
     parents: Tensor
     children: Tensor
@@ -48,12 +70,11 @@ class ModelOutput(NamedTuple):
     """One forward pass in the model's normalised coordinates.
 
     x, x_hat, x_hat_top [B,d]: input, reconstruction, reconstruction by the parents alone; codes as encode returns them.
-    router_logits [B,P] before selection; child_pre [B,k,C] pre-activations of the routed parents' children.
-    A flat SAE has x_hat_top = x_hat, child_pre of width 0, and prefixes [n,B,d]: reconstructions by prefixes of its
-    latents, the last one x_hat (n = 1 but for Matryoshka).
-    parent_sum [B]: each row's summed parent codes, all P of them, where a kernel has taken it along; the logits then
-    carry no gradient. errors: each row's squared error [B] of x_hat and of x_hat_top, where a kernel has taken them
-    along; x_hat and x_hat_top then carry no gradient.
+    errors, errors_top [B]: the rows' squared errors of the two reconstructions. router_logits [B,P] before selection.
+    An H-SAE's logits carry no gradient; it has child_pre [B,k,C], the pre-activations of the routed parents' children,
+    and under the published form parent_sum [B], each row's summed parent codes, all P of them. A flat SAE has
+    x_hat_top = x_hat, and prefixes [n,B,d]: reconstructions by prefixes of its latents, the last one x_hat (n = 1 but
+    for Matryoshka).
     """
 
     x: Tensor
@@ -61,7 +82,8 @@ class ModelOutput(NamedTuple):
     x_hat_top: Tensor
     codes: Codes
     router_logits: Tensor
-    child_pre: Tensor
-    prefixes: Tensor | None = None
+    errors: Tensor | None = None
+    errors_top: Tensor | None = None
+    child_pre: Tensor | None = None
     parent_sum: Tensor | None = None
-    errors: tuple[Tensor, Tensor] | None = None
+    prefixes: Tensor | None = None

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..config import LossOverrides, TopKConfig
+from ..ops import Routing, Rows
 from .base import SparseAutoencoder
 from .codes import Codes, Dead, ModelOutput
-from .constraints import geometric_median, project_out, row_norms
-from .losses import aux_parent, reconstruction_error
-from .start import unit_rows
+from .constraints import geometric_median
+from .init import unit_rows
+from .losses import aux_parent, mean_error
 
 
 class FlatSAE(SparseAutoencoder):
@@ -25,7 +25,7 @@ class FlatSAE(SparseAutoencoder):
     `select`.
     """
 
-    tensor_names: ClassVar[tuple[str, ...]] = ("E", "b_E", "D", "b_dec")
+    tensor_names: ClassVar[tuple[str, ...]] = ("D", "E", "b_E", "b_dec")
     n_children = 0
 
     def __init__(self, config: Any, width: int, normalize: str = "rms", seed: int = 0):
@@ -52,7 +52,7 @@ class FlatSAE(SparseAutoencoder):
         It would have to wait for the largest number there, and a whole product is faster than gathering. Codes, losses
         and gradients are the same.
         """
-        return self.training and logits_BP.is_cuda
+        return self.training and not self.ops.on_host
 
     # the way through the model
 
@@ -66,15 +66,15 @@ class FlatSAE(SparseAutoencoder):
         codes = Codes(index, value, empty, empty.to(x.dtype), row_scale)
         prefixes = self.decode_prefixes(codes) if whole is None else self.decode_whole(whole)
         x_hat = prefixes[-1]
-        return ModelOutput(x, x_hat, x_hat, codes, logits, x.new_zeros(*index.shape, 0), prefixes)
+        return ModelOutput(x, x_hat, x_hat, codes, logits, prefixes=prefixes)
 
     def logits(self, x_Bd: Tensor) -> Tensor:
         """r [B, P] of normalised rows."""
-        return ops.linear(x_Bd - self.b_dec, self.E, self.b_E)
+        return self.ops.linear(Rows(x_Bd - self.b_dec), self.E, self.b_E)
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d]."""
-        return ops.weighted_row_sum(self.D, codes.parent_index, codes.parent_value) + self.b_dec
+        return self.ops.decode(Routing(codes.parent_index, self.n_parents), codes.parent_value, self.D) + self.b_dec
 
     def decode_prefixes(self, codes: Codes) -> Tensor:
         """Reconstructions [n, B, d] by the first latents, by more, ..., by all; the loss is their mean error."""
@@ -92,25 +92,27 @@ class FlatSAE(SparseAutoencoder):
         """The reconstruction error and, with `aux_weight`, what dead latents make of the error."""
         config = self.config
         assert output.prefixes is not None
-        errors = [reconstruction_error(output.x, x_hat, config.recon_reduction) for x_hat in output.prefixes]
+        errors = [
+            mean_error(self.ops.squared_error(output.x, x_hat), self.width, config.recon_reduction)
+            for x_hat in output.prefixes
+        ]
         terms = {"recon": (1.0, torch.stack(errors).mean())}
         aux_weight = config.aux_weight if overrides.aux_weight is None else overrides.aux_weight
         if aux_weight > 0 and dead is not None:
-            rebuilt = aux_parent(output, self.D, dead.parents, config.aux_k, config.recon_reduction)
-            terms["aux_parent"] = (aux_weight, rebuilt)
+            terms["aux_parent"] = (aux_weight, aux_parent(self, output, dead.parents))
         return terms
 
     @torch.no_grad()
     def normalize_decoder_weights(self, geometry: Any = None) -> None:
         """Unit norm for D's rows (Euclidean)."""
         if self.D.requires_grad:
-            self.D.div_(row_norms(self.D, None).clamp_min(1e-12))
+            self.ops.normalize_rows_(self.D)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Remove the gradient's component along the rows of D."""
         if self.D.grad is not None:
-            self.D.grad.copy_(project_out(self.D.grad, self.D))
+            self.ops.project_out_(self.D.grad, self.D.detach())
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
@@ -132,3 +134,13 @@ class TopKSAE(FlatSAE):
         """Indices and codes [B, k]; a chosen latent with a logit below 0 has code 0."""
         selected_Bk, index_Bk = torch.topk(logits_BP, self.config.k, dim=1)
         return index_Bk, torch.relu(selected_Bk)
+
+
+def pack(logits_BP: Tensor, keep_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept logits of every row: indices [B, k'] and values [B, k'], largest first.
+
+    k' is the largest row's number, at least 1. Slots that a row does not need have value 0 and other indices.
+    """
+    slots = max(1, int(keep_BP.sum(1).max())) if len(keep_BP) else 1
+    index_Bk = torch.topk(logits_BP.detach().masked_fill(~keep_BP, -torch.inf), slots, dim=1).indices
+    return index_Bk, torch.where(keep_BP.gather(1, index_Bk), logits_BP.gather(1, index_Bk), 0.0)

@@ -1,8 +1,8 @@
 """Parameters and training FLOPs of a model, from its shape alone (docs/method.md section 1).
 
 Counted are the products that one row's forward and backward pass needs, a multiply-add as 2. A logit's gradient counts
-only where it can differ from 0: for the selected codes, or for all where an L1 over all codes (or the softmax of a
-straight-through gate with k = 1) reaches every logit. Not counted: additions, activations, selection, norms, and what a
+only where it can differ from 0: for the selected codes, or for all where the published form's L1 (or the softmax of
+a straight-through gate with k = 1) reaches every logit. Not counted: additions, activations, selection, norms, and what a
 step does once for all of its rows (penalties on weights, constraints, the optimiser).
 
 Shapes: d width, P parents or latents, k active ones, C children per parent, K active children, s subspace width.
@@ -27,13 +27,11 @@ def parameter_count(config: HSAEConfig | FlatConfig, width: int) -> int:
     if isinstance(config, FlatConfig):
         return config.n_latents * ((2 - config.tied) * width + 1 + isinstance(config, JumpReLUConfig)) + width
     P, C = config.n_parents, config.n_children_per_parent
-    direct_F, direct_G = config.child_encoder == "direct", config.child_decoder == "direct"
+    direct = config.children == "direct"
     router = P * width * (1 if config.use_tied_decoders_parent is True else 2)
-    projectors = (
-        P * config.subspace_dim * width * ((not direct_G) + (not direct_F and config.tie_projectors is not True))
-    )
-    readers = 0 if config.use_tied_decoders_child is True else P * C * (width if direct_F else config.subspace_dim)
-    atoms = P * C * (width if direct_G else config.subspace_dim)
+    projectors = 0 if direct else P * config.subspace_dim * width * (1 if config.tie_projectors is True else 2)
+    atoms = P * C * (width if direct else config.subspace_dim)
+    readers = 0 if config.use_tied_decoders_child is True else atoms
     biases = config.use_encoder_bias * P * (1 + C) + config.use_decoder_bias * width
     return router + projectors + readers + atoms + biases
 
@@ -56,10 +54,9 @@ def _decode(k: float, d: int) -> float:
 
 def _parents(config: HSAEConfig, d: int) -> float:
     P, k = config.n_parents, config.topk_parent
-    aux = config.aux_k_parent if config.aux_weight > 0 else 0
-    all_codes = config.l1_parent > 0 and config.l1_scope == "all"
+    all_codes = config.l1_parent > 0 and config.magnitude == "leaky_offset"
     reaches_all = all_codes or (config.gate == "straight_through" and k == 1)
-    return _encode(P, P if reaches_all else k + aux, d, config.use_decoder_bias) + _decode(k + aux, d)
+    return _encode(P, P if reaches_all else k, d, config.use_decoder_bias) + _decode(k, d)
 
 
 def _children(config: HSAEConfig, d: int) -> float:
@@ -71,14 +68,13 @@ def _children(config: HSAEConfig, d: int) -> float:
     added up in its subspace, so that a parent is the unit of what Down and Up cost.
     """
     k, C, s = config.topk_parent, config.n_children_per_parent, config.subspace_dim
-    K = config.active_children + (config.aux_k_child if config.aux_weight > 0 else 0)
-    reached = k * C if config.l1_child > 0 and config.l1_scope == "all" else K
-    residual_gradient = config.child_input == "residual" and not config.child_input_detach
-    input_gradient = config.use_decoder_bias or residual_gradient
-    if config.child_encoder == "direct":
+    K = config.active_children
+    reached = k * C if config.l1_child > 0 and config.magnitude == "leaky_offset" else K
+    input_gradient = config.use_decoder_bias or config.child_input == "residual"
+    if config.children == "direct":
         forward, backward = 2 * k * C * d, (4 if input_gradient else 2) * reached * d
     else:
         forward = 2 * k * s * d + 2 * k * C * s
         backward = 4 * reached * s + (4 if input_gradient else 2) * min(k, reached) * s * d
-    decode = 3 * (2 * K * d if config.child_decoder == "direct" else 2 * K * s + 2 * min(k, K) * s * d)
+    decode = 3 * (2 * K * d if config.children == "direct" else 2 * K * s + 2 * min(k, K) * s * d)
     return forward + backward + decode

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..config import JumpReLUConfig, LossOverrides
 from .codes import Dead, ModelOutput
-from .flat import FlatSAE
-from .losses import reconstruction_error
-from .selection import level_for_l0, pack
+from .flat import FlatSAE, pack
+from .losses import mean_error
+from .sparsity import level_for_l0
 
 LOWEST_FACTOR = 1e-6  # of calibration, where even all positive logits are too few
 
@@ -102,7 +102,8 @@ class JumpReLUSAE(FlatSAE):
         else:
             z_Bk, threshold_Bk = z_Bk.gather(1, index_Bk), threshold_Bk[index_Bk]
         l0 = Step.apply(z_Bk, threshold_Bk, config.bandwidth).sum(1).mean()
-        empty = reconstruction_error(output.x, self.b_dec.detach().expand_as(output.x), config.recon_reduction)
+        empty_B = self.ops.squared_error(output.x, self.b_dec.detach().expand_as(output.x))
+        empty = mean_error(empty_B, self.width, config.recon_reduction)
         return terms | {"l0": (config.l0_weight, (l0 / config.k - 1).square() * empty)}
 
     @torch.no_grad()

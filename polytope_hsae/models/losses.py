@@ -3,54 +3,30 @@
 Shapes: B rows, d width, P parents, k active parents, C children, s subspace width.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..config import HSAEConfig
-from ..ops.magnitude import CHILD_SLOPE, child_code, parent_code
+from ..config import LossOverrides
+from ..ops import CPU, Ops, Routing
+from ..ops.orthogonality.naive import gram_product
+from . import jax_compat
 from .codes import Dead, ModelOutput
 
+if TYPE_CHECKING:
+    from .flat import FlatSAE
+    from .hsae import HierarchicalSAE
+
 WARMED_UP = ("l1_parent", "l1_child", "biorth_router", "biorth_child", "gram")  # penalties that penalty_warmup scales
-JAX_EPS = 1e-6
 
 
-def reconstruction_error(x_Bd: Tensor, x_hat_Bd: Tensor, reduction: str) -> Tensor:
-    """Mean over rows of the squared error summed over d (`sum`), or averaged over d (`mean`)."""
-    return _mean_error(ops.squared_error(x_Bd, x_hat_Bd), x_Bd.shape[1], reduction)
-
-
-def _mean_error(error_B: Tensor, width: int, reduction: str) -> Tensor:
+def mean_error(error_B: Tensor, width: int, reduction: str) -> Tensor:
+    """Mean of rows' squared errors, summed over d (`sum`) or averaged over it (`mean`)."""
     return error_B.mean() / width if reduction == "mean" else error_B.mean()
 
 
-class _Gram(torch.autograd.Function):
-    """X^T X over the last two dimensions; autograd takes a product for each factor, and they are one."""
-
-    @staticmethod
-    def forward(ctx: Any, X: Tensor) -> Tensor:
-        ctx.save_for_backward(X)
-        return X.mT @ X
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (X,) = ctx.saved_tensors
-        gradient: Tensor = X @ (grad + grad.mT)
-        return gradient
-
-
-def _gram_product(E: Tensor, D: Tensor) -> Tensor:
-    """<E^T E, D^T D> = |E D^T|_F^2, summed over leading dimensions."""
-    return (_Gram.apply(E) * _Gram.apply(D)).sum()
-
-
-def biorth_identity(E: Tensor, D: Tensor) -> Tensor:
+def biorth_identity(E: Tensor, D: Tensor, ops: Ops = CPU) -> Tensor:
     """|E D^T - I|_F^2 over the last two dimensions [n, m], summed over leading ones, in O(n m min(n, m)).
 
     For n > m the n x n product is never built: |E D^T|_F^2 = <E^T E, D^T D>, and the trace of E D^T is the sum of E*D.
@@ -58,16 +34,8 @@ def biorth_identity(E: Tensor, D: Tensor) -> Tensor:
     n, m = E.shape[-2:]
     if n <= m:
         eye = torch.eye(n, dtype=E.dtype, device=E.device)
-        return (_long_product(E, D) - eye).square().sum()
-    return _gram_product(E, D) - 2 * (E * D).sum() + E.numel() // m
-
-
-def _long_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T over the last dimension, [..., n, n]; a long one is summed in parts, which keeps a GPU busy."""
-    n, m = a.shape[-2:]
-    parts = math.gcd(m, 64) if m >= 16 * n and a.is_cuda else 1
-    a, b = (x.unflatten(-1, (parts, m // parts)).transpose(-3, -2) for x in (a, b))
-    return (a @ b.mT).sum(-3)
+        return (ops.cross(E, D) - eye).square().sum()
+    return gram_product(E, D) - 2 * (E * D).sum() + E.numel() // m
 
 
 def biorth_offdiag(E: Tensor, D: Tensor) -> Tensor:
@@ -77,27 +45,8 @@ def biorth_offdiag(E: Tensor, D: Tensor) -> Tensor:
         return E.new_zeros(())
     E, D = torch.nn.functional.normalize(E, dim=-1), torch.nn.functional.normalize(D, dim=-1)
     diagonal = (E * D).sum(-1).square().sum()
-    total = (E @ D.mT).square().sum() if n <= m else _gram_product(E, D)
+    total = (E @ D.mT).square().sum() if n <= m else gram_product(E, D)
     return (total - diagonal) / (E.numel() // (n * m) * (n * n - n))
-
-
-def biorth_jax(E: Tensor, D: Tensor, precision: ops.Precision = "float32") -> Tensor:
-    """|M - 1 diag(M)^T|_F / (P^2 - P) with M_ij = D_i . E_j of unit rows [P, d]: the published code's penalty.
-
-    It subtracts the diagonal from every *row* of M, which is a slip (`biorth_offdiag` is what was meant). With
-    m_j = M_jj and the column sums 1^T M = E (sum_i D_i) the square is |M|^2 - 2 sum_j m_j (1^T M)_j + P |m|^2, so M
-    is never built for P > d.
-    """
-    P, d = E.shape
-    if P == 1:
-        return E.new_zeros(())
-    if ops.uses_kernels(E, D) and d < P:
-        return ops.biorth_jax(E, D, JAX_EPS, precision)
-    E, D = (rows / (rows.norm(dim=1, keepdim=True) + JAX_EPS) for rows in (E, D))
-    total = (D @ E.T).square().sum() if d >= P else _gram_product(D, E)
-    diagonal_P, column_P = (E * D).sum(1), E @ D.sum(0)
-    squared = total - 2 * (diagonal_P * column_P).sum() + P * diagonal_P.square().sum()
-    return squared.clamp_min(torch.finfo(E.dtype).tiny).sqrt() / (P * P - P)
 
 
 def causal_orthogonality(D: Tensor, Up: Tensor | None, G: Tensor, sigma: Tensor | None, form: str) -> Tensor:
@@ -114,90 +63,60 @@ def causal_orthogonality(D: Tensor, Up: Tensor | None, G: Tensor, sigma: Tensor 
     return inner_PC.square().mean()
 
 
-def aux_parent(output: ModelOutput, D: Tensor, dead_P: Tensor, k: int, reduction: str) -> Tensor:
-    """Error of rebuilding what x_hat leaves of x from the k dead parents with the largest logits; 0 if none is dead.
+def aux_parent(model: "FlatSAE", output: ModelOutput, dead_P: Tensor) -> Tensor:
+    """Error of rebuilding what x_hat leaves of x from the dead latents with the largest logits; 0 if none is dead.
 
-    Dead parents get a gradient although the router never chooses them (Gao et al., arXiv 2406.04093, section A.2).
+    Dead latents get a gradient although they are never chosen (Gao et al., arXiv 2406.04093, section A.2).
     """
     error_Bd = (output.x - output.x_hat).detach()
     dead_BP = output.router_logits.masked_fill(~dead_P, -torch.inf)
-    logit_Bk, index_Bk = torch.topk(dead_BP, min(k, dead_BP.shape[1]), dim=1)
-    rebuilt_Bd = ops.weighted_row_sum(D, index_Bk, torch.relu(logit_Bk))
-    return reconstruction_error(error_Bd, rebuilt_Bd, reduction) * dead_P.any()
+    logit_Bk, index_Bk = torch.topk(dead_BP, min(model.config.aux_k, dead_BP.shape[1]), dim=1)
+    rebuilt_Bd = model.ops.decode(Routing(index_Bk, model.n_parents), torch.relu(logit_Bk), model.D)
+    error_B = model.ops.squared_error(error_Bd, rebuilt_Bd)
+    return mean_error(error_B, model.width, model.config.recon_reduction) * dead_P.any()
 
 
-def aux_child(output: ModelOutput, Up: Tensor | None, G: Tensor, dead_R: Tensor, k: int, reduction: str) -> Tensor:
-    """The same from dead children of the row's active parents; 0 if no child is dead."""
-    codes, C = output.codes, G.shape[1]
-    flat_BkC = codes.parent_index.unsqueeze(2) * C + torch.arange(C, device=G.device)
-    open_BkC = dead_R[flat_BkC] & (codes.parent_value > 0).unsqueeze(2)
-    score_BN = output.child_pre.masked_fill(~open_BkC, -torch.inf).flatten(1)
-    pre_BK, place_BK = torch.topk(score_BN, min(k, score_BN.shape[1]), dim=1)
-    error_Bd = (output.x - output.x_hat).detach()
-    rebuilt_Bd = ops.decode_children(flat_BkC.flatten(1).gather(1, place_BK), torch.relu(pre_BK), Up, G)
-    return reconstruction_error(error_Bd, rebuilt_Bd, reduction) * dead_R.any()
-
-
-def l1(codes: Tensor) -> Tensor:
-    """Summed sizes of a row's codes, mean over rows."""
-    return codes.abs().flatten(1).sum(1).mean()
+def prefix_errors(model: "HierarchicalSAE", output: ModelOutput) -> Tensor:
+    """The summed errors of rebuilding x by the first parents alone, one for each of `parent_prefixes`."""
+    index, value = output.codes.parent_index, output.codes.parent_value
+    routes, errors = Routing(index, model.n_parents), []
+    for share in model.config.parent_prefixes:
+        first = max(1, round(share * model.n_parents))
+        x_hat = model.ops.decode(routes, torch.where(index < first, value, 0.0), model.D)
+        x_hat = x_hat if model.b_dec is None else x_hat + model.b_dec
+        errors.append(mean_error(model.ops.squared_error(output.x, x_hat), model.width, model.config.recon_reduction))
+    return torch.stack(errors).sum()
 
 
 def loss_terms(
-    output: ModelOutput,
-    config: HSAEConfig,
-    parameters: dict[str, Tensor],
-    metric: Tensor | None,
-    threshold: Tensor | None = None,
-    dead: Dead | None = None,
-    precision: ops.Precision = "float32",
+    model: "HierarchicalSAE", output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
 ) -> dict[str, tuple[float, Tensor]]:
     """Every term that is on, by name: (weight, value). The loss is the sum of weight * value.
 
-    parameters: the model's tensors by name; metric: of the causal penalty [d, d], None = Euclidean; threshold: of
-    leaky_offset codes; dead: who takes part in the auxiliary terms, None = nobody; precision: of the matrix products
-    on a GPU.
+    overrides: a stage's weights.
     """
-    codes, reduction = output.codes, config.recon_reduction
-    size = "relu" if config.magnitude == "binary" else config.magnitude
-    every_code = config.l1_scope == "all"
-    if output.errors is None:
-        recon, recon_top = (reconstruction_error(output.x, y, reduction) for y in (output.x_hat, output.x_hat_top))
-    else:
-        recon, recon_top = (_mean_error(error_B, output.x.shape[1], reduction) for error_B in output.errors)
-    terms = {"recon": (1.0, recon)}
+    config = overrides.apply(model.config)
+    router, children = model.router, model.child
+    terms = {"recon": (1.0, mean_error(output.errors, model.width, config.recon_reduction))}
     if config.top_level_beta > 0:
-        terms["recon_top"] = (config.top_level_beta, recon_top)
+        error_top = mean_error(output.errors_top, model.width, config.recon_reduction)
+        terms["recon_top"] = (config.top_level_beta, error_top)
     if config.l1_parent > 0:
-        if every_code and output.parent_sum is not None:
-            value = output.parent_sum.mean()
-        else:
-            value = l1(parent_code(output.router_logits, size, threshold) if every_code else codes.parent_value)
-        terms["l1_parent"] = (config.l1_parent, value)
+        terms["l1_parent"] = (config.l1_parent, router.l1(output))
     if config.l1_child > 0:
-        if every_code and ops.uses_kernels(output.child_pre):
-            slope = 0.0 if threshold is None else CHILD_SLOPE
-            value = ops.code_size(output.child_pre.flatten(1), threshold, slope).mean()
-        else:
-            value = l1(child_code(output.child_pre, size, threshold) if every_code else codes.child_value)
-        terms["l1_child"] = (config.l1_child, value)
+        terms["l1_child"] = (config.l1_child, children.l1(output))
     if config.biorth_lambda > 0 and config.use_offdiag_biorth == "jax":
-        terms["biorth_router"] = (config.biorth_lambda, biorth_jax(parameters["E"], parameters["D"], precision))
+        terms["biorth_router"] = (config.biorth_lambda, jax_compat.orthogonality(router))
     elif config.biorth_lambda > 0:
-        form: Callable[[Tensor, Tensor], Tensor] = biorth_offdiag if config.use_offdiag_biorth else biorth_identity
-        terms["biorth_router"] = (config.biorth_lambda, form(parameters["E"], parameters["D"]))
-        like = config.child_encoder == config.child_decoder  # else F reads the row itself, and compares with atoms
-        write = parameters["G"] if like else parameters["G"] @ parameters["Up"]
-        terms["biorth_child"] = (config.biorth_lambda, form(parameters["F"], write))
+        for name, read, write in (("router", router.E, router.D), ("child", children.F, children.G)):
+            value = biorth_offdiag(read, write) if config.use_offdiag_biorth else biorth_identity(read, write, model.ops)
+            terms[f"biorth_{name}"] = (config.biorth_lambda, value)
     if config.gram_lambda > 0:
-        terms["gram"] = (config.gram_lambda, biorth_offdiag(parameters["D"], parameters["D"]))
+        terms["gram"] = (config.gram_lambda, biorth_offdiag(router.D, router.D))
     if config.causal_ortho_lambda > 0:
-        D, Up, G = parameters["D"], parameters.get("Up"), parameters["G"]
-        value = causal_orthogonality(D, Up, G, metric, config.causal_orth_form)
+        metric = model.sigma_inv if config.causal_orth_form == "literal" else model.sigma
+        value = causal_orthogonality(router.D, children.Up, children.G, metric, config.causal_orth_form)
         terms["causal_orth"] = (config.causal_ortho_lambda, value)
-    if config.aux_weight > 0 and dead is not None:
-        D, Up, G = parameters["D"], parameters.get("Up"), parameters["G"]
-        of_parents = aux_parent(output, D, dead.parents, config.aux_k_parent, reduction)
-        of_children = aux_child(output, Up, G, dead.children, config.aux_k_child, reduction)
-        terms |= {"aux_parent": (config.aux_weight, of_parents), "aux_child": (config.aux_weight, of_children)}
+    if config.parent_prefixes and config.top_level_beta > 0:
+        terms["recon_prefixes"] = (config.top_level_beta, prefix_errors(model, output))
     return terms

@@ -9,7 +9,7 @@ from ..models.base import SparseAutoencoder
 
 
 class Anchor:
-    """Holds the first `n_rows` rows of E and D; with n_rows = 0 every method does nothing. With a `threshold` it also
+    """Holds the first `n_rows` > 0 rows of E and D. With a `threshold` it also
     holds their b_E, bit for bit, under every kind.
 
     frozen: the rows do not change by one bit. slow: they take `anchor_lr_mult` of each update.
@@ -18,12 +18,12 @@ class Anchor:
 
     def __init__(self, model: SparseAutoencoder, n_rows: int, config: TeacherConfig):
         self.model, self.n_rows = model, n_rows
-        self.kind = config.anchor if n_rows else "none"
+        self.kind = config.anchor
         self.weight = config.anchor_weight
         self.share = 0.0 if config.anchor == "frozen" else config.anchor_lr_mult
         self.tensors = list({id(t): t for name, t in model.tensors().items() if name in ("E", "D")}.values())
         self.teacher = self._rows()
-        bias = model.tensors().get("b_E") if n_rows and config.threshold is not None else None
+        bias = model.tensors().get("b_E") if config.threshold is not None else None
         self.bias = None if bias is None else bias.detach()[:n_rows]
         self.thresholds = None if self.bias is None else self.bias.clone()
         self.before: list[Tensor] = []

@@ -1,6 +1,5 @@
 """AdamW whose step is one pass over each tensor: on a GPU our kernel, with the clipping inside, on a CPU PyTorch's."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from .. import ops
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """As torch.optim.AdamW, with the same state; `fused` says whether the kernels are used.
+    """As torch.optim.AdamW, with the same state; `adam_` is our kernel, None where PyTorch's step is taken.
 
     With the kernels a step has two halves. `prepare` counts the step and sends what changes with it (rates, bias
     corrections) to the GPU; `step` launches the kernels, which read it there, so that a CUDA graph can replay them.
@@ -25,13 +24,11 @@ class FusedAdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 group["fused"] = True
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.fused = ops.uses_kernels(*parameters) and all(parameter.is_contiguous() for parameter in parameters)
+        self.adam_ = ops.of(parameters[0]).adam_
         self.hyper = torch.zeros(len(parameters), 4, device=parameters[0].device)
 
     def prepare(self, frozen: set[int]) -> None:
-        """Count a step of every parameter whose id is not in `frozen`; nothing without the kernels."""
-        if not self.fused:
-            return
+        """With the kernels: count a step of every parameter whose id is not in `frozen`."""
         rows = []
         for group in self.param_groups:
             b1, b2 = group["betas"]
@@ -48,16 +45,8 @@ class FusedAdamW(torch.optim.AdamW):
         self.hyper.copy_(torch.tensor(rows).pin_memory(), non_blocking=True)
 
     @torch.no_grad()
-    def forget(self, parameters: Iterable[Tensor], row_n: Tensor) -> None:
-        """Set the moments of these rows of the parameters to 0."""
-        for parameter in parameters:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in self.state[parameter]:
-                    self.state[parameter][moment][row_n] = 0
-
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if not self.fused:
+        if self.adam_ is None:
             return super().step(closure)
         number = 0
         for group in self.param_groups:
@@ -65,9 +54,9 @@ class FusedAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter]
-                    ops.adam_(
-                        parameter, state["exp_avg"], state["exp_avg_sq"], self.gradient_scale, self.hyper[number],
-                        b1=b1, b2=b2, eps=group["eps"],
-                    )  # fmt: skip
+                    moments = state["exp_avg"], state["exp_avg_sq"]
+                    self.adam_(
+                        parameter, parameter.grad, *moments, self.gradient_scale, self.hyper[number], b1, b2, group["eps"]
+                    )
                 number += 1
         return None

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import StageConfig, TeacherConfig, TrainingConfig
 from ..data.stream import Stream
 from ..models.base import SparseAutoencoder, without_sharing
-from ..models.codes import ModelOutput
-from ..models.hsae import HierarchicalSAE
+from ..models.codes import ModelOutput, firings
 from ..models.losses import WARMED_UP
-from ..models.recycle import recycle
 from ..tracking import Tracker
 from .anchor import Anchor
 from .checkpoint import (
@@ -76,25 +74,24 @@ class HSAETrainer:
         self.device = model.data_mean.device
         self.total = sum(stage.steps for stage in stages)
         self.step = 0
-        self.parameters = dict(model.named_parameters())
-        tensors = model.tensors().items()
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter], "names": [name for name, tensor in tensors if tensor is parameter]}
-            for parameter in self.parameters.values()
-        ]
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, tensor in model.tensors().items():
+            names.setdefault(tensor, []).append(name)
+        self.parameters = {of[0]: parameter for parameter, of in names.items()}
+        groups: list[dict[str, Any]] = [{"params": [parameter], "names": of} for parameter, of in names.items()]
         for stage, group in product(stages, groups):
             rate_multiplier(group["names"], stage.lr_mult)  # a contradiction shows before the first step
         self.optimizer = FusedAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         model.precision = config.precision or ("bf16" if self.device.type == "cuda" else "float32")
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.usage = Usage(model.n_parents, model.n_children, self.device)
-        self.anchor = Anchor(model, n_teacher, teacher or TeacherConfig())
+        self.anchor = Anchor(model, n_teacher, teacher) if teacher and n_teacher else None
         self.stop_signal: int | None = None
         self.broken = torch.zeros((), device=self.device)  # steps whose gradient norm was not finite
-        self.numbers = torch.zeros(3, device=self.device)  # penalty warm-up, temperature, annealing; for the graph
-        self.batch_Bd = torch.empty(0, model.width, device=self.device)  # the last micro-batch, for recycling
+        self.numbers = torch.zeros(2, device=self.device)  # penalty warm-up and temperature, for the graph
+        self.stage: StageConfig | None = None
         self.graph: StepGraph | None = None
-        if config.cuda_graph and model.graphable and self.optimizer.fused and config.accumulate == 1:
+        if config.cuda_graph and model.graphable and self.optimizer.adam_ is not None and config.accumulate == 1:
             self.graph = StepGraph(self.generator)
 
     @property
@@ -136,34 +133,39 @@ class HSAETrainer:
     def train_step(self, stage: StageConfig) -> Callable[[], dict[str, Any]]:
         """One optimiser step; returns a function that computes its log values."""
         config, model = self.config, self.model
+        if stage is not self.stage:
+            self._begin(stage)
         model.train()
         model.update_router_temperature(self.step, self.total)
-        model.update_k(self.step)
         warmup = penalty_warmup(config, self.step)
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * rate_multiplier(group["names"], {**model.lr_mult, **stage.lr_mult})
+            group["lr"] = rate * group["multiplier"]
         frozen = {id(parameter) for parameter in self.parameters.values() if not parameter.requires_grad}
-        self.optimizer.prepare(frozen)
-        temperature = model.router_temperature
+        if self.optimizer.adam_ is not None:
+            self.optimizer.prepare(frozen)
         if self.graph is None:
             output, terms, loss, grad_norm = self._work(stage, warmup)
         else:
             output, terms, loss, grad_norm = self._replay(stage, warmup, frozen)
-            model.router_temperature = temperature
-        if self.optimizer.fused:
-            self._look_for_nan(grad_norm, terms)
+        if self.optimizer.adam_ is not None:
+            self._look_for_nan(loss, grad_norm, terms)
         self.step += 1
-        recycled = self._recycle(stage)
         return lambda: {
-            **recycled,
             "loss": loss,
             **{name: value.detach() for name, (_, value) in terms.items()},
             "lr": rate,
             "penalty_warmup": warmup,
             "grad_norm": grad_norm,
-            **self._usage_log(output, temperature),
+            **self._usage_log(output),
         }
+
+    def _begin(self, stage: StageConfig) -> None:
+        """The stage's rate multipliers, and the names of what does not learn in it."""
+        self.stage, self.held = stage, set(stage.freeze)
+        for group in self.optimizer.param_groups:
+            group["multiplier"] = rate_multiplier(group["names"], {**self.model.lr_mult, **stage.lr_mult})
+            self.held |= set(group["names"]) if group["multiplier"] == 0 else set()
 
     def _work(
         self, stage: StageConfig, warmup: float | Tensor, rows_Bd: Tensor | None = None
@@ -173,53 +175,50 @@ class HSAETrainer:
         for _ in range(config.accumulate):
             batch_Bd = self.stream.next().to(self.device) if rows_Bd is None else rows_Bd
             output = model(batch_Bd, self.generator)
-            self.batch_Bd = batch_Bd
-            terms = model.loss_terms(output, stage.loss, self.usage.dead(config)) | self.anchor.terms()
+            dead = self.usage.dead(config) if model.n_children == 0 else None
+            terms = model.loss_terms(output, stage.loss, dead) | (self.anchor.terms() if self.anchor else {})
             weighted = [w * (warmup if name in WARMED_UP else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
-            if not self.optimizer.fused:
-                self._require_finite("loss", loss, terms)
             (loss / config.accumulate).backward()
-            self.usage.update(output.codes)
-            model.update_balance(output.codes)
+            fired = firings(output.codes, model.n_parents, model.n_parents * model.n_children)
+            self.usage.update(fired)
+            model.after_batch(fired)
         if model.config.project_gradient:
             model.project_gradients()
-        grad_norm = self._clip(terms)
-        self.anchor.before_step()
+        grad_norm = self._clip(loss, terms)
+        if self.anchor:
+            self.anchor.before_step()
+        model.before_step(self.held)
         self.optimizer.step()
         self.optimizer.zero_grad()
         model.normalize_decoder_weights()
-        self.anchor.after_step()
+        if self.anchor:
+            self.anchor.after_step()
         return output, terms, loss.detach(), grad_norm
 
     def _replay(self, stage: StageConfig, warmup: float, frozen: set[int]) -> Any:
         """`_work` through the graph: the numbers that change from step to step are sent ahead, as tensors."""
         assert self.graph is not None
-        annealing = self.model.k_progress is not None
-        numbers = torch.tensor([warmup, self.model.router_temperature, self.model.k_progress or 0.0]).pin_memory()
+        numbers = torch.tensor([warmup, self.model.router_temperature]).pin_memory()
         self.numbers.copy_(numbers, non_blocking=True)
-        self.model.router_temperature = self.numbers[1]  # type: ignore[assignment]
-        if annealing:
-            self.model.k_progress = self.numbers[2]
-        # Restoring the atoms' norms while G is frozen takes Cholesky factors; their library may not allow a capture.
-        factors = getattr(self.model, "gram_reference", None) is not None
-        key = None if factors else (stage.name, tuple(sorted(frozen)), annealing)
+        self.model.router_temperature = self.numbers[1]
+        key = (stage.name, tuple(sorted(frozen))) if self.model.graphable else None
         return self.graph(
             key, lambda rows: self._work(stage, self.numbers[0], rows), self.stream.next().to(self.device)
         )
 
-    def _clip(self, terms: dict[str, tuple[float, Tensor]]) -> Tensor:
+    def _clip(self, loss: Tensor, terms: dict[str, tuple[float, Tensor]]) -> Tensor:
         """Clip the gradients, or with kernels tell the optimiser by how much; returns their norm before."""
         parameters, limit = list(self.parameters.values()), self.config.grad_clip
-        if not self.optimizer.fused:
+        if self.optimizer.adam_ is None:
             norm = clip_gradients(parameters, limit)
-            self._require_finite("gradient norm", norm, terms)
+            self._require_finite(loss, norm, terms)
             return norm
         norm, self.optimizer.gradient_scale = clip_factor(parameters, limit)
         self.broken += torch.where(torch.isfinite(norm), 0, 1)
         return norm
 
-    def _look_for_nan(self, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
+    def _look_for_nan(self, loss: Tensor, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
         """On a GPU nothing waits for a gradient norm; one that is not finite moves no parameter but lifted biases.
 
         It is looked for on the steps that wait anyway: those that are logged, validated or saved.
@@ -227,47 +226,29 @@ class HSAETrainer:
         after, config = self.step + 1, self.config
         waiting = (config.log_every, config.val_every, config.checkpoint_every)
         if after == self.total or any(after % every == 0 for every in waiting):
-            self._require_finite("gradient norm", torch.where(self.broken > 0, torch.nan, grad_norm), terms)
+            self._require_finite(loss, torch.where(self.broken > 0, torch.nan, grad_norm), terms)
 
-    def _require_finite(self, what: str, value: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
-        """A gradient may break before the loss does; neither may reach a parameter or a checkpoint."""
-        if not torch.isfinite(value):
-            kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
-            found = f"the {what} is {value.item()} at step {self.step} ({_parts(terms)})"
-            raise Diverged(f"training: {found}; last good checkpoint: {kept}")
-
-    def _recycle(self, stage: StageConfig) -> dict[str, float]:
-        """Recycle dead parents where this step asks for it: how many parents changed, for the log.
-
-        A stage that freezes anything is left alone, and so are rows that an anchor holds.
-        """
-        model, options = self.model, self.model.config
-        if not isinstance(model, HierarchicalSAE) or options.recycle_every == 0 or stage.freeze:
-            return {}
-        late = options.recycle_until is not None and self.step > options.recycle_until
-        if late or self.step % options.recycle_every or self.step == self.total:
-            return {"recycled_parents": 0.0}
-        dead_P = self.usage.dead_parents(self.config.dead_after)
-        held = self.anchor.n_rows if self.anchor.kind != "none" else 0
-        free_P = torch.arange(model.n_parents, device=self.device) >= held
-        changed_n = recycle(model, self.batch_Bd, dead_P, free_P, options.split_above, self.generator)
-        self.optimizer.forget([tensor for name, tensor in model.tensors().items() if name != "b_dec"], changed_n)
-        self.usage.restart(changed_n)
-        return {"recycled_parents": float(len(changed_n))}
+    def _require_finite(self, loss: Tensor, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
+        """Neither a loss nor a gradient that is not finite may reach a parameter or a checkpoint."""
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not torch.isfinite(value):
+                kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
+                found = f"the {what} is {value.item()} at step {self.step} ({_parts(terms)})"
+                raise Diverged(f"training: {found}; last good checkpoint: {kept}")
 
     @torch.no_grad()
-    def _usage_log(self, output: ModelOutput, temperature: float) -> dict[str, Any]:
+    def _usage_log(self, output: ModelOutput) -> dict[str, Any]:
         codes, config = output.codes, self.config
         load_P = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=self.model.n_parents).double()
         share_P = load_P / load_P.sum().clamp_min(1)
         values: dict[str, Any] = {
             "active_parents_per_sample": (codes.parent_value > 0).sum(1).double().mean(),
             "active_children_per_sample": (codes.child_value > 0).sum(1).double().mean(),
-            "router_temperature": temperature,
+            "router_temperature": self.model.router_temperature,
             "router_entropy": -(share_P * share_P.clamp_min(1e-30).log()).sum(),
-            "router_max_load": load_P.max() / len(codes.parent_index),
+            "max_firing_rate": load_P.max() / len(codes.parent_index),
             "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
-            "encoder_norm": self.parameters["E" if "E" in self.parameters else "D"].norm(dim=1).mean(),
+            "encoder_norm": self.model.tensors()["E"].norm(dim=1).mean(),
         }
         if getattr(self.model.config, "parent_budget", "per_row") != "per_row":
             values["full_rows_parents"] = (codes.parent_value > 0).all(1).double().mean()

@@ -76,7 +76,8 @@ def decode_children(index_BK: Tensor, value_BK: Tensor, G: Tensor, Up: Tensor | 
         decoded: Tensor = _Sum.apply((G if Up is None else G @ Up).flatten(0, 1), index_BK, value_BK)
     else:
         codes = _Sum.apply(G.flatten(0, 1), index_BK.view(-1, 1), value_BK.view(-1, 1))
-        decoded = _Sum.apply(Up.flatten(0, 1), rows_of(index_BK // C, s), codes.view(B, K * s))
+        rows_Kn = (index_BK // C).unsqueeze(2) * s + torch.arange(s, device=index_BK.device)
+        decoded = _Sum.apply(Up.flatten(0, 1), rows_Kn.flatten(1), codes.view(B, K * s))
     return decoded
 
 
@@ -98,11 +99,6 @@ def composes(pairs: int, P: int, C: int, s: int) -> bool:
     They are then no larger than the projectors, and cost no more than the pairs' way through the subspaces.
     """
     return s >= C and pairs >= P * C
-
-
-def rows_of(parent_Bk: Tensor, m: int) -> Tensor:
-    """Numbers of each parent's m rows in a weight [P*m, d]: [B, k*m]."""
-    return (parent_Bk.unsqueeze(2) * m + torch.arange(m, device=parent_Bk.device)).flatten(1)
 
 
 class _Linear(torch.autograd.Function):
@@ -134,7 +130,7 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_Bd: Tensor, weight_Rd: Tensor, parent_Bk: Tensor, m: int) -> Tensor:
-        index_Bn = rows_of(parent_Bk, m)
+        index_Bn = (parent_Bk.unsqueeze(2) * m + torch.arange(m, device=parent_Bk.device)).flatten(1)
         ctx.save_for_backward(x_Bd, weight_Rd, index_Bn)
         return _dot(x_Bd, weight_Rd, index_Bn)
 
@@ -197,4 +193,6 @@ def _sum(weight_Rd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, B: 
 def _outer(x_Bd: Tensor, row_M: Tensor, index_M: Tensor, value_M: Tensor, R: int) -> Tensor:
     """Sum of value * x over the pairs of every weight: [R, d]."""
     order_M = torch.argsort(index_M, stable=True)
-    return _sum(x_Bd, index_M[order_M], row_M[order_M], value_M[order_M], R)
+    count_R = torch.bincount(index_M, minlength=R)
+    first_R = count_R.cumsum(0) - count_R
+    return embedding_bag(row_M[order_M], x_Bd, first_R, mode="sum", per_sample_weights=value_M[order_M])

@@ -1,0 +1,103 @@
+"""The router: which parents a row meets, and with what codes (docs/method.md section 1).
+
+Shapes: B rows, k parents of a row, P parents, d width.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HSAEConfig
+from ..ops import Rows
+from ..ops.gate.naive import straight_through
+from .base import Part
+from .codes import ModelOutput
+from .constraints import project_out, row_norms
+
+
+class Parents(NamedTuple):
+    """A row's parents: index int64 [B, k], value [B, k], their codes, 0 in a slot that is not in use.
+
+    logits [B, P] of all parents, without a gradient. code_sum [B]: all P codes summed, where the model's L1 is of them.
+    used (bool) [B, k]: slots with a code, where a batch's budget leaves many without one; None: all are worth computing.
+    """
+
+    index: Tensor
+    value: Tensor
+    logits: Tensor
+    code_sum: Tensor | None = None
+    used: Tensor | None = None
+
+
+class Router(Part):
+    """Logits r = E x + b_E choose a row's parents, whose codes relu(r) weight the rows of D."""
+
+    D: nn.Parameter
+    E: nn.Parameter
+
+    def __init__(self, config: HSAEConfig, start: Mapping[str, nn.Parameter]):
+        super().__init__()
+        self.config, self.slots = config, config.parent_slots
+        self.D, self.E = start["D"], start["E"]
+        self.b_E = nn.Parameter(torch.zeros(config.n_parents)) if config.use_encoder_bias else None
+        self.temperature: float | Tensor = config.router_temp_start
+
+    def forward(self, rows: Rows, bias: Tensor | None = None, generator: torch.Generator | None = None) -> Parents:
+        """The parents of rows x - b_dec. bias [P]: selection biases, added for the choice only."""
+        noise = self._noise(generator) if self.training and self.config.gate == "straight_through" else None
+        found = self.ops.route(rows, self.E, self.b_E, self.slots, bias=bias, noise=noise)
+        value = torch.relu(found.logit) if self.config.magnitude == "relu" else torch.ones_like(found.logit)
+        if self.config.gate == "straight_through":
+            value = self._through(value, found.logit, found.index, rows)
+        return Parents(found.index, value, found.logits)
+
+    def _noise(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
+        """Gumbel noise times the temperature, and for `relative` times the row's standard deviation too."""
+
+        def noise(logits_BP: Tensor) -> Tensor:
+            exponential = torch.empty_like(logits_BP, requires_grad=False).exponential_(generator=generator)
+            gumbel = -torch.log(exponential)
+            if self.config.router_noise == "relative":
+                gumbel = gumbel * logits_BP.detach().std(dim=1, keepdim=True, correction=0)
+            return gumbel * self.temperature
+
+        return noise
+
+    def _through(self, value_Bk: Tensor, logit_Bk: Tensor, index_Bk: Tensor, rows: Rows) -> Tensor:
+        """Codes behind a gate of value 1, whose gradient is that of the soft mask softmax(r / temperature).
+
+        It is renormalised over the chosen; over a single one that would be constant, so the mask over all parents
+        stands in.
+        """
+        if self.slots == 1:
+            soft_BP = torch.softmax(self.ops.linear(rows, self.E, self.b_E) / self.temperature, dim=1)
+            return value_Bk * straight_through(soft_BP.gather(1, index_Bk))
+        if self.config.magnitude == "relu":
+            return self.ops.gate(logit_Bk, self.temperature)
+        return value_Bk * straight_through(torch.softmax(logit_Bk / self.temperature, dim=1))
+
+    def l1(self, output: ModelOutput) -> Tensor:
+        """A row's summed codes, mean over rows."""
+        return output.codes.parent_value.abs().flatten(1).sum(1).mean()
+
+    @torch.no_grad()
+    def normalize_(self, metric: Tensor | None) -> None:
+        """Unit norm for D's rows, unless D is frozen."""
+        if not self.D.requires_grad:
+            return
+        if metric is None:
+            self.ops.normalize_rows_(self.D)
+        else:
+            self.D.div_(row_norms(self.D, metric).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def project_(self, metric: Tensor | None) -> None:
+        """Remove from D's gradient what would change its rows' norms."""
+        if self.D.grad is None:
+            return
+        if metric is None:
+            self.ops.project_out_(self.D.grad, self.D.detach())
+        else:
+            self.D.grad.copy_(project_out(self.D.grad, self.D @ metric))
