@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from .models.hsae import HierarchicalSAE as HierarchicalSAE
     from .models.hsae import freeze_decoder_weights as freeze_decoder_weights
     from .models.hsae import unfreeze_decoder_weights as unfreeze_decoder_weights
+    from .models.init import ChildInit as ChildInit
     from .models.jumprelu import JumpReLUSAE as JumpReLUSAE
     from .models.matryoshka import MatryoshkaSAE as MatryoshkaSAE
-    from .models.init import ChildInit as ChildInit
     from .teacher import Teacher as Teacher
     from .teacher import extract_teacher as extract_teacher
     from .training.trainer import HSAETrainer as HSAETrainer

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from factored import factored
+from polytope_hsae.models.budget import Budget
 from test_models import LOSSES, SHAPE, WIDTH, copied_tensors, dense_loss, normal, random_parameters
 from test_training import assert_same_run, planted_rows, train
 
 from polytope_hsae.config import LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder
-from polytope_hsae.models.budget import Budget
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 BUDGETS = [("batch", "per_parent"), ("batch", "shared"), ("per_row", "batch"), ("batch", "batch")]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from polytope_hsae.models.selection import level_for_l0, pack
 from test_training import assert_same_run, planted_rows, train
 
 from polytope_hsae.config import (
@@ -27,7 +28,6 @@ from polytope_hsae.models.flat import TopKSAE
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.jumprelu import JumpReLUSAE
 from polytope_hsae.models.matryoshka import MatryoshkaSAE
-from polytope_hsae.models.selection import level_for_l0, pack
 from polytope_hsae.phases.flat_arms import MODELS
 from polytope_hsae.training.trainer import HSAETrainer
 from polytope_hsae.training.usage import Usage

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from factored import factored
+from polytope_hsae.models.routing import topk_lowest
+from polytope_hsae.ops.magnitude import child_code, parent_code
 from scipy.optimize import minimize
 
 from polytope_hsae.config import HSAEConfig, LossOverrides
@@ -25,8 +27,6 @@ from polytope_hsae.models.losses import (
     loss_terms,
     reconstruction_error,
 )
-from polytope_hsae.models.routing import topk_lowest
-from polytope_hsae.ops.magnitude import child_code, parent_code
 
 
 def normal(*shape, seed=0):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factored import factored
+from polytope_hsae.models.routing import routing_noise, straight_through_gate
+from polytope_hsae.models.start import ChildInit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,8 +21,6 @@ from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.hsae import HierarchicalSAE
-from polytope_hsae.models.routing import routing_noise, straight_through_gate
-from polytope_hsae.models.start import ChildInit
 from polytope_hsae.ops import reference as ops
 
 

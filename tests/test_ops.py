@@ -6,14 +6,14 @@ import os
 import pytest
 import torch
 from factored import factored
+from polytope_hsae.models.routing import straight_through_gate
+from polytope_hsae.ops.magnitude import parent_code
 
 from polytope_hsae import ops
 from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.constraints import project_out
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.losses import biorth_jax
-from polytope_hsae.models.routing import straight_through_gate
-from polytope_hsae.ops.magnitude import parent_code
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()

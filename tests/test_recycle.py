@@ -3,12 +3,12 @@
 import pytest
 import torch
 from factored import factored
+from polytope_hsae.models.recycle import SPLIT, recycle
 from test_models import SHAPE, WIDTH, generator, normal, random_parameters
 from test_training import assert_same_run, make_trainer, stages, train
 
 from polytope_hsae.config import TeacherConfig
 from polytope_hsae.models.hsae import HierarchicalSAE
-from polytope_hsae.models.recycle import SPLIT, recycle
 
 
 def make_model(width=WIDTH, **options):

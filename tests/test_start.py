@@ -3,10 +3,10 @@
 import pytest
 import torch
 from factored import factored
+from polytope_hsae.models.start import centres, principal_rows
 from test_models import generator, normal
 
 from polytope_hsae.models.hsae import HierarchicalSAE
-from polytope_hsae.models.start import centres, principal_rows
 
 WIDTH = 8
 

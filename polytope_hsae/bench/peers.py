@@ -11,9 +11,8 @@ from torch.nn.functional import linear, normalize
 from ..config import HSAEConfig, TopKConfig, TrainingConfig
 from ..models.constraints import atom_norms, gram, project_out, row_norms
 from ..models.hsae import HierarchicalSAE
+from ..models.jax_compat import CHILD_SLOPE
 from ..models.losses import biorth_identity, biorth_offdiag, causal_orthogonality
-from ..models.routing import routing_noise, straight_through_gate
-from ..ops.magnitude import child_code, parent_code
 
 
 def scaled(h_Bd: Tensor, kind: str) -> Tensor:
@@ -58,7 +57,7 @@ class FlatTopK(nn.Module):
 class LoopHSAE(nn.Module):
     """An H-SAE that opens its parents one after the other, each for the rows that a mask finds.
 
-    It starts from `model`'s tensors and gives the same loss and gradients; auxiliary terms and causal norms it lacks.
+    It starts from `model`'s tensors and gives the same loss and gradients; causal norms it lacks.
     """
 
     E: nn.Parameter
@@ -78,7 +77,7 @@ class LoopHSAE(nn.Module):
         copies = {id(tensor): nn.Parameter(tensor.detach().clone()) for tensor in model.tensors().values()}
         for name, tensor in model.tensors().items():
             setattr(self, name, copies[id(tensor)])
-        self.threshold = model.threshold
+        self.threshold = getattr(model.router, "threshold", None)
 
     def forward(self, h_Bd: Tensor) -> Tensor:
         config = self.config
@@ -88,7 +87,7 @@ class LoopHSAE(nn.Module):
         self.chosen_Bk, value_Bk = self._choose_parents(logits_BP)
         top = torch.zeros_like(logits_BP).scatter(1, self.chosen_Bk, value_Bk.to(logits_BP.dtype)) @ self.D
         if config.child_input == "residual":
-            rows = rows - (top.detach() if config.child_input_detach else top)
+            rows = rows - top
         where = [(self.chosen_Bk == p).nonzero(as_tuple=True) for p in range(config.n_parents)]
         pre_BkC = self._encode_children(rows, where)
         place_BK, code_BK = self._choose_children(pre_BkC, value_Bk)
@@ -105,15 +104,24 @@ class LoopHSAE(nn.Module):
         """Indices and codes [B, k]."""
         config = self.config
         score_BP = logits_BP.detach()
-        if config.magnitude == "leaky_offset":
-            score_BP = parent_code(score_BP, config.magnitude, self.threshold)
+        if self.threshold is not None:
+            score_BP = self._code(score_BP, 0.0)
         if config.gate == "straight_through" and self.training:
-            score_BP = score_BP + routing_noise(logits_BP, self.temperature, config.router_noise, None)
+            scale = 1.0 if config.router_noise == "absolute" else score_BP.std(dim=1, keepdim=True, correction=0)
+            score_BP = score_BP - self.temperature * scale * torch.empty_like(score_BP).exponential_().log()
         index_Bk = score_BP.topk(config.topk_parent, dim=1).indices
-        value_Bk = parent_code(logits_BP.gather(1, index_Bk), config.magnitude, self.threshold)
+        logit_Bk = logits_BP.gather(1, index_Bk)
+        value_Bk = self._code(logit_Bk, 0.0)
         if config.gate == "straight_through":
-            value_Bk = value_Bk * straight_through_gate(logits_BP, index_Bk, self.temperature)
+            soft_Bk = torch.softmax(logit_Bk / self.temperature, dim=1)
+            value_Bk = value_Bk * (1 + soft_Bk - soft_Bk.detach())
         return index_Bk, value_Bk
+
+    def _code(self, logit: Tensor, slope: float) -> Tensor:
+        """relu, or the published form's offset with a slope below it."""
+        if self.threshold is None:
+            return torch.relu(logit)
+        return torch.where(logit >= self.threshold, logit, slope * logit)
 
     def _encode_children(self, rows_Bd: Tensor, where: list[tuple[Tensor, ...]]) -> Tensor:
         """Pre-activations [B, k, C]."""
@@ -133,7 +141,7 @@ class LoopHSAE(nn.Module):
         else:
             offset_k1 = C * torch.arange(k, device=pre_BkC.device).unsqueeze(1)
             place_BK = (score_BkC.topk(config.topk_child, dim=2).indices + offset_k1).flatten(1)
-        code_BK = child_code(pre_BkC.flatten(1).gather(1, place_BK), config.magnitude, self.threshold)
+        code_BK = self._code(pre_BkC.flatten(1).gather(1, place_BK), CHILD_SLOPE)
         return place_BK, code_BK * open_BkC.flatten(1).gather(1, place_BK)
 
     def _decode_children(self, codes_Bn: Tensor, where: list[tuple[Tensor, ...]], x_Bd: Tensor) -> Tensor:
@@ -149,10 +157,8 @@ class LoopHSAE(nn.Module):
     def _penalties(self, logits_BP: Tensor, value_Bk: Tensor, pre_BkC: Tensor, code_BK: Tensor) -> Tensor:
         config = self.config
         total = logits_BP.new_zeros((), dtype=self.D.dtype)
-        size = "relu" if config.magnitude == "binary" else config.magnitude
-        if config.l1_scope == "all":
-            value_Bk = parent_code(logits_BP, size, self.threshold)
-            code_BK = child_code(pre_BkC, size, self.threshold).flatten(1)
+        if self.threshold is not None:
+            value_Bk, code_BK = self._code(logits_BP, 0.0), self._code(pre_BkC, CHILD_SLOPE).flatten(1)
         total = total + config.l1_parent * value_Bk.abs().sum(1, dtype=total.dtype).mean()
         total = total + config.l1_child * code_BK.abs().sum(1, dtype=total.dtype).mean()
         if config.biorth_lambda > 0:

@@ -242,8 +242,6 @@ class ShapeBench:
     def _looped(self, routing: str) -> dict[str, Any]:
         """The loop, unless two smaller ones say on a straight line that a step would take too long."""
         hsae = self.shape.hsae
-        if hsae.aux_weight > 0:
-            return {"why": "the loop has no auxiliary losses"}
         slow = next((one for one in self.rows if one["what"] == LOOP and one.get("ms", 0) > SLOW_MS), None)
         if slow is not None:
             return {"why": f"a step took {slow['ms'] / 1e3:.0f} s with {slow['routing']} routing, which was enough"}

@@ -7,10 +7,10 @@ from ..config import ConfigError, HSAEConfig, StageConfig, TrainingConfig, load_
 WIDTHS = {"jax-compat": 2304, "v2-focused": 2304, "quickstart": 256, "smoke": 256}
 NEVER = 10**6  # steps of a stage that is not finished
 MEASURED = {  # options of which the floor, the peers and a start on the device know these values alone
-    "child_encoder": ("factored",),
+    "children": ("factored",),
     "parent_budget": ("per_row",),
     "child_budget": ("per_parent", "shared"),
-    "router_balance_rate": (0.0,),
+    "balance_rate": (0.0,),
 }
 
 

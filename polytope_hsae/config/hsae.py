@@ -268,7 +268,9 @@ class HSAEConfig(  # pydantic lists the fields of the last base first
             allowed = f"{'null' if off is None else off} unless balance_rate is above 0"
             require(field, found, found == off or self.balance_rate > 0, allowed)
         limited = self.rate_cap is not None or self.rate_floor > 0
-        require("balance_rate", self.balance_rate, limited or self.balance_rate == 0, "0 without rate_cap or rate_floor")
+        require(
+            "balance_rate", self.balance_rate, limited or self.balance_rate == 0, "0 without rate_cap or rate_floor"
+        )
         usual = self.rate_cap_spread == type(self).model_fields["rate_cap_spread"].default
         require("rate_cap_spread", self.rate_cap_spread, usual or self.rate_cap is not None, "1.3 without rate_cap")
         return self

@@ -53,7 +53,9 @@ class LossOverrides(Block):
     gram_lambda: float | None = Field(None, ge=0, description="See hsae.gram_lambda.")
     causal_ortho_lambda: float | None = Field(None, ge=0, description="See hsae.causal_ortho_lambda.")
     top_level_beta: float | None = Field(None, ge=0, description="See hsae.top_level_beta.")
-    aux_weight: float | None = Field(None, ge=0, description="Flat arms: weight of the error that dead latents rebuild.")
+    aux_weight: float | None = Field(
+        None, ge=0, description="Flat arms: weight of the error that dead latents rebuild."
+    )
 
     def apply(self, hsae: HSAEConfig) -> HSAEConfig:
         """The model's config with this stage's weights."""

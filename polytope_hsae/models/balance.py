@@ -1,6 +1,6 @@
-"""Selection biases: added to logits for the choice only, they hold firing rates within limits (docs/method.md section 1).
+"""Selection biases: added to logits for the choice only, they hold firing rates within limits.
 
-Shapes: P parents, C children per parent.
+See docs/method.md, section 1. Shapes: P parents, C children per parent.
 """
 
 from collections.abc import Container
@@ -37,7 +37,7 @@ class NoBalance(nn.Module):
 class LoadBalancer(NoBalance):
     """Biases of the parents [P] and, with a smallest rate, of the children [P, C], moved once an optimiser step.
 
-    A firing rate above the largest one (rate_cap of the rows, or rate_cap_spread times the mean rate where that is more)
+    A firing rate above the largest one (rate_cap of the rows, or rate_cap_spread times the mean rate if that is more)
     moves a parent's bias down, below it up again to 0. One below rate_floor times the mean moves a bias up by as much
     as it lacks, above it down again to 0. What a bias cannot lift goes to the encoder's bias.
     """
@@ -88,7 +88,12 @@ class LoadBalancer(NoBalance):
             counted.zero_()
 
     def _step(
-        self, bias_m: Tensor, fired_m: Tensor, total: Tensor, limit: Tensor | None = None, within_m: Tensor | None = None
+        self,
+        bias_m: Tensor,
+        fired_m: Tensor,
+        total: Tensor,
+        limit: Tensor | None = None,
+        within_m: Tensor | None = None,
     ) -> Tensor:
         """Move the biases in place by the rows in which each parent, or child, was on; at most `limit` rows are right.
 

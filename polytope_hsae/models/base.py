@@ -292,7 +292,10 @@ class SparseAutoencoder(Described, Part):
         try:
             config = kind.config_block.model_validate(header["config"])
             with torch.device("meta"):  # shapes without memory: the file may ask for any size
-                empty = {kind.file_names.get(name, name): t for name, t in kind(config, width, normalize).state_dict().items()}
+                empty = {
+                    kind.file_names.get(name, name): t
+                    for name, t in kind(config, width, normalize).state_dict().items()
+                }
         except ValidationError as error:
             raise ValueError(f"{folder}/config.json: not a model config (config.{misfit(error)})") from error
         except (ValueError, RuntimeError) as error:

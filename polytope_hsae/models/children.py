@@ -80,8 +80,12 @@ class DirectChildren(Part):
         if self.config.normalize_child == "decoder" or (metric is None and self.Up is None):
             self.ops.project_out_(self.G.grad, self.G.detach())
         else:
-            of_atoms = metric if self.Up is None else gram(self.Up, metric)
-            self.G.grad.copy_(project_out(self.G.grad, self.G @ of_atoms))
+            self.G.grad.copy_(project_out(self.G.grad, self.G @ self._metric_of_rows(metric)))
+
+    def _metric_of_rows(self, metric: Tensor | None) -> Tensor:
+        """The metric that G's rows have as atoms."""
+        assert metric is not None
+        return metric
 
 
 class FactoredChildren(DirectChildren):
@@ -112,6 +116,9 @@ class FactoredChildren(DirectChildren):
             super().normalize_(metric)
         elif self.Up.requires_grad:
             self.Up.copy_(restore_gram(self.Up, self.gram_reference, metric))
+
+    def _metric_of_rows(self, metric: Tensor | None) -> Tensor:
+        return gram(self.Up, metric)
 
 
 CHILDREN: dict[str, type[DirectChildren]] = {"direct": DirectChildren, "factored": FactoredChildren}

@@ -47,16 +47,16 @@ class Firings(NamedTuple):
 @torch.no_grad()
 def firings(codes: Codes, n_parents: int, n_children: int) -> Firings:
     """Count a batch's firings: of P parents and, of all, n_children = P*C children."""
-    counts = []
-    for index_Bn, value_Bn, n in (
-        (codes.parent_index, codes.parent_value, n_parents),
-        (codes.child_index, codes.child_value, n_children),
-    ):
-        used_Bn = (value_Bn > 0).to(value_Bn.dtype)
-        if index_Bn.stride(0) == 0:  # all rows have the same slots: they are added up first
-            index_Bn, used_Bn = index_Bn[:1], used_Bn.sum(0, keepdim=True)
-        counts.append(used_Bn.new_zeros(n).scatter_add_(0, index_Bn.flatten(), used_Bn.flatten()))
-    return Firings(len(codes.parent_index), *counts, codes.parent_value.sum(), codes.child_value.sum())
+    parents_P = _count(codes.parent_index, codes.parent_value, n_parents)
+    children_R = _count(codes.child_index, codes.child_value, n_children)
+    return Firings(len(codes.parent_index), parents_P, children_R, codes.parent_value.sum(), codes.child_value.sum())
+
+
+def _count(index_Bn: Tensor, value_Bn: Tensor, n: int) -> Tensor:
+    used_Bn = (value_Bn > 0).to(value_Bn.dtype)
+    if index_Bn.stride(0) == 0:  # all rows have the same slots: they are added up first
+        index_Bn, used_Bn = index_Bn[:1], used_Bn.sum(0, keepdim=True)
+    return used_Bn.new_zeros(n).scatter_add_(0, index_Bn.flatten(), used_Bn.flatten())
 
 
 class Dead(NamedTuple):
@@ -73,8 +73,8 @@ class ModelOutput(NamedTuple):
     errors, errors_top [B]: the rows' squared errors of the two reconstructions. router_logits [B,P] before selection.
     An H-SAE's logits carry no gradient; it has child_pre [B,k,C], the pre-activations of the routed parents' children,
     and under the published form parent_sum [B], each row's summed parent codes, all P of them. A flat SAE has
-    x_hat_top = x_hat, and prefixes [n,B,d]: reconstructions by prefixes of its latents, the last one x_hat (n = 1 but
-    for Matryoshka).
+    x_hat_top = x_hat, and prefix_errors [n,B]: those of reconstructions by prefixes of its latents, the last one x_hat
+    (n = 1 but for Matryoshka).
     """
 
     x: Tensor
@@ -82,8 +82,8 @@ class ModelOutput(NamedTuple):
     x_hat_top: Tensor
     codes: Codes
     router_logits: Tensor
-    errors: Tensor | None = None
-    errors_top: Tensor | None = None
+    errors: Tensor
+    errors_top: Tensor
     child_pre: Tensor | None = None
     parent_sum: Tensor | None = None
-    prefixes: Tensor | None = None
+    prefix_errors: Tensor | None = None

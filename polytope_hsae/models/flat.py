@@ -65,8 +65,8 @@ class FlatSAE(SparseAutoencoder):
         empty = index.new_zeros(len(index), 0)
         codes = Codes(index, value, empty, empty.to(x.dtype), row_scale)
         prefixes = self.decode_prefixes(codes) if whole is None else self.decode_whole(whole)
-        x_hat = prefixes[-1]
-        return ModelOutput(x, x_hat, x_hat, codes, logits, prefixes=prefixes)
+        x_hat, errors = prefixes[-1], [self.ops.squared_error(x, prefix) for prefix in prefixes]
+        return ModelOutput(x, x_hat, x_hat, codes, logits, errors[-1], errors[-1], prefix_errors=torch.stack(errors))
 
     def logits(self, x_Bd: Tensor) -> Tensor:
         """r [B, P] of normalised rows."""
@@ -91,11 +91,8 @@ class FlatSAE(SparseAutoencoder):
     ) -> dict[str, tuple[float, Tensor]]:
         """The reconstruction error and, with `aux_weight`, what dead latents make of the error."""
         config = self.config
-        assert output.prefixes is not None
-        errors = [
-            mean_error(self.ops.squared_error(output.x, x_hat), self.width, config.recon_reduction)
-            for x_hat in output.prefixes
-        ]
+        assert output.prefix_errors is not None
+        errors = [mean_error(error_B, self.width, config.recon_reduction) for error_B in output.prefix_errors]
         terms = {"recon": (1.0, torch.stack(errors).mean())}
         aux_weight = config.aux_weight if overrides.aux_weight is None else overrides.aux_weight
         if aux_weight > 0 and dead is not None:

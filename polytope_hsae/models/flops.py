@@ -2,8 +2,8 @@
 
 Counted are the products that one row's forward and backward pass needs, a multiply-add as 2. A logit's gradient counts
 only where it can differ from 0: for the selected codes, or for all where the published form's L1 (or the softmax of
-a straight-through gate with k = 1) reaches every logit. Not counted: additions, activations, selection, norms, and what a
-step does once for all of its rows (penalties on weights, constraints, the optimiser).
+a straight-through gate with k = 1) reaches every logit. Not counted: additions, activations, selection, norms, and what
+a step does once for all of its rows (penalties on weights, constraints, the optimiser).
 
 Shapes: d width, P parents or latents, k active ones, C children per parent, K active children, s subspace width.
 """

@@ -33,7 +33,8 @@ ROUTER, OF_CHILDREN = ("E", "b_E", "D"), ("Down", "Up", "F", "b_F", "G")
 def _of(part: str, name: str) -> Any:
     """What a part holds, under its own name."""
     return property(
-        lambda model: getattr(getattr(model, part), name), lambda model, value: setattr(getattr(model, part), name, value)
+        lambda model: getattr(getattr(model, part), name),
+        lambda model, value: setattr(getattr(model, part), name, value),
     )
 
 
@@ -68,7 +69,7 @@ class HierarchicalSAE(SparseAutoencoder):
         self.n_parents, self.n_children = config.n_parents, config.n_children_per_parent
         start, published = random_start(config, width, seed), config.magnitude == "leaky_offset"
         self.router = (jax_compat.JaxRouter if published else Router)(config, start)
-        self.child = (jax_compat.JaxChildren if published else CHILDREN[config.children])(config, start)  # type: ignore[assignment]
+        self.child = (jax_compat.JaxChildren if published else CHILDREN[config.children])(config, start)
         self.sparsity = Sparsity(config)
         self.balance = LoadBalancer(config) if config.balance_rate > 0 else NoBalance()
         self.b_dec = nn.Parameter(torch.zeros(width)) if config.use_decoder_bias else None
@@ -86,7 +87,7 @@ class HierarchicalSAE(SparseAutoencoder):
         x, rows, scale = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, self.b_dec)
         parents = self.router(rows, self.balance.parent_bias, generator)
         parents = self.sparsity.keep_parents(parents, self.balance.parent_bias)
-        routes = Routing(parents.index, self.n_parents, parents.used)
+        routes = Routing(parents.indices, self.n_parents, parents.used)
         x_top = None
         if self.config.child_input == "residual":
             x_top = self.ops.decode(routes, parents.value, self.router.D)
@@ -97,14 +98,14 @@ class HierarchicalSAE(SparseAutoencoder):
         x_hat, x_top, error, error_top = self.ops.reconstruct(
             x, x_top, routes, parents.value, children, self.router.D, self.b_dec, self.child.G, self.child.Up
         )
-        codes = Codes(parents.index, parents.value, children.index, children.value, scale)
+        codes = Codes(parents.indices, parents.value, children.indices, children.value, scale)
         return ModelOutput(x, x_hat, x_top, codes, parents.logits, error, error_top, pre, parents.code_sum)
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
         bias = self.balance.parent_bias
         parents = self.sparsity.keep_parents(self.router(Rows(x_Bd), bias, generator), bias)
-        return parents.index, parents.value, parents.logits
+        return parents.indices, parents.value, parents.logits
 
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: numbers p*C + j [B, K], codes [B, K], pre-activations [B, k, C].
@@ -114,7 +115,7 @@ class HierarchicalSAE(SparseAutoencoder):
         parents = Parents(parent_Bk, value_Bk, value_Bk)
         pre = self.child.encode(Rows(x_Bd), Routing(parent_Bk, self.n_parents))
         children = self.sparsity.keep_children(pre, parents, self.child.code, self.balance.child_bias)
-        return children.index, children.value, pre
+        return children.indices, children.value, pre
 
     def decode_normalized(self, codes: Codes) -> Tensor:
         """x_hat [B, d] = b_dec + parents + children."""

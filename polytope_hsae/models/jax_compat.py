@@ -33,7 +33,7 @@ class JaxRouter(Router):
             rows, self.E, self.b_E, self.slots, bias=bias, threshold=self.threshold, sum_codes=wants_sum
         )
         value = torch.where(found.logit >= self.threshold, found.logit, 0.0)
-        return Parents(found.index, value, found.logits, found.code_sum)
+        return Parents(found.indices, value, found.logits, found.code_sum)
 
     def l1(self, output: ModelOutput) -> Tensor:
         """The summed codes of all P parents, mean over rows."""

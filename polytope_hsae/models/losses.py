@@ -109,7 +109,9 @@ def loss_terms(
         terms["biorth_router"] = (config.biorth_lambda, jax_compat.orthogonality(router))
     elif config.biorth_lambda > 0:
         for name, read, write in (("router", router.E, router.D), ("child", children.F, children.G)):
-            value = biorth_offdiag(read, write) if config.use_offdiag_biorth else biorth_identity(read, write, model.ops)
+            value = (
+                biorth_offdiag(read, write) if config.use_offdiag_biorth else biorth_identity(read, write, model.ops)
+            )
             terms[f"biorth_{name}"] = (config.biorth_lambda, value)
     if config.gram_lambda > 0:
         terms["gram"] = (config.gram_lambda, biorth_offdiag(router.D, router.D))

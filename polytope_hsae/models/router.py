@@ -4,7 +4,7 @@ Shapes: B rows, k parents of a row, P parents, d width.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,13 @@ from .constraints import project_out, row_norms
 
 
 class Parents(NamedTuple):
-    """A row's parents: index int64 [B, k], value [B, k], their codes, 0 in a slot that is not in use.
+    """A row's parents: indices int64 [B, k], value [B, k], their codes, 0 in a slot that is not in use.
 
     logits [B, P] of all parents, without a gradient. code_sum [B]: all P codes summed, where the model's L1 is of them.
-    used (bool) [B, k]: slots with a code, where a batch's budget leaves many without one; None: all are worth computing.
+    used (bool) [B, k]: slots with a code, where a batch's budget leaves many without one; None: all.
     """
 
-    index: Tensor
+    indices: Tensor
     value: Tensor
     logits: Tensor
     code_sum: Tensor | None = None
@@ -50,8 +50,8 @@ class Router(Part):
         found = self.ops.route(rows, self.E, self.b_E, self.slots, bias=bias, noise=noise)
         value = torch.relu(found.logit) if self.config.magnitude == "relu" else torch.ones_like(found.logit)
         if self.config.gate == "straight_through":
-            value = self._through(value, found.logit, found.index, rows)
-        return Parents(found.index, value, found.logits)
+            value = self._through(value, found.logit, found.indices, rows)
+        return Parents(found.indices, value, found.logits)
 
     def _noise(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
         """Gumbel noise times the temperature, and for `relative` times the row's standard deviation too."""

@@ -26,15 +26,16 @@ class PerRow(nn.Module):
     """The budget of every row by itself: all of its slots are in use."""
 
     of_batch = False
+    smallest: Tensor
 
     def keep(self, value_Bn: Tensor, score_Bn: Tensor, per_row: float | Tensor) -> Tensor:
         """The codes [B, n] as they are."""
         return value_Bn
 
 
-class PerBatch(nn.Module):
-    """A budget that the rows of a batch share. In training its largest positive codes are in use, afterwards those above
-    `threshold`: the running mean of the smallest code in use, until it is calibrated. With scores these decide instead.
+class PerBatch(PerRow):
+    """A budget that the rows of a batch share. In training its largest positive scores are in use, afterwards those
+    above `threshold`: the running mean of the smallest score in use, until it is calibrated.
 
     A row has a fixed number of slots, more than it has codes on average: so no shape depends on the data, and nothing
     has to wait for a GPU. What a row would have beyond its slots is cut.
@@ -43,7 +44,7 @@ class PerBatch(nn.Module):
     of_batch = True
     threshold: Tensor
     batches: Tensor  # that went into it
-    smallest: Tensor  # code in use of the last batch
+    smallest: Tensor  # score in use of the last batch
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,8 +89,8 @@ class Sparsity(nn.Module):
         self.k, self.K, self.total = config.topk_parent, config.active_children, config.total_l0
         self.child_slots = config.child_slots
         self.per_parent = config.topk_child if config.child_budget == "per_parent" else None
-        self.parent_budget = PerRow() if config.parent_budget == "per_row" else PerBatch()
-        self.child_budget = PerBatch() if config.child_budget == "batch" else PerRow()
+        self.parent_budget: PerRow = PerRow() if config.parent_budget == "per_row" else PerBatch()
+        self.child_budget: PerRow = PerBatch() if config.child_budget == "batch" else PerRow()
         share = torch.tensor(config.topk_parent / config.total_l0)
         self.register_buffer("share", share if config.parent_budget == "joint" else None)
         self.register_buffer("gap", torch.zeros(()), persistent=False)
@@ -97,7 +98,7 @@ class Sparsity(nn.Module):
     def keep_parents(self, parents: Parents, bias: Tensor | None) -> Parents:
         """The parents with code 0 where the budget leaves them out. bias [P]: the selection biases."""
         wanted = self.k if self.share is None else self.share * self.total
-        scores_Bk = scores(parents.value, None if bias is None else bias[parents.index])
+        scores_Bk = scores(parents.value, None if bias is None else bias[parents.indices])
         value_Bk = self.parent_budget.keep(parents.value, scores_Bk, wanted)
         return parents._replace(value=value_Bk, used=value_Bk.detach() > 0 if self.parent_budget.of_batch else None)
 
@@ -109,7 +110,7 @@ class Sparsity(nn.Module):
         code: of a pre-activation. bias [P, C]: the selection biases.
         """
         C = pre_BkC.shape[2]
-        choice_BkC = scores(pre_BkC.detach(), None if bias is None else bias[parents.index])
+        choice_BkC = scores(pre_BkC.detach(), None if bias is None else bias[parents.indices])
         open_Bk = parents.value.detach() > 0
         choice_BkC = choice_BkC.masked_fill(~open_Bk.unsqueeze(2), -torch.inf)
         if self.per_parent:
@@ -118,7 +119,7 @@ class Sparsity(nn.Module):
         else:
             place_BK = choice_BkC.flatten(1).topk(self.child_slots, dim=1).indices
         slot_BK = place_BK // C
-        index_BK = parents.index.gather(1, slot_BK) * C + place_BK % C
+        index_BK = parents.indices.gather(1, slot_BK) * C + place_BK % C
         value_BK = code(pre_BkC.flatten(1).gather(1, place_BK)) * open_Bk.gather(1, slot_BK)
         if self.child_budget.of_batch:
             wanted = self.K if self.share is None else (1 - self.share) * self.total

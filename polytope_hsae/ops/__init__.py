@@ -1,8 +1,8 @@
-"""Operations of the models: for each a plain PyTorch specification (`naive`) and, where that is faster, a twin for a CPU
-(`cpu`) or for a GPU (`triton`), with the same outputs and the same gradients.
+"""Operations of the models: for each a plain PyTorch specification (`naive`) and, where that is faster, a twin for a
+CPU (`cpu`) or for a GPU (`triton`), with the same outputs and the same gradients.
 
-Every part of a model holds the operations for the device that its weights lie on (`models.base.Part`), and calls them by
-name; nothing else in the package asks for a device, a kernel or a precision.
+Every part of a model holds the operations for the device that its weights lie on (`models.base.Part`), and calls them
+by name; nothing else in the package asks for a device, a kernel or a precision.
 """
 
 import importlib.util
@@ -17,10 +17,10 @@ from .gate import naive as gate
 from .l1 import naive as l1
 from .norms import naive as norms
 from .orthogonality import naive as orthogonality
-from .routed import cpu, naive
+from .routed import Children as Children
 from .routed import Routing as Routing
 from .routed import Rows as Rows
-from .routed import Children as Children
+from .routed import cpu, naive
 
 Precision = Literal["bf16", "tf32", "float32"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -16,7 +16,7 @@ from ..fileio import read_json, sha256_file, sha256_json, write_json
 from ..models.base import SparseAutoencoder
 from ..models.flops import parameter_count, training_flops
 from ..models.hsae import HierarchicalSAE
-from ..models.start import ChildInit
+from ..models.init import ChildInit
 from ..provenance import NOT_IN_RESULTS
 from ..records import Train
 from ..teacher import Teacher

@@ -138,7 +138,7 @@ def require_trainable(arm: ArmConfig, made: HSAEConfig | FlatConfig, width: int,
     """Raise ConfigError when a model has wider subspaces than the rows, or needs more bytes than `memory`."""
     if isinstance(made, HSAEConfig):
         s, taught = made.subspace_dim, arm.init != "random"  # a teacher's subspaces are orthogonal to their parent
-        if (made.child_decoder == "factored" and s > width) or (taught and s > width - 1):
+        if (made.children == "factored" and s > width) or (taught and s > width - 1):
             allowed = f"at most {width - 1}, the width less 1" if taught else f"at most the width {width}"
             raise ConfigError(f"hsae.subspace_dim: found {s}, allowed: {allowed}")
     weights = parameter_count(made, width)

@@ -177,7 +177,7 @@ def worse_than_flat(run: RunFiles) -> Advice | None:
         f"than the H-SAE {arm_title(arm)} ({number(own_ev['value'])} with {number(own_l0['value'], 1)})."
     )
     hsae = run.config.arm_hsae(run.config.arm(arm))
-    if hsae.child_decoder == "direct":
+    if hsae.children == "direct":
         return Advice(f"{said} More steps are one thing to try.", longer(run))
     wider = command(run, "wider", f"hsae.subspace_dim={2 * hsae.subspace_dim}")
     return Advice(f"{said} Wider subspaces for the children are one thing to try.", wider)

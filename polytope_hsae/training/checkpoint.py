@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field, Json
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..fileio import check_tensors, read_tensors, write_tensors
@@ -61,7 +61,7 @@ def check_parts(
     path: Path,
     parts: Mapping[str, Mapping[str, Tensor]],
     like: Mapping[str, Mapping[str, Tensor]],
-    names: Mapping[str, nn.Parameter],
+    names: Mapping[str, Tensor],
 ) -> None:
     """Raise ValueError unless a checkpoint's tensors are as in `like`, and the optimiser's as the parameters."""
     layout = {f"{part}.{name}": ((t.dtype,), t.shape) for part, tree in like.items() for name, t in tree.items()}
@@ -73,14 +73,14 @@ def check_parts(
     check_tensors(path, {f"{part}.{name}": t for part, tree in parts.items() for name, t in tree.items()}, layout)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """AdamW's state as "tensor.key": parameters that never had a gradient have none."""
     state = {name: optimizer.state[parameter] for name, parameter in names.items() if parameter in optimizer.state}
     return {f"{name}.{key}": entry[key] for name, entry in state.items() for key in OPTIMIZER_STATE}
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], state: dict[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_tensors`."""
     optimizer.state.clear()

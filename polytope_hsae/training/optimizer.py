@@ -56,7 +56,14 @@ class FusedAdamW(torch.optim.AdamW):
                     state = self.state[parameter]
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     self.adam_(
-                        parameter, parameter.grad, *moments, self.gradient_scale, self.hyper[number], b1, b2, group["eps"]
+                        parameter,
+                        parameter.grad,
+                        *moments,
+                        self.gradient_scale,
+                        self.hyper[number],
+                        b1,
+                        b2,
+                        group["eps"],
                     )
                 number += 1
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import StageConfig, TeacherConfig, TrainingConfig
 from ..data.stream import Stream
@@ -74,7 +74,7 @@ class HSAETrainer:
         self.device = model.data_mean.device
         self.total = sum(stage.steps for stage in stages)
         self.step = 0
-        names: dict[nn.Parameter, list[str]] = {}
+        names: dict[Tensor, list[str]] = {}
         for name, tensor in model.tensors().items():
             names.setdefault(tensor, []).append(name)
         self.parameters = {of[0]: parameter for parameter, of in names.items()}

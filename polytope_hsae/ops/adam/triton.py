@@ -31,4 +31,6 @@ def adam_(
 ) -> None:
     """As `naive.adam_`; contiguous float32, but for g."""
     n = p.numel()
-    _adam_kernel[(triton.cdiv(n, BLOCK),)](p, g.contiguous(), m, v, scale, hyper_4, n, b1, b2, eps, BLOCK=BLOCK, num_warps=8)
+    _adam_kernel[(triton.cdiv(n, BLOCK),)](
+        p, g.contiguous(), m, v, scale, hyper_4, n, b1, b2, eps, BLOCK=BLOCK, num_warps=8
+    )

@@ -14,9 +14,7 @@ ROWS = 16  # rows per program
 
 
 @triton.jit
-def _gate_grad_kernel(
-    logit, grad, temperature, out, B, k, ROWS: tl.constexpr, KB: tl.constexpr
-):
+def _gate_grad_kernel(logit, grad, temperature, out, B, k, ROWS: tl.constexpr, KB: tl.constexpr):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     slot = tl.arange(0, KB)[None, :]
     inside = (row < B) & (slot < k)

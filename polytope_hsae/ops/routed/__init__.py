@@ -1,7 +1,7 @@
 """Products of rows with the weights of the parents that each row was routed to.
 
-`naive` says what is computed, `cpu` and `triton` compute it faster. Shapes: B rows, k slots per row, P parents, C children
-per parent, K children per row, s subspace width, d width.
+`naive` says what is computed, `cpu` and `triton` compute it faster. Shapes: B rows, k slots per row, P parents,
+C children per parent, K children per row, s subspace width, d width.
 """
 
 from dataclasses import dataclass
@@ -37,21 +37,21 @@ class Routing:
 
 
 class Routed(NamedTuple):
-    """The chosen parents: index int64 [B, k], logit [B, k]; logits [B, P] of all, without a gradient.
+    """The chosen parents: indices int64 [B, k], logit [B, k]; logits [B, P] of all, without a gradient.
 
     code_sum [B] or None: the sum of all of a row's codes.
     """
 
-    index: Tensor
+    indices: Tensor
     logit: Tensor
     logits: Tensor
     code_sum: Tensor | None
 
 
 class Children(NamedTuple):
-    """Children of every row: index [B, K], as p * C + j; place [B, K], among the row's k * C; value [B, K], their codes."""
+    """A row's children: indices [B, K], as p*C + j; place [B, K], among the row's k*C; value [B, K], their codes."""
 
-    index: Tensor
+    indices: Tensor
     place: Tensor
     value: Tensor
 

@@ -89,7 +89,7 @@ def reconstruct(
     if top is None:
         top = decode(routes, value_Bk, D)
         top = top if b_dec is None else top + b_dec
-    x_hat = top + decode_children(children.index, children.value, G, Up)
+    x_hat = top + decode_children(children.indices, children.value, G, Up)
     return Decoded(x_hat, top, (x - x_hat).square().sum(1), (x - top).square().sum(1))
 
 

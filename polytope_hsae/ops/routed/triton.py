@@ -57,9 +57,7 @@ def decode(routes: Routing, value_Bk: Tensor, D: Tensor, *, precision: str) -> T
     """As `naive.decode`."""
     if value_Bk.numel() == 0:
         return naive.decode(routes, value_Bk, D)
-    summed: Tensor = RoutedSum.apply(
-        value_Bk.reshape(-1, 1), D[:, None], _plan(routes), value_Bk.shape[1], precision
-    )
+    summed: Tensor = RoutedSum.apply(value_Bk.reshape(-1, 1), D[:, None], _plan(routes), value_Bk.shape[1], precision)
     return summed
 
 
@@ -87,7 +85,9 @@ def decode_children(
     C = G.shape[1]
     plan = make_plan(index_BK // C, len(G))
     codes_Nc = torch.nn.functional.one_hot(index_BK % C, C) * value_BK.unsqueeze(2)
-    decoded: Tensor = RoutedSum.apply(*_in_subspace(codes_Nc.view(-1, C), G, Up, plan, precision), plan, plan.k, precision)
+    decoded: Tensor = RoutedSum.apply(
+        *_in_subspace(codes_Nc.view(-1, C), G, Up, plan, precision), plan, plan.k, precision
+    )
     return decoded
 
 
@@ -280,7 +280,9 @@ class Reconstruct(torch.autograd.Function):
         x, Up = x.contiguous(), Up.to(DTYPE[precision])
         D = None if D is None else D.to(DTYPE[precision])[:, None]
         given = None if top is None else top.contiguous()
-        x_hat, made, error, error_top = decode_and_compare(x, given, value_N1, D, subspace_Ns, Up, bias, plan, precision)
+        x_hat, made, error, error_top = decode_and_compare(
+            x, given, value_N1, D, subspace_Ns, Up, bias, plan, precision
+        )
         ctx.save_for_backward(x, value_N1, D, subspace_Ns, Up, made, x_hat)
         ctx.plan, ctx.precision = plan, precision
         ctx.set_materialize_grads(False)
