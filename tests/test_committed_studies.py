@@ -10,7 +10,9 @@ from polytope_hsae.study.results import Results, mean, read_results
 
 STUDIES = Path(__file__).parents[1] / "studies"
 MADE = {"table.md": ("study", "table"), "results.md": ("findings", "write")}
-COMMITTED = sorted(folder for folder in STUDIES.iterdir() if any((folder / name).is_file() for name in MADE))
+FOLDERS = sorted(folder for folder in STUDIES.iterdir() if folder.is_dir())
+STUDIED = [folder for folder in FOLDERS if (folder / "study.yaml").is_file()]
+COMMITTED = [folder for folder in STUDIED if any((folder / name).is_file() for name in MADE)]
 
 
 def test_some_are_committed():
