@@ -118,9 +118,9 @@ def start(shape: Shape, device: str) -> HierarchicalSAE:
     with torch.device("meta"):
         model = HierarchicalSAE(config, width, normalize)
     model.to_empty(device=device)
-    first: dict[int, str] = {}
-    for name, tensor in small.tensors().items():  # what is tied comes apart on the way
-        setattr(model, name, getattr(model, first.setdefault(id(tensor), name)))
+    for part, read, write in ((model.router, "E", "D"), (model.child, "F", "G"), (model.child, "Down", "Up")):
+        if getattr(small, read) is getattr(small, write):  # what is tied comes apart on the way
+            setattr(part, read, getattr(part, write))
     for name, parameter in model.named_parameters():
         parameter.normal_(std=spread[name])
     for name, buffer in small.named_buffers():  # none depends on the number of parents
@@ -139,7 +139,7 @@ def ours(
     trainer = HSAETrainer(model, rows, [shape.stage], shape.training)  # type: ignore[arg-type]
     trainer.step = 2 * max(1, shape.training.penalty_warmup_steps)
     found = _record(lambda: trainer.train_step(shape.stage), device, steps, seconds, by_part)
-    load = float(trainer.train_step(shape.stage)()["router_max_load"])
+    load = float(trainer.train_step(shape.stage)()["max_firing_rate"])
     return {**found, "batch": batch, "max_load": load}
 
 

@@ -63,7 +63,7 @@ class LoadBalancer(NoBalance):
         self.rows += firings.rows
         self.parent_firings += firings.parents
         self.child_firings += firings.children
-        self.sums += torch.stack([firings.parent_sum, firings.child_sum])
+        self.sums += torch.stack([firings.codes.parent_value.sum(), firings.codes.child_value.sum()])
 
     @torch.no_grad()
     def move(self, router: Router, child: DirectChildren, frozen: Container[str]) -> None:

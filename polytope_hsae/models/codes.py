@@ -33,23 +33,23 @@ class Codes(NamedTuple):
 
 
 class Firings(NamedTuple):
-    """What fired in a batch of `rows`: in how many rows each parent [P] and each child [P*C] is on, and the sums of all
-    parents' and of all children's codes. All in the type of the codes; nothing waits for a GPU.
-    """
+    """A batch's codes, and in how many of its rows each parent [P] and each child [P*C] is on, in the type of the codes."""
 
-    rows: int
+    codes: Codes
     parents: Tensor
     children: Tensor
-    parent_sum: Tensor
-    child_sum: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.codes.parent_index)
 
 
 @torch.no_grad()
 def firings(codes: Codes, n_parents: int, n_children: int) -> Firings:
-    """Count a batch's firings: of P parents and, of all, n_children = P*C children."""
+    """Count what fires, of P parents and, of all, n_children = P*C children. Nothing waits for a GPU."""
     parents_P = _count(codes.parent_index, codes.parent_value, n_parents)
-    children_R = _count(codes.child_index, codes.child_value, n_children)
-    return Firings(len(codes.parent_index), parents_P, children_R, codes.parent_value.sum(), codes.child_value.sum())
+    return Firings(codes, parents_P, _count(codes.child_index, codes.child_value, n_children))
 
 
 def _count(index_Bn: Tensor, value_Bn: Tensor, n: int) -> Tensor:

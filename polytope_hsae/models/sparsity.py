@@ -112,12 +112,12 @@ class Sparsity(nn.Module):
         C = pre_BkC.shape[2]
         choice_BkC = scores(pre_BkC.detach(), None if bias is None else bias[parents.indices])
         open_Bk = parents.value.detach() > 0
-        choice_BkC = choice_BkC.masked_fill(~open_Bk.unsqueeze(2), -torch.inf)
         if self.per_parent:
-            best_Bkc = choice_BkC.topk(self.per_parent, dim=2).indices
+            best_Bkc = largest(choice_BkC, self.per_parent)
             place_BK = (best_Bkc + torch.arange(0, choice_BkC[0].numel(), C, device=pre_BkC.device)[:, None]).flatten(1)
         else:
-            place_BK = choice_BkC.flatten(1).topk(self.child_slots, dim=1).indices
+            choice_BkC = choice_BkC.masked_fill(~open_Bk.unsqueeze(2), -torch.inf)
+            place_BK = largest(choice_BkC.flatten(1), self.child_slots)
         slot_BK = place_BK // C
         index_BK = parents.indices.gather(1, slot_BK) * C + place_BK % C
         value_BK = code(pre_BkC.flatten(1).gather(1, place_BK)) * open_Bk.gather(1, slot_BK)
@@ -137,6 +137,11 @@ class Sparsity(nn.Module):
         self.share += SHARE_STEP * self.gap.sign()
         self.share.clamp_(start / 2, (1 + start) / 2)
         self.gap.zero_()
+
+
+def largest(choice: Tensor, n: int) -> Tensor:
+    """Where the n largest entries of the last dimension stand; a single one is found faster as a maximum."""
+    return choice.argmax(-1, keepdim=True) if n == 1 else choice.topk(n).indices
 
 
 def scores(value: Tensor, bias: Tensor | None) -> Tensor:
