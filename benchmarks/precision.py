@@ -1,4 +1,4 @@
-"""Does bf16 train as float32 does? The quickstart's baseline, the same start and batches, in every precision.
+"""Does bf16 train as float32 does? The factored form's baseline, the same start and batches, in every precision.
 
     python benchmarks/precision.py --out FOLDER [--steps 1000] [--device auto] [--set key=value]
 
@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     device = device_of(options.device)
     run = Run(
-        load_config("quickstart", [*options.overrides, f"run.device={device}"]), options.run or options.out / "run"
+        load_config("factored", [*options.overrides, f"run.device={device}"]), options.run or options.out / "run"
     )
     run_phase1(run)
     seed = run.config.run.seed

@@ -51,7 +51,7 @@ ConfigArgument = Annotated[
     str,
     typer.Argument(
         metavar="CONFIG",
-        help="A packaged config (quickstart, recommended, smoke, v2-focused, jax-compat) or a YAML file.",
+        help="A packaged config (quickstart, recommended, factored, smoke, v2-focused, jax-compat) or a YAML file.",
         autocompletion=complete_config,
     ),
 ]
@@ -266,7 +266,7 @@ def bench_command(
     shapes: Annotated[
         list[str] | None,
         typer.Option(
-            "--shape", help="A packaged config; repeatable. Default: jax-compat and v2-focused; on a CPU quickstart."
+            "--shape", help="A packaged config; repeatable. Default: jax-compat and v2-focused; on a CPU factored."
         ),
     ] = None,
     overrides: SetOption = None,
@@ -287,7 +287,7 @@ def bench_command(
     which = chosen(peers, PEERS, "--peers", {"all": PEERS, "none": ()})
     routings = chosen(routing, ROUTINGS, "--routing", {"both": ROUTINGS})
     place = device_of(device)
-    names = shapes or (["jax-compat", "v2-focused"] if place == "cuda" else ["quickstart"])
+    names = shapes or (["jax-compat", "v2-focused"] if place == "cuda" else ["factored"])
     asked = [load_shape(name, overrides) for name in names]
     console = Console(stderr=True, quiet=quiet, highlight=False)
 

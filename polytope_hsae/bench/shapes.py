@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ..config import ConfigError, HSAEConfig, StageConfig, TrainingConfig, load_config
 
-WIDTHS = {"jax-compat": 2304, "v2-focused": 2304, "quickstart": 256, "smoke": 256}
+WIDTHS = {"jax-compat": 2304, "v2-focused": 2304, "factored": 256, "smoke": 256}
 NEVER = 10**6  # steps of a stage that is not finished
 MEASURED = {  # options of which the floor, the peers and a start on the device know these values alone
     "children": ("factored",),

@@ -33,23 +33,20 @@ class Codes(NamedTuple):
 
 
 class Firings(NamedTuple):
-    """A batch's codes, and in how many of its rows each parent [P] and each child [P*C] is on, in the type of the codes."""
+    """A batch's codes, its rows, and in how many of them each parent [P] and each child [P*C] is on, as floats."""
 
     codes: Codes
+    rows: int
     parents: Tensor
     children: Tensor
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch."""
-        return len(self.codes.parent_index)
 
 
 @torch.no_grad()
 def firings(codes: Codes, n_parents: int, n_children: int) -> Firings:
     """Count what fires, of P parents and, of all, n_children = P*C children. Nothing waits for a GPU."""
     parents_P = _count(codes.parent_index, codes.parent_value, n_parents)
-    return Firings(codes, parents_P, _count(codes.child_index, codes.child_value, n_children))
+    children_R = _count(codes.child_index, codes.child_value, n_children)
+    return Firings(codes, len(codes.parent_index), parents_P, children_R)
 
 
 def _count(index_Bn: Tensor, value_Bn: Tensor, n: int) -> Tensor:

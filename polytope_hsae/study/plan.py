@@ -311,8 +311,7 @@ def stated_config(name: str, fields: Mapping[str, Any], unused: tuple[str, ...] 
 SHAPE = (  # fields of hsae that, with its atoms, decide its number of parameters
     "n_children_per_parent",
     "subspace_dim",
-    "child_encoder",
-    "child_decoder",
+    "children",
     "use_encoder_bias",
     "use_decoder_bias",
     "use_tied_decoders_parent",
