@@ -168,7 +168,7 @@ class Teacher:
             metadata=self.metadata,
         )
 
-    def turned(self, degrees: float, seed: int = 0) -> "Teacher":
+    def rotated(self, degrees: float, seed: int = 0) -> "Teacher":
         """All l_p and differences turned by one rotation, each by that angle: the teacher's shape, elsewhere."""
         rows_Nd = rotated_together(
             torch.cat([self.parent_unified, self.child_delta_unified]), degrees, seeded_generator("turned", seed)
@@ -176,7 +176,7 @@ class Teacher:
         parents_Qd, deltas_Rd = rows_Nd.split([self.n_parents, self.n_children])
         return self._rebuilt(parents_Qd, deltas_Rd, rotate_deg=repr(float(degrees)))
 
-    def rotated(self, degrees: float, seed: int = 0) -> "Teacher":
+    def with_noise(self, degrees: float, seed: int = 0) -> "Teacher":
         """Every l_p and difference turned by that angle toward a random orthogonal direction of its own."""
         generator = seeded_generator("rotated", seed)
         parents = rotated_rows(self.parent_unified, degrees, generator)

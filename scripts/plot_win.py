@@ -62,7 +62,7 @@ def plot_lead(axes: Axes, results: Results, hook: str) -> None:
     for result in cells(results, LOOSE, hook):
         reference = next(other for other in references if other.cell.l0 == result.cell.l0)
         gap, (_, colour, _) = difference(result, reference, "test", "ev"), ARMS["recommended"]
-        label = f"H-SAE, busiest parent on in {100 * mean(result.spread('hierarchy', 'largest_load')):.0f} % of rows"
+        label = f"H-SAE, busiest parent on in {100 * mean(result.spread('hierarchy', 'max_firing_rate')):.0f} % of rows"
         axes.plot(
             result.cell.l0, 100 * mean(gap), color=colour, marker="o", fillstyle="none", linestyle="", label=label
         )

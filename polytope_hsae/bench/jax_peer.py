@@ -112,7 +112,7 @@ def _measure(config: Any, batch: int, routing: str, steps: int) -> dict[str, Any
         "steps": len(times),
         "batch": batch,
         "peak_gib": None if peak is None else peak / 2**30,
-        "max_load": largest,
+        "max_firing_rate": largest,
     }
 
 

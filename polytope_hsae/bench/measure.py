@@ -159,7 +159,7 @@ def make_rows(routing: str, batch: int, E: Tensor, k: int) -> Rows:
     return Rows(rows, batch)
 
 
-def largest_load(chosen_Bk: Tensor, n_parents: int) -> float:
+def max_rate(chosen_Bk: Tensor, n_parents: int) -> float:
     """Share of rows that the most chosen parent is chosen for."""
     return float(torch.bincount(chosen_Bk.flatten(), minlength=n_parents).max() / len(chosen_Bk))
 

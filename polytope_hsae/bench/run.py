@@ -24,7 +24,7 @@ from .measure import (
     deterministic,
     free_memory,
     guarded,
-    largest_load,
+    max_rate,
     make_rows,
     parts,
     peak_gib,
@@ -131,7 +131,7 @@ def start(shape: Shape, device: str) -> HierarchicalSAE:
 def ours(
     shape: Shape, device: str, routing: str, steps: int, seconds: float, *, by_part: bool = True
 ) -> dict[str, Any]:
-    """Our step on a shape: ms, peak, largest load, and ms by part. Raises torch.OutOfMemoryError."""
+    """Our step on a shape: ms, peak, max firing rate, and ms by part. Raises torch.OutOfMemoryError."""
     model = start(shape, device)
     model.normalize_decoder_weights()
     batch = shape.training.batch_size
@@ -140,7 +140,7 @@ def ours(
     trainer.step = 2 * max(1, shape.training.penalty_warmup_steps)
     found = _record(lambda: trainer.train_step(shape.stage), device, steps, seconds, by_part)
     load = float(trainer.train_step(shape.stage)()["max_firing_rate"])
-    return {**found, "batch": batch, "max_load": load}
+    return {**found, "batch": batch, "max_firing_rate": load}
 
 
 def _record(work: Callable[[], object], device: str, steps: int, seconds: float, by_part: bool) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class ShapeBench:
         found = _record(
             lambda: step(rows.next()), self.device, steps or self.options.steps, SECONDS[self.device], not many
         )
-        return {**found, "batch": batch, "max_load": largest_load(model.chosen_Bk, len(model.E))}
+        return {**found, "batch": batch, "max_firing_rate": max_rate(model.chosen_Bk, len(model.E))}
 
     def _halving(self, step: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
         """The step at the shape's batch or, where that does not fit into memory, at a half of it, a quarter, ..."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-HEAD = ("what", "routing", "ms", "rows/s", "peak GiB", "TB/s", "TFLOP/s", "x floor", "of ours", "largest load")
+HEAD = ("what", "routing", "ms", "rows/s", "peak GiB", "TB/s", "TFLOP/s", "x floor", "of ours", "max firing rate")
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def _cells(one: dict[str, Any], batch: int) -> list[str]:
     name = one["what"] if one["batch"] == batch else f"{one['what']}, B {one['batch']:,}"
     forms = {
         "ms": ".2f", "rows_per_s": ",.0f", "peak_gib": ".1f", "tb_per_s": ".3g", "tflop_per_s": ".3g",
-        "times_floor": ".2f", "of_ours": ".3f", "max_load": ".3f",
+        "times_floor": ".2f", "of_ours": ".3f", "max_firing_rate": ".3f",
     }  # fmt: skip
     return [name, one["routing"], *("-" if one[key] is None else f"{one[key]:{form}}" for key, form in forms.items())]
 

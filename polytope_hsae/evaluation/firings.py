@@ -120,12 +120,12 @@ def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict
     `parent_given_child`: of all child codes, those whose parent is on; chance: as often as that parent is on anyway;
     interval over parents. `child_given_parent`, with `_q25` and `_q75`: over children whose parent is on in
     MIN_PARENT_ROWS rows or more, the median share of these rows with the child on; chance: the share of all rows;
-    interval over these children. `largest_load`: share of rows with the parent on that is on most; chance: all on
+    interval over these children. `max_firing_rate`: share of rows with the parent on that is on most; chance: all on
     equally often. `entropy`: of the parents' shares of all parent codes, in nats; chance: its largest value. Their
     intervals are over groups of documents, if there are several. A flat model's latents count as parents.
     """
     names = ("parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75")
-    metrics = _loads(found, bootstrap, seed)
+    metrics = _rates(found, bootstrap, seed)
     if not found.n_children:
         return metrics | {name: unavailable(FLAT) for name in names}
     parent_P = found.parents_P.double().cpu().numpy()
@@ -149,8 +149,8 @@ def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict
     return metrics
 
 
-def _loads(found: Firings, bootstrap: int, seed: int) -> dict[str, Metric]:
-    """`largest_load` and `entropy`."""
+def _rates(found: Firings, bootstrap: int, seed: int) -> dict[str, Metric]:
+    """`max_firing_rate` and `entropy`."""
     parents_GP, rows_G = found.parents_GP.double().cpu().numpy(), found.rows_G.double().cpu().numpy()
     used_G = rows_G > 0
     columns_GK = np.column_stack([rows_G, parents_GP])[used_G]
@@ -163,7 +163,7 @@ def _loads(found: Firings, bootstrap: int, seed: int) -> dict[str, Metric]:
         return -(share * np.log(np.maximum(share, 1e-30))).sum(-1)
 
     even = float(parents_GP.sum() / max(found.rows, 1) / found.n_parents)
-    chances = {"largest_load": (largest, even), "entropy": (entropy, math.log(found.n_parents))}
+    chances = {"max_firing_rate": (largest, even), "entropy": (entropy, math.log(found.n_parents))}
     metrics = {}
     for name, (statistic, chance) in chances.items():
         metric = bootstrap_sums(columns_GK, statistic, bootstrap, seed, chance)

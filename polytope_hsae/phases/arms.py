@@ -205,9 +205,9 @@ def arm_teacher(run: Run, arm: ArmConfig, options: TeacherConfig, store: Activat
     if arm.init == "random_teacher":
         teacher = teacher.random_like(seed)
     if options.rotate_deg > 0:
-        teacher = teacher.turned(options.rotate_deg, seed)
+        teacher = teacher.rotated(options.rotate_deg, seed)
     if options.noise_deg > 0:
-        teacher = teacher.rotated(options.noise_deg, seed)
+        teacher = teacher.with_noise(options.noise_deg, seed)
     return teacher.in_form(options.init)
 
 

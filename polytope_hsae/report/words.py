@@ -179,7 +179,7 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
             "Dead children per routed token", "every parent counted as often as on", DOWN
         ),
         "atoms_in_use": MetricWords("Atoms in use", "children active at least once, per active parent", digits=1),
-        "largest_load": MetricWords("Largest load", "share of rows with the most used parent on"),
+        "max_firing_rate": MetricWords("Max firing rate", "share of rows with the most used parent on"),
         "entropy": MetricWords("Entropy of the router", "of the parents' shares of all parent codes, nats"),
     },
     "Steering": {

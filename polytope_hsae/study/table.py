@@ -21,7 +21,7 @@ MAIN = (
     "training, s",
     "dead parents",
     "dead children",
-    "largest load",
+    "max firing rate",
     "rate",
     "trials",
     "seeds",
@@ -39,7 +39,7 @@ HIERARCHY = (
 TRIALS = ("arm", "rate", "EV", "CE recovered", "dead parents", "dead children")
 NOTES = (
     "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
-    "rows read for it. Largest load: share of validation rows with the parent (a flat arm's latent) that is on most.",
+    "rows read for it. Max firing rate: share of validation rows with the parent (a flat arm's latent) that is on most.",
     "P(parent on) given its child is 1 by construction where a parent gates its children; flat arms have none.",
     f"†: not at matched L0, the two arms' differ by more than {TOLERANCE:.0%}. What every arm is: study.yaml.",
 )
@@ -130,7 +130,7 @@ def _main(found: Sequence[Result], result: Result, split: str) -> list[str]:
         _mean(result.spread("train_seconds"), 1),
         _percent(result.spread("usage", "dead_parents")),
         _percent(result.spread("usage", "dead_children")),
-        _percent(result.spread("hierarchy", "largest_load")),
+        _percent(result.spread("hierarchy", "max_firing_rate")),
         f"{result.lr:g}",
         str(len(result.trials)) + (f", {result.failed} failed" if result.failed else ""),
         str(len(result.records)),
