@@ -91,9 +91,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     device = device_of(options.device)
-    run = Run(
-        load_config("factored", [*options.overrides, f"run.device={device}"]), options.run or options.out / "run"
-    )
+    run = Run(load_config("factored", [*options.overrides, f"run.device={device}"]), options.run or options.out / "run")
     run_phase1(run)
     seed = run.config.run.seed
     names = {"bf16": "bf16", "tf32": "tf32", BASE: BASE} if device == "cuda" else {BASE: BASE, "float32 again": BASE}

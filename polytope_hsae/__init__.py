@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .models.matryoshka import MatryoshkaSAE as MatryoshkaSAE
     from .teacher import Teacher as Teacher
     from .teacher import extract_teacher as extract_teacher
+    from .training.train import train as train
     from .training.trainer import HSAETrainer as HSAETrainer
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ _HOME = {
     "Teacher": "teacher",
     "extract_teacher": "teacher",
     "HSAETrainer": "training.trainer",
+    "train": "training.train",
 }
 
 __all__ = sorted(_HOME)

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from polytope_hsae.phases.progress import Ticker
+from polytope_hsae.progress import Ticker
 from polytope_hsae.units import count, duration, rate, size
 
 

@@ -6,6 +6,7 @@ Shapes: B rows, d residual width, P parents (a flat SAE's latents).
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,6 +149,16 @@ class SparseAutoencoder(Described, Part):
             self.data_mean.copy_(mean_d)
             self.data_scale.fill_(scale)
 
+    def warn_unless_normalized(self) -> None:
+        """Say once if `rms` is asked for and mean and scale were never set."""
+        if self.normalize == "rms" and not self._looked_at:
+            self._looked_at = True
+            if bool(self.data_scale == 1) and not bool(self.data_mean.any()):
+                found = "found mean 0 and scale 1: set_normalization was never called, so rows are read as they are"
+                warnings.warn(f"normalize rms: {found}", stacklevel=3)
+
+    _looked_at = False
+
     def to_normalized(self, h_Bd: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x [B, d], row norms [B] or None), in the model's type."""
         x_Bd, _, norms_B = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, None)
@@ -195,6 +206,7 @@ class SparseAutoencoder(Described, Part):
 
     def checked_rows(self, h_Bd: Tensor, what: str) -> Tensor:
         """Raw rows [B, d] in the model's type. Raises ValueError, beginning with `what`, for anything else and NaN."""
+        self.warn_unless_normalized()
         if h_Bd.ndim != 2 or h_Bd.shape[1] != self.width:
             raise ValueError(f"{what}: found rows of shape {tuple(h_Bd.shape)}, allowed: [B, {self.width}]")
         if not h_Bd.is_floating_point():

@@ -26,10 +26,10 @@ from ..evaluation.concepts import Label
 from ..evaluation.massive import norm_limit
 from ..fileio import read_json, sha256_file, write_text
 from ..lm import FINAL_HOOK, LanguageModel
+from ..progress import Ticker
 from ..provenance import Provenance, dependencies
 from ..records import Checks
 from ..units import duration
-from .progress import Ticker
 from .sources import source_files
 
 PHASES = (1, 2, 3, 4)

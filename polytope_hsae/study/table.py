@@ -39,7 +39,7 @@ HIERARCHY = (
 TRIALS = ("arm", "rate", "EV", "CE recovered", "dead parents", "dead children")
 NOTES = (
     "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
-    "rows read for it. Max firing rate: share of validation rows with the parent (a flat arm's latent) that is on most.",
+    "rows read for it. Max firing rate: share of validation rows with the most used parent (or flat latent) on.",
     "P(parent on) given its child is 1 by construction where a parent gates its children; flat arms have none.",
     f"†: not at matched L0, the two arms' differ by more than {TOLERANCE:.0%}. What every arm is: study.yaml.",
 )

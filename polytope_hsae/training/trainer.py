@@ -69,6 +69,7 @@ class HSAETrainer:
         n_teacher: int = 0,
         seed: int = 0,
     ):
+        model.warn_unless_normalized()
         self.model, self.stream, self.stages, self.config = model, stream, stages, config
         self.folder, self.evaluate = folder, evaluate
         self.device = model.data_mean.device

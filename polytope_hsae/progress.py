@@ -6,7 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..units import count, duration, rate
+from .units import count, duration, rate
 
 QUIET_SECONDS = 1.0  # between two lines
 
