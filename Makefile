@@ -1,10 +1,10 @@
 # make demo: install into .venv and run the quickstart. make test: install what tests need and run them.
-# make test-families: tiny models of 24 families. make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
+# make test-families: tiny models of 24 families. make test-kernels: the kernels on a GPU. make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-families fuzz lint wheel clean
+.PHONY: demo test test-families test-kernels fuzz lint wheel clean
 
 demo: .venv/core
 	$(BIN)/hsae run quickstart
@@ -14,6 +14,9 @@ test: .venv/dev
 
 test-families: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m '' tests/test_families.py tests/test_family_hooks.py
+
+test-kernels: .venv/dev
+	$(BIN)/pytest -m '' tests/ops
 
 fuzz: .venv/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_fuzz.py

@@ -1,4 +1,4 @@
-"""How the quickstart's options were chosen: variants of its config, compared on validation documents and words.
+"""How the options of the config `factored` were chosen: variants of it, compared on validation documents and words.
 
     python experiments/choose_quickstart.py --out runs/choose [--part model] [--part hook] [--seeds 0,1,2] [--set ...]
 
@@ -23,7 +23,6 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "hard": {**PUBLISHED, "gate": "hard"},
     "straight_through, absolute noise": {**PUBLISHED, "router_noise": "absolute"},
     "hard, residual": {**PUBLISHED, "gate": "hard", "child_input": "residual"},
-    "hard, residual detached": {**PUBLISHED, "gate": "hard", "child_input": "residual", "child_input_detach": True},
     "hard, shared": {"gate": "hard", "child_input": "input", "child_budget": "shared"},
     "hard, residual, shared": {"gate": "hard", "child_input": "residual", "child_budget": "shared"},
     "straight_through, residual, shared": {
@@ -62,9 +61,9 @@ def hook_arms() -> list[dict[str, Any]]:
 
 
 def run_variant(out: Path, arms: list[dict[str, Any]], overrides: list[str]) -> Path:
-    """Run all phases of the quickstart with these arms on validation data; returns the run folder."""
+    """Run all phases of `factored` with these arms on validation data; returns the run folder."""
     settings = ["eval.split=val", f"arms={json.dumps(arms)}", *overrides]
-    run_all(Run(load_config("quickstart", settings), out))
+    run_all(Run(load_config("factored", settings), out))
     return out
 
 

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels run in Triton's interpreter; it is asked when they are defined
+
 from running import SMOKE, hsae
 
 from polytope_hsae.phases.run import Run

@@ -33,12 +33,6 @@ BATCH = 8192
 NORM_BLOCK = 256  # parents whose atoms are made at once
 
 
-def check_eval_mode(sae: SparseAutoencoder) -> None:
-    """Routing noise must be off: raise ValueError for a module in training mode."""
-    if getattr(sae, "training", False):
-        raise ValueError("model: found training mode, allowed: eval mode (call .eval() before evaluation)")
-
-
 class Firings:
     """Counts of a split's codes: rows; parents on [G, P]; children on [R]; children on while their parent is [R]."""
 
@@ -99,7 +93,6 @@ def count_firings(
     sae: SparseAutoencoder, store: ActivationStore, split: str, max_rows: int | None = None, seed: int = 0
 ) -> Firings:
     """Firings on a split, or on `max_rows` random rows of it."""
-    check_eval_mode(sae)
     device = sae.write_directions().device
     found = Firings(sae.n_parents, sae.n_children, device)
     for rows in sampled_rows(store.n_rows(split), max_rows, seed).split(BATCH):

@@ -17,7 +17,7 @@ from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.evaluation.bootstrap import Metric, bootstrap_quantile, unavailable
 from polytope_hsae.evaluation.concepts import Label, labelled_children
-from polytope_hsae.evaluation.firings import FLAT, Firings, check_eval_mode, firing_metrics, sampled_rows
+from polytope_hsae.evaluation.firings import FLAT, Firings, firing_metrics, sampled_rows
 from polytope_hsae.geometry.causal import Space
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
@@ -139,7 +139,6 @@ def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes
     names = ("probe_child", "probe_parent", "probe_min")
     if not isinstance(sae, HierarchicalSAE):
         return {name: unavailable(FLAT) for name in names}
-    check_eval_mode(sae)
     best_Q, f1_Q = _best_children(sae, store, probes)
     used_Q = (f1_Q > 0).nonzero().squeeze(1)
     if len(used_Q) < 2:

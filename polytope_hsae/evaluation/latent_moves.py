@@ -10,7 +10,6 @@ from torch import Tensor
 
 from polytope_hsae.evaluation.concepts import IntArray
 from polytope_hsae.evaluation.pushing import Moves
-from polytope_hsae.evaluation.reconstruction import check_eval_mode
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -37,7 +36,6 @@ def overrides(sae: SparseAutoencoder, level: Level, latents: IntArray, last_Md: 
     x_hat(codes), by the model's own decoding; alpha is the code's value times that step's length (its median over
     contexts, which differ only where rows are scaled one by one).
     """
-    check_eval_mode(sae)
     codes = sae.encode(last_Md.to(sae.write_directions().device, torch.float32))
     before_Md = sae.decode(codes)
     children = level == "child" and sae.n_children > 0

@@ -18,7 +18,6 @@ from polytope_hsae.config import LatentsConfig
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.data.vocabulary import TokenTexts, significant
 from polytope_hsae.evaluation.bootstrap import FloatArray
-from polytope_hsae.evaluation.firings import check_eval_mode
 from polytope_hsae.evaluation.row_codes import IntArray
 from polytope_hsae.evaluation.words import Lexicon, WordList
 from polytope_hsae.models.base import SparseAutoencoder
@@ -56,7 +55,6 @@ def positive_codes(
     sae: SparseAutoencoder, store: ActivationStore, split: str, batch_size: int = 4096
 ) -> tuple[Codes, Codes]:
     """The parents' and the children's codes on a whole split."""
-    check_eval_mode(sae)
     device = sae.write_directions().device
     empty = Codes(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
     parts: tuple[list[Codes], list[Codes]] = ([empty], [empty])

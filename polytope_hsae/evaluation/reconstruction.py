@@ -24,7 +24,7 @@ from polytope_hsae.evaluation.bootstrap import (
     summarise,
     unavailable,
 )
-from polytope_hsae.evaluation.firings import GROUPS, Firings, check_eval_mode, firing_metrics, usage_metrics
+from polytope_hsae.evaluation.firings import GROUPS, Firings, firing_metrics, usage_metrics
 from polytope_hsae.lm import NO_HEAD, Edit, LanguageModel
 from polytope_hsae.lm_edits import EditedRuns
 from polytope_hsae.models.base import SparseAutoencoder
@@ -58,7 +58,6 @@ def evaluate_reconstruction(
     the d coordinates of each one's own EV and `ev_dimension_q05` their 5 % quantile, with intervals over groups of
     documents. `firings.py` has what is said of use. Raises ValueError for an empty split or a model in training mode.
     """
-    check_eval_mode(sae)
     device = sae.write_directions().device
     docs_U, doc_of_row_N = np.unique(store.column(split, "doc").cpu().numpy(), return_inverse=True)
     if not docs_U.size:
@@ -276,7 +275,6 @@ def evaluate_language_model(
     if not lm.has_head:
         return {name: Evaluation({metric: unavailable(NO_HEAD) for metric in LM_METRICS}) for name in saes}
     for sae in saes.values():
-        check_eval_mode(sae)
     if ids_NT.ndim != 2 or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 3:
         raise ValueError(f"contexts: found shape {tuple(ids_NT.shape)}, allowed: [N >= 1, T >= 3]")
     mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.evaluation.firings import check_eval_mode
 from polytope_hsae.models.base import SparseAutoencoder
 
 IntArray = NDArray[np.int64]
@@ -75,7 +74,6 @@ def row_codes(
     sae: SparseAutoencoder, store: ActivationStore, split: str, row_N: IntArray, batch_size: int = 4096
 ) -> RowCodes:
     """Codes of the given rows of a split, kept sparse. Raises ValueError for a model in training mode."""
-    check_eval_mode(sae)
     device = sae.write_directions().device
     parents, children = _Parts(), _Parts()
     scale = [np.zeros(0, np.float32)]

@@ -70,6 +70,7 @@ def kernels(precision: Precision) -> Ops:
 
     return NAIVE._replace(
         enter=partial(routed.enter, precision=precision),
+        linear=routed.linear,
         route=partial(routed.route, precision=precision),
         decode=partial(routed.decode, precision=precision),
         encode_children=partial(routed.encode_children, precision=precision),

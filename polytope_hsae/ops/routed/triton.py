@@ -28,11 +28,19 @@ def enter(
     """As `naive.enter`."""
     if h.requires_grad:
         return naive.enter(h, normalize, mean_d, scale, b_dec)
-    if (there := h.get_device()) != (here := torch.cuda.current_device()):
+    if h.is_cuda and (there := h.get_device()) != (here := torch.cuda.current_device()):
         raise ValueError(f"device: found a tensor on cuda:{there}, allowed: cuda:{here}, or torch.cuda.set_device")
     bias = None if b_dec is None else b_dec.detach()
     x, values, norm_B = enter_rows(h, normalize, mean_d, scale, UNIT_ROW_EPS, bias, DTYPE[precision])
     return x, Rows(values, b_dec), norm_B
+
+
+def linear(rows: Rows, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
+    """As `naive.linear`."""
+    x_Bd = rows.values.to(weight_Pd.dtype)
+    if rows.origin is not None:
+        x_Bd = x_Bd + (rows.origin.detach() - rows.origin)
+    return torch.nn.functional.linear(x_Bd, weight_Pd, bias_P)
 
 
 def route(
