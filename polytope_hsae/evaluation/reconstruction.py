@@ -274,7 +274,6 @@ def evaluate_language_model(
     """
     if not lm.has_head:
         return {name: Evaluation({metric: unavailable(NO_HEAD) for metric in LM_METRICS}) for name in saes}
-    for sae in saes.values():
     if ids_NT.ndim != 2 or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 3:
         raise ValueError(f"contexts: found shape {tuple(ids_NT.shape)}, allowed: [N >= 1, T >= 3]")
     mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT
