@@ -9,9 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # kernels run in Triton's interpreter; it is asked when they are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # asked when kernels are defined: they run in the interpreter
 
 from running import SMOKE, hsae
 

@@ -50,9 +50,9 @@ class Block(BaseModel):
     @classmethod
     def modern(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Fields under their present names. Raises ValueError for one that is gone and has not its default."""
-        for key in cls.deleted.keys() & fields.keys():
+        for key in (key for key in cls.deleted if key in fields):
             require(key, fields[key], fields[key] == cls.deleted[key], f"{cls.deleted[key]}; {LAST_WITH}")
-        for key in cls.renamed.keys() & fields.keys():
+        for key in (key for key in cls.renamed if key in fields):
             warnings.warn(f"{key} is now called {cls.renamed[key]}", stacklevel=2)
         found = {key: value for key, value in fields.items() if key not in {**cls.deleted, **cls.renamed}}
         return found | {new: fields[old] for old, new in cls.renamed.items() if old in fields}

@@ -84,6 +84,7 @@ class HierarchicalSAE(SparseAutoencoder):
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
+        # x is the row in normalised coordinates; rows is what the next product reads: x - b_dec, then what is left of x
         x, rows, scale = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, self.b_dec)
         parents = self.router(rows, self.balance.parent_bias, generator)
         parents = self.sparsity.keep_parents(parents, self.balance.parent_bias)

@@ -10,7 +10,6 @@ for every row the numbers i of n weights and n values v:
 Memory is that of B n values. M counts the pairs whose value is not 0.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,19 +29,9 @@ def linear(rows: Rows, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
     return out
 
 
-def route(
-    rows: Rows,
-    E: Tensor,
-    b_E: Tensor | None,
-    k: int,
-    *,
-    bias: Tensor | None = None,
-    noise: Callable[[Tensor], Tensor] | None = None,
-    threshold: Tensor | None = None,
-    sum_codes: bool = False,
-) -> Routed:
+def route(rows: Rows, E: Tensor, b_E: Tensor | None, k: int, **choice: Any) -> Routed:
     """As `naive.route`."""
-    return chosen(_Linear.apply(rows.values, E, b_E), k, bias, noise, threshold, sum_codes)
+    return chosen(_Linear.apply(rows.values, E, b_E), k, **choice)
 
 
 def decode(routes: Routing, value_Bk: Tensor, D: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the routed operations compute, in plain PyTorch: every gathered row is written out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,16 +47,11 @@ def route(
     threshold parents are chosen by their codes, which are the logits from there up and 0 below it. sum_codes: ask for
     `code_sum`, of those codes, or else of the logits above 0.
     """
-    return chosen(linear(rows, E, b_E), k, bias, noise, threshold, sum_codes)
+    return chosen(linear(rows, E, b_E), k, bias=bias, noise=noise, threshold=threshold, sum_codes=sum_codes)
 
 
 def chosen(
-    logits_BP: Tensor,
-    k: int,
-    bias: Tensor | None,
-    noise: Callable[[Tensor], Tensor] | None,
-    threshold: Tensor | None,
-    sum_codes: bool,
+    logits_BP: Tensor, k: int, *, bias: Any = None, noise: Any = None, threshold: Any = None, sum_codes: bool = False
 ) -> Routed:
     """`route` from the logits on."""
     codes_BP = logits_BP

@@ -43,22 +43,13 @@ def linear(rows: Rows, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x_Bd, weight_Pd, bias_P)
 
 
-def route(
-    rows: Rows,
-    E: Tensor,
-    b_E: Tensor | None,
-    k: int,
-    *,
-    bias: Tensor | None = None,
-    noise: Callable[[Tensor], Tensor] | None = None,
-    threshold: Tensor | None = None,
-    sum_codes: bool = False,
-    precision: str,
-) -> Routed:
+def route(rows: Rows, E: Tensor, b_E: Tensor | None, k: int, *, precision: str, **choice: Any) -> Routed:
     """As `naive.route`."""
+    bias, noise, wants_sum = choice.get("bias"), choice.get("noise"), choice.get("sum_codes", False)
     added = None if bias is None and noise is None else lambda logits_BP: naive.handicap(logits_BP, bias, noise)
-    index, logit, code_sum, logits = Route.apply(*rows, E, b_E, k, threshold, added, sum_codes, precision)
-    return Routed(index, logit, logits, code_sum if sum_codes else None)
+    found = Route.apply(*rows, E, b_E, k, choice.get("threshold"), added, wants_sum, precision)
+    index, logit, code_sum, logits = found
+    return Routed(index, logit, logits, code_sum if wants_sum else None)
 
 
 def decode(routes: Routing, value_Bk: Tensor, D: Tensor, *, precision: str) -> Tensor:
