@@ -15,7 +15,7 @@ BACKENDS = {"naive": (ops.NAIVE, "cpu"), "cpu": (ops.CPU, "cpu"), "triton": (ops
 
 def normal(*shape, seed=0):
     """float64, the same for equal arguments."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
 def leaf(tensor, device=DEVICE):

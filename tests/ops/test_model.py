@@ -18,7 +18,7 @@ FORMS = {
     "default": HSAEConfig(n_parents=24, topk_parent=3, topk_child_total=2),
     "default, untied": HSAEConfig(n_parents=24, topk_parent=3, topk_child_total=2, use_tied_decoders_child="init"),
     "prefixes": HSAEConfig(n_parents=24, topk_parent=3, topk_child_total=2, parent_prefixes=(0.25, 0.5)),
-    "published": HSAEConfig.jax_compat(n_parents=96, n_children_per_parent=8, topk_parent=6),
+    "published": HSAEConfig.jax_compat(n_parents=64, n_children_per_parent=8, topk_parent=6),
     "wide subspace": factored(
         n_parents=24, topk_parent=4, subspace_dim=20, child_input="input", child_budget="per_parent",
         l1_parent=1e-3, l1_child=1e-3, biorth_lambda=1e-3, recon_reduction="mean",
@@ -58,9 +58,20 @@ def quiet_router(monkeypatch):
     monkeypatch.setattr(Router, "_noise", lambda *_: torch.zeros_like)
 
 
+ON_A_CPU = (
+    "default",
+    "published",
+    "wide subspace",
+    "shared",
+    "smallest rate",
+)  # the interpreter takes seconds for each
+
+
 @pytest.mark.usefixtures("quiet_router")
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("B", [20, pytest.param(1, marks=pytest.mark.gpu), pytest.param(200, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ON_A_CPU else pytest.mark.gpu) for name in FORMS]
+)
+@pytest.mark.parametrize("B", [8, pytest.param(1, marks=pytest.mark.gpu), pytest.param(200, marks=pytest.mark.gpu)])
 def test_a_model_and_all_its_gradients(name, B):
     config = FORMS[name]
     model = HierarchicalSAE(config, 48, "unit_row" if name == "published" else "rms", seed=1).train()

@@ -41,11 +41,11 @@ def route(
     threshold: Tensor | None = None,
     sum_codes: bool = False,
 ) -> Routed:
-    """The k parents of every row with the largest E x + b_E; among equal ones the lowest numbers, largest first.
+    """The k parents of every row with the largest E x + b_E, largest first.
 
     bias [P]: added for the choice alone, where a logit is above 0; noise: a function of the logits, likewise. With a
-    threshold parents are chosen by their codes, which are the logits from there up and 0 below it. sum_codes: ask for
-    `code_sum`, of those codes, or else of the logits above 0.
+    threshold parents are chosen by their codes, which are the logits from there up and 0 below it: among equal ones the
+    lowest numbers first. sum_codes: ask for `code_sum`, of those codes, or else of the logits above 0.
     """
     return chosen(linear(rows, E, b_E), k, bias=bias, noise=noise, threshold=threshold, sum_codes=sum_codes)
 
@@ -60,7 +60,7 @@ def chosen(
     choice_BP = (logits_BP if threshold is None else codes_BP).detach()
     if bias is not None or noise is not None:
         choice_BP = choice_BP + handicap(logits_BP.detach(), bias, noise)
-    index_Bk = largest(choice_BP, k)
+    index_Bk = torch.topk(choice_BP, k, dim=1).indices if threshold is None else largest(choice_BP, k)
     code_sum = codes_BP.sum(1) if sum_codes else None
     return Routed(index_Bk, logits_BP.gather(1, index_Bk), logits_BP.detach(), code_sum)
 

@@ -74,7 +74,8 @@ def _outer_kernel(
         x = tl.load(row + c[None, :], mask=here[:, None] & (c[None, :] < d), other=0.0)
         total = tl.dot(left.to(x.dtype), x, total, input_precision=MODE)
     at = out + (place * M + m)[:, None] * d + c[None, :]
-    tl.store(at, total, mask=(place >= 0) & (m[:, None] < M) & (c[None, :] < d))
+    written = m < tl.where(place >= 0, M, 0)  # a spare chunk has no place
+    tl.store(at, total, mask=written[:, None] & (c[None, :] < d))
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def _select_kernel(
     if LEAKY:
         code = tl.where(code.to(tl.float32) >= tl.load(threshold), code, 0.0).to(code.dtype)
     if SUM:
-        positive = tl.where(inside & (code > 0), code, 0.0).to(tl.float32)
+        positive = tl.where(inside & (code.to(tl.float32) > 0), code, 0.0).to(tl.float32)
         tl.store(code_sum + row * n_chunks + chunk, tl.sum(tl.sum(positive, 1), 0))
     LOWEST: tl.constexpr = -(1 << (BITS - 1))
     key = tl.where(inside, _sort_key(code), LOWEST)
