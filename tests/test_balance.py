@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from factored import factored
-from test_models import SHAPE, generator, normal, random_parameters
+from models import SHAPE, factored, generator, normal, random_parameters
 from test_training import assert_same_run, planted_rows, train
 
 from polytope_hsae.config import HSAEConfig
@@ -14,7 +13,7 @@ WIDTH = 6
 
 
 def make_model(gate="hard", rate=0.1, **options):
-    return HierarchicalSAE(factored(**{**SHAPE, "gate": gate, "router_balance_rate": rate, **options}), WIDTH, "none")
+    return HierarchicalSAE(factored(**{**SHAPE, "gate": gate, "balance_rate": rate, **options}), WIDTH, "none")
 
 
 def codes_of(index, value):
@@ -82,7 +81,7 @@ def test_the_balance_resumes_exactly(tmp_path):
 
 
 def test_a_largest_load_holds_back_only_what_is_above_it():
-    model = make_model(n_parents=4, topk_parent=2, router_load_max=0.5, router_load_spread=2.2)
+    model = make_model(n_parents=4, topk_parent=2, rate_cap=0.5, rate_cap_spread=2.2)
     index, value = [[0, 1], [0, 2], [0, 3]], [[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]]
     model.update_balance(codes_of(index, value))
     assert torch.equal(model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0]))  # loads 3, 1, 0, 1 of 1.5
@@ -98,7 +97,7 @@ def test_a_largest_load_holds_back_only_what_is_above_it():
 
 
 def test_a_smallest_load_is_kept_in_the_mean_of_batches():
-    model = make_model(n_parents=4, topk_parent=2, load_min=0.1)
+    model = make_model(n_parents=4, topk_parent=2, rate_floor=0.1)
     assert model.child_balance.shape == (4, model.n_children)
     model.child_balance = None  # this is about parents
     index = [[0, 1]] * 10 + [[2, 1]] * 10
@@ -113,7 +112,7 @@ def test_a_smallest_load_is_kept_in_the_mean_of_batches():
 
 def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
     for budget in ({"child_budget": "per_parent"}, {"child_budget": "per_parent", "topk_child": 2}, {}):
-        model = make_model(load_min=0.1, **budget).double()
+        model = make_model(rate_floor=0.1, **budget).double()
         random_parameters(model)
         rows = normal(40, WIDTH)
         parents, values, _ = model.encode_parent(rows)
@@ -139,10 +138,10 @@ def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
 
 def test_a_smallest_load_brings_back_what_is_hardly_ever_on():
     options = {"parent_budget": "joint", "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
-    options |= {"router_load_max": None, "normalize_decoder": True}
+    options |= {"rate_cap": None, "normalize_decoder": True}
 
     def load_and_never_on(least, frozen=()):
-        model = make_model(rate=0.05 if least else 0, topk_parent=2, load_min=least, **options)
+        model = make_model(rate=0.05 if least else 0, topk_parent=2, rate_floor=least, **options)
         model.freeze(frozen)
         with torch.no_grad():
             model.b_E[0], model.b_F[1:, 0] = -4.0, -2.0
@@ -165,7 +164,7 @@ def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
     options = {"parent_budget": parents, "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
 
     def largest(rate, most):
-        model = make_model(rate=rate, topk_parent=2, router_load_max=most, **options)
+        model = make_model(rate=rate, topk_parent=2, rate_cap=most, **options)
         with torch.no_grad():
             model.b_E.copy_(torch.arange(6) / 2)
         rows = 0.2 * torch.randn(512, WIDTH, generator=generator(0))
@@ -186,24 +185,24 @@ def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
 
 def test_a_balance_that_cannot_be_is_refused():
     with pytest.raises(
-        ValueError, match=r"router_balance_rate: found 0\.1, allowed: 0 unless parent_budget is per_row, or"
+        ValueError, match=r"balance_rate: found 0\.1, allowed: 0 unless parent_budget is per_row, or"
     ):
         make_model(parent_budget="batch")
     with pytest.raises(
-        ValueError, match=r"router_load_max: found 0\.2, allowed: null unless router_balance_rate is above"
+        ValueError, match=r"rate_cap: found 0\.2, allowed: null unless balance_rate is above"
     ):
-        make_model(rate=0, router_load_max=0.2)
-    with pytest.raises(ValueError, match=r"load_min: found 0\.2, allowed: 0 unless router_balance_rate is above 0"):
-        make_model(rate=0, load_min=0.2)
+        make_model(rate=0, rate_cap=0.2)
+    with pytest.raises(ValueError, match=r"rate_floor: found 0\.2, allowed: 0 unless balance_rate is above 0"):
+        make_model(rate=0, rate_floor=0.2)
     with pytest.raises(
-        ValueError, match=r"router_load_spread: found 1\.0, allowed: 1\.3 unless router_load_max is set"
+        ValueError, match=r"rate_cap_spread: found 1\.0, allowed: 1\.3 unless rate_cap is set"
     ):
-        make_model(router_load_max=None, router_load_spread=1)
+        make_model(rate_cap=None, rate_cap_spread=1)
 
 
 def test_no_rate_means_no_limits_and_the_config_says_so():
-    off = HSAEConfig(router_balance_rate=0)
-    assert (off.router_load_max, off.load_min) == (None, 0)
+    off = HSAEConfig(balance_rate=0)
+    assert (off.rate_cap, off.rate_floor) == (None, 0)
     assert HSAEConfig(**off.model_dump()) == off
     assert HierarchicalSAE(off, 64, "none").child_balance is None
     on = HierarchicalSAE(HSAEConfig(), 64, "none")
@@ -213,7 +212,7 @@ def test_no_rate_means_no_limits_and_the_config_says_so():
 
 @pytest.mark.parametrize("parents", ["per_row", "joint"])
 def test_what_is_silent_on_every_row_takes_no_slot(parents):
-    options = {"parent_budget": parents, "topk_parent": 2, "load_min": 0.5, "normalize_decoder": True}
+    options = {"parent_budget": parents, "topk_parent": 2, "rate_floor": 0.5, "normalize_decoder": True}
     if parents == "joint":
         options |= {"child_budget": "batch", "topk_child_total": 2}
     model = make_model(rate=0.1, **options)
@@ -233,7 +232,7 @@ def test_what_is_silent_on_every_row_takes_no_slot(parents):
 
 
 def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():
-    model = make_model(rate=0.1, load_min=0.5, router_load_max=None)
+    model = make_model(rate=0.1, rate_floor=0.5, rate_cap=None)
     with torch.no_grad():
         model.b_E[0], model.b_F[1, 0] = -8.0, -4.0
     rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
@@ -251,7 +250,7 @@ def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():
 
 
 def test_a_child_is_lifted_only_while_its_parent_is_on():
-    model = make_model(rate=0.1, load_min=0.5, router_load_max=None)
+    model = make_model(rate=0.1, rate_floor=0.5, rate_cap=None)
     model.freeze({"b_E"})
     with torch.no_grad():
         model.b_E[0] = -20.0
@@ -265,7 +264,7 @@ def test_a_child_is_lifted_only_while_its_parent_is_on():
 
 
 def test_children_of_a_rare_parent_hardly_lift_each_other():
-    model = make_model(rate=0.1, load_min=0.3, router_load_max=None, child_budget="per_parent")
+    model = make_model(rate=0.1, rate_floor=0.3, rate_cap=None, child_budget="per_parent")
     model.freeze({"b_E"})
     with torch.no_grad():
         model.b_E[0] = -5.0  # on in one row of every eight batches, always with one of its four children
@@ -278,13 +277,13 @@ def test_children_of_a_rare_parent_hardly_lift_each_other():
 def test_a_spread_of_1_makes_the_largest_load_strict():
     index, value = [[0, 1], [0, 2], [0, 3], [1, 2]], [[1.0, 1.0]] * 4  # loads 3, 2, 2, 1 of 4 rows: a mean of 2
     for spread, balance in ((2.2, 0.0), (1.6, 0.0), (1.4, -0.1), (1.0, -0.1)):
-        model = make_model(n_parents=4, topk_parent=2, router_load_max=0.6, router_load_spread=spread)
+        model = make_model(n_parents=4, topk_parent=2, rate_cap=0.6, rate_cap_spread=spread)
         model.update_balance(codes_of(index, value))
         assert torch.equal(model.balance, torch.tensor([balance, 0.0, 0.0, 0.0]))
 
 
 def test_a_batch_without_any_code_moves_no_bias():
-    model = make_model(rate=0.1, load_min=0.5, router_load_max=0.5)
+    model = make_model(rate=0.1, rate_floor=0.5, rate_cap=0.5)
     model.update_balance(codes_of([[0, 1]], [[0.0, 0.0]]))
     for tensor in (model.balance, model.child_balance, model.b_E, model.b_F):
         assert not tensor.any()

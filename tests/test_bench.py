@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factored import factored
+from models import factored
 from running import hsae, refused, script
 
 from polytope_hsae.bench import jax_peer, run
@@ -284,7 +284,7 @@ def test_json_is_one_document():
         (["--shape", "smoke", "--set", "hsae.n_parent=3"], ["n_parent", "n_parents"]),
         (["--shape", "smoke", "--set", "hsae.child_encoder=direct"], ["hsae.child_encoder", "direct", "factored"]),
         (["--shape", "smoke", "--set", "hsae.child_budget=batch"], ["hsae.child_budget", "batch", "shared"]),
-        (["--shape", "smoke", "--set", "hsae.router_balance_rate=0.1"], ["hsae.router_balance_rate", "0.1"]),
+        (["--shape", "smoke", "--set", "hsae.balance_rate=0.1"], ["hsae.balance_rate", "0.1"]),
     ],
 )
 def test_bad_options_are_one_line(arguments, words):

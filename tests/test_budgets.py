@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from factored import factored
+from models import SHAPE, WIDTH, factored, normal, random_parameters
 from polytope_hsae.models.budget import Budget
-from test_models import LOSSES, SHAPE, WIDTH, copied_tensors, dense_loss, normal, random_parameters
+from test_models import LOSSES, copied_tensors, dense_loss
 from test_training import assert_same_run, planted_rows, train
 
 from polytope_hsae.config import LossOverrides

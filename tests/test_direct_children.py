@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from factored import factored
+from models import SHAPE, WIDTH, factored, generator, normal, random_parameters
 from test_budgets import assert_dense
-from test_models import LOSSES, SHAPE, WIDTH, Roots, child_inits, generator, normal, random_parameters
+from test_models import LOSSES, Roots, child_inits
 
 from polytope_hsae.config import LossOverrides
 from polytope_hsae.models.base import SparseAutoencoder

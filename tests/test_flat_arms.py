@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from factored import factored
+from models import factored
 from running import contents, hsae
 from test_models import step_flops
 from test_phases import small

@@ -19,7 +19,7 @@ import tiny
 import torch
 import yaml
 from breaking import ODD, TEXTS, broken_bytes, broken_json, broken_lines, broken_tensors, broken_yaml
-from factored import factored
+from models import factored
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console

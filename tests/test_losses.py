@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from factored import factored
+from models import factored
 from polytope_hsae.models.routing import topk_lowest
 from polytope_hsae.ops.magnitude import child_code, parent_code
 from scipy.optimize import minimize

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from factored import factored
+from models import factored, generator, normal
 from polytope_hsae.models.start import centres, principal_rows
-from test_models import generator, normal
 
 from polytope_hsae.models.hsae import HierarchicalSAE
 

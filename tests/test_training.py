@@ -6,8 +6,8 @@ import signal
 
 import pytest
 import torch
-from factored import factored
-from test_models import child_inits, normal
+from models import factored, normal
+from test_models import child_inits
 
 from polytope_hsae.config import LossOverrides, StageConfig, TeacherConfig, TrainingConfig
 from polytope_hsae.data.stream import RowStream
@@ -492,7 +492,7 @@ def test_metrics_of_a_step():
     assert 0 < value["active_parents_per_sample"] <= 3
     assert 0 <= value["active_children_per_sample"] <= 3
     assert 0 < value["router_entropy"] <= torch.tensor(8.0).log().item()
-    assert 0 < value["router_max_load"] <= 1
+    assert 0 < value["max_firing_rate"] <= 1
     assert 0 <= value["dead_children"] <= 1
 
 
