@@ -224,7 +224,9 @@ def test_what_is_silent_on_every_row_takes_no_slot(parents):
     assert on_P[:2].sum() == 0
     assert codes.l0().sum() > 0.95 * before
     mean_code = codes.parent_value.sum() / on_P.sum()
-    assert torch.allclose(model.balance.parent_bias[:2], mean_code, rtol=0.05)  # and it waits where it could come back at once
+    assert torch.allclose(
+        model.balance.parent_bias[:2], mean_code, rtol=0.05
+    )  # and it waits where it could come back at once
 
 
 def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():

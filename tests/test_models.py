@@ -754,7 +754,9 @@ def test_teachers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"hsae\.n_parents: found 6, allowed: at least the teacher's 7 parents"):
         factored_sae().eval().initialize_from_teacher(vectors, child_inits(names))
     with pytest.raises(ValueError, match=r"teacher: found \['c1', 'x'\] in one of"):
-        factored_sae().eval().initialize_from_teacher({name: vectors[name] for name in ("c0", "c1")}, child_inits(["c0", "x"]))
+        factored_sae().eval().initialize_from_teacher(
+            {name: vectors[name] for name in ("c0", "c1")}, child_inits(["c0", "x"])
+        )
     tied = factored_sae(use_tied_decoders_parent=True).eval()
     with pytest.raises(ValueError, match=r"hsae\.use_tied_decoders_parent: found true, allowed: false or init"):
         tied.initialize_from_teacher({"c0": vectors["c0"]}, child_inits(["c0"]), Roots(WIDTH))
