@@ -19,7 +19,7 @@ from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.init import ChildInit
 from polytope_hsae.ops import CPU, Routing, Rows
-from polytope_hsae.ops.gate.naive import gate
+from polytope_hsae.ops.gate.naive import gate as gated
 from polytope_hsae.ops.routed.cpu import composes
 
 
@@ -234,7 +234,7 @@ def test_parents_and_children_are_encoded_one_after_the_other(child_budget):
 
 def test_the_gate_is_exactly_one_forward():
     logits = 50 * normal(40, 3)
-    assert torch.equal(gate(logits.requires_grad_(), 0.3), torch.relu(logits))
+    assert torch.equal(gated(logits.requires_grad_(), 0.3), torch.relu(logits))
 
 
 def selection_frequencies(logits_P, kind, scale, draws=4000):
