@@ -76,7 +76,7 @@ def test_a_part_takes_the_longer_of_its_bytes_and_its_products():
 VARIANTS = {
     "jax-compat": {"n_parents": 96},  # so many that no row has fewer than k codes: among zeros the loop picks others
     "v2-focused": {},
-    "quickstart": {"topk_child_total": 5, "use_offdiag_biorth": True, "biorth_lambda": 0.1, "gram_lambda": 0.1},
+    "factored": {"topk_child_total": 5, "use_offdiag_biorth": True, "biorth_lambda": 0.1, "gram_lambda": 0.1},
 }
 
 
@@ -115,7 +115,7 @@ def test_the_loop_has_our_loss_and_gradients(name):
 
 def test_a_step_of_the_loop_is_a_step_of_ours():
     """Clipping, AdamW and the constraints too: three steps from one start."""
-    shape = load_shape("quickstart", [f"{key}={value}" for key, value in TINY.items()] + ["hsae.topk_child_total=2"])
+    shape = load_shape("factored", [f"{key}={value}" for key, value in TINY.items()] + ["hsae.topk_child_total=2"])
     shape = shape.with_training(warmup_steps=0, penalty_warmup_steps=0, schedule="constant")
     model = HierarchicalSAE(shape.hsae, 256, shape.normalize)
     loop = LoopHSAE(model, shape.losses)
@@ -139,7 +139,7 @@ def test_the_plain_flat_topk_is_ours():
     torch.testing.assert_close(plain(rows), expected)
 
 
-@pytest.mark.parametrize("name", ["jax-compat", "v2-focused", "quickstart"])
+@pytest.mark.parametrize("name", ["jax-compat", "v2-focused", "factored"])
 def test_a_start_on_the_device_looks_like_a_real_one(name):
     shape = load_shape(name, ["hsae.n_parents=64", "hsae.topk_parent=8"])
     real = HierarchicalSAE(shape.hsae, shape.width, shape.normalize)
