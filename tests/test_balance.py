@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from factored import factored
-from test_models import SHAPE, generator, normal, random_parameters
-from test_training import assert_same_run, planted_rows, train
+from models import factored_sae, generator, normal, random_parameters, sae
+from test_training import Records, assert_same_run, make_trainer, planted_rows, train
 
-from polytope_hsae.config import HSAEConfig
-from polytope_hsae.models.codes import Codes, load
+from polytope_hsae.config import HSAEConfig, StageConfig
+from polytope_hsae.models.codes import Codes, firings
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 WIDTH = 6
 
 
-def make_model(gate="hard", rate=0.1, **options):
-    return HierarchicalSAE(factored(**{**SHAPE, "gate": gate, "router_balance_rate": rate, **options}), WIDTH, "none")
+def make_model(rate=0.1, **options):
+    """Of the factored form; without a limit unless the options have one, and with no more than a row's own budgets."""
+    limits = {"rate_cap": 1.0 if rate and "rate_floor" not in options else None, "rate_floor": 0.0}
+    return factored_sae(WIDTH, **{"gate": "hard", "balance_rate": rate, **limits, **options}).float()
 
 
 def codes_of(index, value):
@@ -22,103 +23,97 @@ def codes_of(index, value):
     return Codes(index, value, index, value)
 
 
-def test_the_balance_moves_against_the_load_by_hand():
-    model = make_model(n_parents=4, topk_parent=2)
-    model.update_balance(codes_of([[0, 1], [0, 2], [0, 3]], [[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]]))
-    assert torch.equal(model.balance, torch.tensor([-0.1, 0.1, 0.1, 0.1]))  # loads 3, 1, 0, 1 of mean 1.25
-    model.update_balance(codes_of([[0, 1], [2, 3]], [[1.0, 1.0], [1.0, 1.0]]))
-    assert torch.equal(model.balance, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
+def step(model, *batches):
+    """An optimiser step of micro-batches: their codes, or rows."""
+    for batch in batches:
+        codes = batch if isinstance(batch, Codes) else model(batch).codes
+        model.after_batch(firings(codes, model.n_parents, model.n_parents * model.n_children))
+    model.before_step()
+
+
+def rates(codes, model):
+    """In how many rows each parent is on, and each child."""
+    fired = firings(codes, model.n_parents, model.n_parents * model.n_children)
+    return fired.parents, fired.children
 
 
 @pytest.mark.parametrize("gate, training", [("hard", True), ("hard", False), ("straight_through", False)])
 def test_the_balance_changes_the_choice_and_not_the_codes(gate, training):
-    model = make_model(gate).double().train(training)
+    model = make_model(gate=gate).double().train(training)
     random_parameters(model)
-    model.balance.copy_(torch.tensor([0.0, 9.0, -9.0, 0.0, 9.0, 0.0]))
+    model.balance.parent_bias.copy_(torch.tensor([0.0, 9.0, -9.0, 0.0, 9.0, 0.0]))
     index, value, logits = model.encode_parent(normal(40, WIDTH))
-    assert torch.equal(index, (logits + model.balance).topk(3, dim=1).indices)
+    scores = torch.where(logits > 0, logits + model.balance.parent_bias, logits)
+    assert torch.equal(index, scores.topk(3, dim=1).indices)
     assert not torch.equal(index, logits.topk(3, dim=1).indices)
     assert torch.equal(value, torch.relu(logits.gather(1, index)))
 
 
 def test_noise_and_balance_add_up():
-    model = make_model("straight_through").double().train()
+    model = make_model(gate="straight_through").double()
     random_parameters(model)
     x = normal(40, WIDTH)
-    before = model.encode_parent(x, generator(1))[0]
+    before, _, logits = model.encode_parent(x, generator(1))
     assert torch.equal(before, model.encode_parent(x, generator(1))[0])
-    model.balance[0] = 100.0
-    assert (model.encode_parent(x, generator(1))[0] == 0).any(1).all()
-
-
-def test_loads_become_even():
-    def spread(rate):
-        model = make_model(rate=rate) if rate else make_model(rate=0)
-        with torch.no_grad():
-            model.b_E.copy_(torch.arange(6) / 2)
-        rows = 0.2 * torch.randn(512, WIDTH, generator=generator(0))
-        for _ in range(200):
-            model.update_balance(model(rows).codes)
-        codes = model(rows).codes
-        load = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=6)
-        return load.max() / load.double().mean()
-
-    assert spread(0) > 1.5
-    assert spread(0.01) < 1.2
+    model.balance.parent_bias[0] = 100.0
+    after = model.encode_parent(x, generator(1))[0]
+    above = logits[:, 0] > 0  # below that a bias brings no parent back
+    assert (after[above] == 0).any(1).all()
+    assert torch.equal(after[~above], before[~above])
 
 
 def test_the_balance_resumes_exactly(tmp_path):
     def fresh():
-        return make_model(normalize_decoder=True)
+        return make_model(rate_floor=0.9, rate_cap=0.2, rate_cap_spread=1)
 
     straight = train(tmp_path / "straight", model=fresh())
     train(tmp_path / "killed", model=fresh(), kill_at=20)
     resumed = train(tmp_path / "killed", model=fresh())
     assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
-    assert resumed.model.balance.abs().max() > 0.2
+    assert resumed.model.balance.parent_bias.abs().max() > 0.2
     resumed.model.save_pretrained(tmp_path / "model")
     loaded = HierarchicalSAE.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded.reconstruct(planted_rows()), resumed.model.eval().reconstruct(planted_rows()))
 
 
 def test_a_largest_load_holds_back_only_what_is_above_it():
-    model = make_model(n_parents=4, topk_parent=2, router_load_max=0.5, router_load_spread=2.2)
+    model = make_model(n_parents=4, topk_parent=2, rate_cap=0.5, rate_cap_spread=2.2)
     index, value = [[0, 1], [0, 2], [0, 3]], [[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]]
-    model.update_balance(codes_of(index, value))
-    assert torch.equal(model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0]))  # loads 3, 1, 0, 1 of 1.5
-    model.update_balance(codes_of(index, value))
-    model.update_balance(codes_of([[1, 2], [1, 3]], [[1.0, 1.0], [1.0, 1.0]]))
+    step(model, codes_of(index, value))
+    assert torch.equal(model.balance.parent_bias, torch.tensor([-0.1, 0.0, 0.0, 0.0]))  # loads 3, 1, 0, 1 of 1.5
+    step(model, codes_of(index, value))
+    step(model, codes_of([[1, 2], [1, 3]], [[1.0, 1.0], [1.0, 1.0]]))
     assert torch.allclose(
-        model.balance, torch.tensor([-0.1, 0.0, 0.0, 0.0])
+        model.balance.parent_bias, torch.tensor([-0.1, 0.0, 0.0, 0.0])
     )  # loads 0, 2, 1, 1 of 2.2 times their mean
-    model.update_balance(codes_of([[1, 2]] * 3 + [[1, 3]], [[1.0, 0.0]] * 4))
-    assert torch.allclose(model.balance, torch.tensor([0.0, -0.1, 0.0, 0.0]))  # loads 0, 4, 0, 0
-    model.update_balance(codes_of([[1, 2]], [[0.0, 1.0]]))
-    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, -0.1, 0.0]))  # loads 0, 0, 1, 0 of 0.55
+    step(model, codes_of([[1, 2]] * 3 + [[1, 3]], [[1.0, 0.0]] * 4))
+    assert torch.allclose(model.balance.parent_bias, torch.tensor([0.0, -0.1, 0.0, 0.0]))  # loads 0, 4, 0, 0
+    step(model, codes_of([[1, 2]], [[0.0, 1.0]]))
+    assert torch.allclose(model.balance.parent_bias, torch.tensor([0.0, 0.0, -0.1, 0.0]))  # loads 0, 0, 1, 0 of 0.55
 
 
 def test_a_smallest_load_is_kept_in_the_mean_of_batches():
-    model = make_model(n_parents=4, topk_parent=2, load_min=0.1)
-    assert model.child_balance.shape == (4, model.n_children)
-    model.child_balance = None  # this is about parents
+    model = make_model(n_parents=4, topk_parent=2, rate_floor=0.1)
+    assert model.balance.child_bias.shape == (4, model.n_children)
+    model.balance.child_bias = None  # this is about parents
     index = [[0, 1]] * 10 + [[2, 1]] * 10
     for _ in range(6):  # loads 10, 20, 10, 0: a mean of 10, so one row is wanted
-        model.update_balance(codes_of(index, [[1.0, 1.0]] * 20))
-    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.0, 0.6]))
-    model.update_balance(
-        codes_of([[0, 1], [3, 1]], [[1.0, 1.0], [1.0, 0.0]])
+        step(model, codes_of(index, [[1.0, 1.0]] * 20))
+    assert torch.allclose(model.balance.parent_bias, torch.tensor([0.0, 0.0, 0.0, 0.6]))
+    step(
+        model, codes_of([[0, 1], [3, 1]], [[1.0, 1.0], [1.0, 0.0]])
     )  # loads 1, 1, 0, 1: 0.075 rows are wanted, and what wants less than 0.3 goes as fast as if it wanted 0.3
-    assert torch.allclose(model.balance, torch.tensor([0.0, 0.0, 0.03, 0.6 - 0.0925 * 0.3 / 0.075]))
+    assert torch.allclose(model.balance.parent_bias, torch.tensor([0.0, 0.0, 0.03, 0.6 - 0.0925 * 0.3 / 0.075]))
 
 
 def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
     for budget in ({"child_budget": "per_parent"}, {"child_budget": "per_parent", "topk_child": 2}, {}):
-        model = make_model(load_min=0.1, **budget).double()
+        model = make_model(rate_floor=0.1, **budget).double()
         random_parameters(model)
         rows = normal(40, WIDTH)
         parents, values, _ = model.encode_parent(rows)
         pre_BkC = model.encode_children(rows, parents, values)[2]
-        model.child_balance.copy_(5 * normal(*model.child_balance.shape).abs())
+        model.balance.child_bias.copy_(5 * normal(*model.balance.child_bias.shape).abs())
         index, codes, _ = model.encode_children(rows, parents, values)
         C, chosen = model.n_children, codes > 0
         slot = (parents.unsqueeze(2) == (index // C).unsqueeze(1)).int().argmax(1)
@@ -126,38 +121,38 @@ def test_the_bias_of_children_changes_the_choice_and_not_the_codes():
         assert torch.equal(codes[chosen], q[chosen])
         assert chosen.any()
         # what is not chosen has a smaller score, q + beta, than what is, among those that compete with it
-        score_BkC = torch.where(pre_BkC > 0, pre_BkC + model.child_balance[parents], -torch.inf)
+        score_BkC = torch.where(pre_BkC > 0, pre_BkC + model.balance.child_bias[parents], -torch.inf)
         score_BkC[values <= 0] = -torch.inf
         n = model.config.active_children if not budget else model.config.topk_child
         pool = score_BkC.flatten(1) if not budget else score_BkC
         expected = pool.topk(n, dim=-1).values
         assert torch.allclose(
             expected[expected > -torch.inf].sort().values,
-            (q + model.child_balance.flatten()[index])[chosen].sort().values,
+            (q + model.balance.child_bias.flatten()[index])[chosen].sort().values,
         )
 
 
 def test_a_smallest_load_brings_back_what_is_hardly_ever_on():
     options = {"parent_budget": "joint", "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
-    options |= {"router_load_max": None, "normalize_decoder": True}
+    options |= {"rate_cap": None, "normalize_decoder": True}
 
-    def load_and_never_on(least, frozen=()):
-        model = make_model(rate=0.05 if least else 0, topk_parent=2, load_min=least, **options)
+    def rate_and_never_on(least, frozen=()):
+        model = make_model(rate=0.05 if least else 0, topk_parent=2, rate_floor=least, **options)
         model.freeze(frozen)
         with torch.no_grad():
             model.b_E[0], model.b_F[1:, 0] = -4.0, -2.0
         rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
         for _ in range(1000):
-            model.update_balance(model(rows).codes)
+            step(model, rows)
         model.calibrate([rows], 4.0)
         codes = model.eval().encode(rows)
         assert codes.l0().double().mean().item() == pytest.approx(4, abs=0.02)
-        on_R = load(codes.child_index, codes.child_value, 6 * model.n_children) > 0
-        return load(codes.parent_index, codes.parent_value, 6)[0].item(), (~on_R).sum().item()
+        on_P, on_R = rates(codes, model)
+        return on_P[0].item(), (on_R == 0).sum().item()
 
-    assert load_and_never_on(0) == (2, 3)
-    assert load_and_never_on(0.2, {"b_E", "b_F"}) == (12, 0)  # the parent reads no more than 12 rows
-    assert load_and_never_on(0.2) == (32, 0)  # of 34 that are wanted: 0.2 of the mean load
+    assert rate_and_never_on(0) == (2, 3)
+    assert rate_and_never_on(0.2, {"b_E", "b_F"}) == (12, 0)  # the parent reads no more than 12 rows
+    assert rate_and_never_on(0.2) == (32, 0)  # of 34 that are wanted: 0.2 of the mean load
 
 
 @pytest.mark.parametrize("parents", ["batch", "joint"])
@@ -165,12 +160,12 @@ def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
     options = {"parent_budget": parents, "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
 
     def largest(rate, most):
-        model = make_model(rate=rate, topk_parent=2, router_load_max=most, **options)
+        model = make_model(rate=rate, topk_parent=2, rate_cap=most, **options)
         with torch.no_grad():
             model.b_E.copy_(torch.arange(6) / 2)
         rows = 0.2 * torch.randn(512, WIDTH, generator=generator(0))
         for _ in range(300):
-            model.update_balance(model(rows).codes)
+            step(model, rows)
         model.calibrate([rows], 3.0)
         codes = model.eval().encode(rows)
         assert codes.l0().double().mean().item() == pytest.approx(3, abs=0.02)
@@ -184,36 +179,36 @@ def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
     assert largest(0.01, 0.6) < 0.65
 
 
-def test_a_balance_that_cannot_be_is_refused():
-    with pytest.raises(
-        ValueError, match=r"router_balance_rate: found 0\.1, allowed: 0 unless parent_budget is per_row, or"
-    ):
-        make_model(parent_budget="batch")
-    with pytest.raises(
-        ValueError, match=r"router_load_max: found 0\.2, allowed: null unless router_balance_rate is above"
-    ):
-        make_model(rate=0, router_load_max=0.2)
-    with pytest.raises(ValueError, match=r"load_min: found 0\.2, allowed: 0 unless router_balance_rate is above 0"):
-        make_model(rate=0, load_min=0.2)
-    with pytest.raises(
-        ValueError, match=r"router_load_spread: found 1\.0, allowed: 1\.3 unless router_load_max is set"
-    ):
-        make_model(router_load_max=None, router_load_spread=1)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rate_cap": None}, r"balance_rate: found 0\.1, allowed: 0 without rate_cap or rate_floor"),
+        ({"rate": 0, "rate_cap": 0.2}, r"rate_cap: found 0\.2, allowed: null unless balance_rate is above 0"),
+        ({"rate": 0, "rate_floor": 0.2}, r"rate_floor: found 0\.2, allowed: 0 unless balance_rate is above 0"),
+        (
+            {"rate_floor": 0.2, "rate_cap_spread": 1},
+            r"rate_cap_spread: found 1\.0, allowed: 1\.3 without rate_cap",
+        ),
+    ],
+)
+def test_a_balance_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**options)
 
 
 def test_no_rate_means_no_limits_and_the_config_says_so():
-    off = HSAEConfig(router_balance_rate=0)
-    assert (off.router_load_max, off.load_min) == (None, 0)
+    off = HSAEConfig(balance_rate=0)
+    assert (off.rate_cap, off.rate_floor) == (None, 0)
     assert HSAEConfig(**off.model_dump()) == off
-    assert HierarchicalSAE(off, 64, "none").child_balance is None
+    assert HierarchicalSAE(off, 64, "none").balance.child_bias is None
     on = HierarchicalSAE(HSAEConfig(), 64, "none")
-    assert on.balance.shape == (1024,)
-    assert on.child_balance.shape == (1024, 7)
+    assert on.balance.parent_bias.shape == (1024,)
+    assert on.balance.child_bias.shape == (1024, 7)
 
 
 @pytest.mark.parametrize("parents", ["per_row", "joint"])
 def test_what_is_silent_on_every_row_takes_no_slot(parents):
-    options = {"parent_budget": parents, "topk_parent": 2, "load_min": 0.5, "normalize_decoder": True}
+    options = {"parent_budget": parents, "topk_parent": 2, "rate_floor": 0.5, "normalize_decoder": True}
     if parents == "joint":
         options |= {"child_budget": "batch", "topk_child_total": 2}
     model = make_model(rate=0.1, **options)
@@ -223,35 +218,37 @@ def test_what_is_silent_on_every_row_takes_no_slot(parents):
     rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
     before = model(rows).codes.l0().sum()
     for _ in range(500):
-        model.update_balance(model(rows).codes)
+        step(model, rows)
     codes = model(rows).codes
-    load_P = load(codes.parent_index, codes.parent_value, 6)
-    assert load_P[:2].sum() == 0
+    on_P, _ = rates(codes, model)
+    assert on_P[:2].sum() == 0
     assert codes.l0().sum() > 0.95 * before
-    mean_code = codes.parent_value.sum() / load_P.sum()
-    assert torch.allclose(model.balance[:2], mean_code, rtol=0.05)  # and it waits where it could come back at once
+    mean_code = codes.parent_value.sum() / on_P.sum()
+    assert torch.allclose(
+        model.balance.parent_bias[:2], mean_code, rtol=0.05
+    )  # and it waits where it could come back at once
 
 
 def test_what_is_silent_on_every_row_comes_back_by_its_encoders_bias():
-    model = make_model(rate=0.1, load_min=0.5, router_load_max=None)
+    model = make_model(rate=0.1, rate_floor=0.5, rate_cap=None)
     with torch.no_grad():
         model.b_E[0], model.b_F[1, 0] = -8.0, -4.0
     rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
     before_P, before_PC = model.b_E.clone(), model.b_F.clone()
     for _ in range(20):
-        model.update_balance(model(rows).codes)
+        step(model, rows)
     assert (model.b_E - before_P).nonzero().tolist() == [[0]]  # what has its share keeps its bias
     for _ in range(200):
-        model.update_balance(model(rows).codes)
+        step(model, rows)
     codes = model(rows).codes
-    load_P = load(codes.parent_index, codes.parent_value, 6)
-    assert load_P[0] > 0.45 * load_P.mean()
-    assert load(codes.child_index, codes.child_value, 6 * model.n_children)[model.n_children] > 0
+    on_P, on_R = rates(codes, model)
+    assert on_P[0] > 0.45 * on_P.mean()
+    assert on_R[model.n_children] > 0
     assert model.b_F[1, 0] > before_PC[1, 0]
 
 
 def test_a_child_is_lifted_only_while_its_parent_is_on():
-    model = make_model(rate=0.1, load_min=0.5, router_load_max=None)
+    model = make_model(rate=0.1, rate_floor=0.5, rate_cap=None)
     model.freeze({"b_E"})
     with torch.no_grad():
         model.b_E[0] = -20.0
@@ -259,32 +256,71 @@ def test_a_child_is_lifted_only_while_its_parent_is_on():
         model.b_F[3, 0] = 1.0  # the one child that is ever on, at first
     rows = 2 * torch.randn(512, WIDTH, generator=generator(0))
     for _ in range(60):
-        model.update_balance(model(rows).codes)
+        step(model, rows)
     assert (model.b_F[0] == -4).all()
     assert (model.b_F[1:3] > -4).any(1).all()
 
 
 def test_children_of_a_rare_parent_hardly_lift_each_other():
-    model = make_model(rate=0.1, load_min=0.3, router_load_max=None, child_budget="per_parent")
+    model = make_model(rate=0.1, rate_floor=0.3, rate_cap=None, child_budget="per_parent")
     model.freeze({"b_E"})
     with torch.no_grad():
         model.b_E[0] = -5.0  # on in one row of every eight batches, always with one of its four children
     draw = generator(0)
     for _ in range(2000):
-        model.update_balance(model(2 * torch.randn(32, WIDTH, generator=draw)).codes)
+        step(model, 2 * torch.randn(32, WIDTH, generator=draw))
     assert model.b_F[0].max() < 1.6  # 7.2 if it were lifted whenever its parent is on and it is not
 
 
 def test_a_spread_of_1_makes_the_largest_load_strict():
     index, value = [[0, 1], [0, 2], [0, 3], [1, 2]], [[1.0, 1.0]] * 4  # loads 3, 2, 2, 1 of 4 rows: a mean of 2
     for spread, balance in ((2.2, 0.0), (1.6, 0.0), (1.4, -0.1), (1.0, -0.1)):
-        model = make_model(n_parents=4, topk_parent=2, router_load_max=0.6, router_load_spread=spread)
-        model.update_balance(codes_of(index, value))
-        assert torch.equal(model.balance, torch.tensor([balance, 0.0, 0.0, 0.0]))
+        model = make_model(n_parents=4, topk_parent=2, rate_cap=0.6, rate_cap_spread=spread)
+        step(model, codes_of(index, value))
+        assert torch.equal(model.balance.parent_bias, torch.tensor([balance, 0.0, 0.0, 0.0]))
 
 
 def test_a_batch_without_any_code_moves_no_bias():
-    model = make_model(rate=0.1, load_min=0.5, router_load_max=0.5)
-    model.update_balance(codes_of([[0, 1]], [[0.0, 0.0]]))
-    for tensor in (model.balance, model.child_balance, model.b_E, model.b_F):
+    model = make_model(rate=0.1, rate_floor=0.5, rate_cap=0.5)
+    step(model, codes_of([[0, 1]], [[0.0, 0.0]]))
+    for tensor in (model.balance.parent_bias, model.balance.child_bias, model.b_E, model.b_F):
         assert not tensor.any()
+
+
+def test_micro_batches_move_the_biases_as_one_batch_of_all_their_rows():
+    found = []
+    for accumulate in (1, 2):
+        model = make_model(rate_floor=0.9, rate_cap=0.2, rate_cap_spread=1)
+        with torch.no_grad():
+            model.b_E.copy_(torch.arange(6) / 2)
+        plan = [StageConfig(name="train", steps=1)]
+        make_trainer(model=model, plan=plan, batch_size=32 // accumulate, accumulate=accumulate).fit(Records())
+        found.append(model.balance)
+    one, two = found
+    torch.testing.assert_close(two.parent_bias, one.parent_bias)
+    torch.testing.assert_close(two.child_bias, one.child_bias)
+    assert (one.parent_bias < 0).any()
+    assert (one.parent_bias > 0).any()
+    assert (one.child_bias > 0).any()
+
+
+@pytest.mark.parametrize(
+    "stage, held",
+    [
+        ({}, ""),
+        ({"freeze": ["b_E"]}, "b_E"),
+        ({"freeze": ["b_F"]}, "b_F"),
+        ({"lr_mult": {"b_E": 0.0}}, "b_E"),
+        ({"lr_mult": {"children": 0.0}}, "b_F"),
+    ],
+)
+def test_an_encoder_bias_that_does_not_learn_is_not_lifted(stage, held):
+    model = sae(WIDTH, topk_child_total=6, rate_floor=0.5, balance_rate=0.1).float()
+    with torch.no_grad():
+        model.b_E[0], model.b_F[1, 0] = -8.0, -8.0  # silent on every row
+    before = {name: getattr(model, name).detach().clone() for name in ("b_E", "b_F")}
+    plan = [StageConfig(name="train", steps=20, **stage)]
+    make_trainer(model=model, plan=plan, lr=1e-6).fit(Records())
+    for name, bias in before.items():
+        moved = getattr(model, name) - bias
+        assert torch.equal(moved, torch.zeros_like(moved)) if name == held else moved.max() > 0.5

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from factored import factored
+from models import factored
 from running import SMOKE, contents, hsae
 
 from polytope_hsae import BatchTopKSAE, HierarchicalSAE, JumpReLUSAE, LanguageModel, SparseAutoencoder, TopKSAE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from factored import FACTORED
+from models import FACTORED
 
 from polytope_hsae.config import (
     PACKAGE,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from polytope_hsae.models.selection import level_for_l0, pack
+from models import normal
 from test_training import assert_same_run, planted_rows, train
 
 from polytope_hsae.config import (
@@ -23,11 +23,12 @@ from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models import matryoshka
 from polytope_hsae.models.base import SparseAutoencoder
-from polytope_hsae.models.codes import Dead
-from polytope_hsae.models.flat import TopKSAE
+from polytope_hsae.models.codes import Dead, firings
+from polytope_hsae.models.flat import TopKSAE, pack
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.jumprelu import JumpReLUSAE
 from polytope_hsae.models.matryoshka import MatryoshkaSAE
+from polytope_hsae.models.sparsity import level_for_l0
 from polytope_hsae.phases.flat_arms import MODELS
 from polytope_hsae.training.trainer import HSAETrainer
 from polytope_hsae.training.usage import Usage
@@ -36,15 +37,13 @@ WIDTH = 6
 WITH_THRESHOLDS = ("batchtopk", "jumprelu", "matryoshka")
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def make_model(kind, normalize="none", n_latents=12, k=3, **options):
     """A float64 model with random parameters and unit decoder rows."""
     model = MODELS[kind](FLAT_KINDS[kind](n_latents=n_latents, k=k, **options), WIDTH, normalize).double()
     with torch.no_grad():
-        for seed, (name, tensor) in enumerate(model.tensors().items()):
+        tensors = model.tensors()
+        named = [name for name in ("E", "b_E", "D", "b_dec", "log_threshold") if name in tensors]
+        for seed, (name, tensor) in enumerate((name, tensors[name]) for name in named):
             scale = {"b_E": 0.2, "b_dec": 0.2, "log_threshold": 0.3}.get(name, 1.0)
             tensor.copy_(scale * normal(*tensor.shape, seed=10 + seed))
     model.normalize_decoder_weights()
@@ -140,7 +139,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch():
     expected = torch.tensor([[9.0, 8, 7, 6, 0, 0], [5.0, 0, 0, 0, 0, 0], [0, 0, 0, 4.0, 0, 0], [0.0] * 6]).double()
     assert torch.equal(codes.dense_parents(WIDTH), expected)
     assert codes.l0().tolist() == [4, 1, 1, 0]
-    assert model.threshold.item() == 4
+    assert model.budget.threshold.item() == 4
 
     few = model(torch.tensor([[2.0, -1, -1, -1, -1, -1], [-1.0] * 6, [-2.0] * 6, [-3.0] * 6]).double()).codes
     assert few.l0().tolist() == [1, 0, 0, 0]  # a negative logit is no code, whatever the budget
@@ -149,17 +148,18 @@ def test_batchtopk_keeps_the_largest_of_the_batch():
 
 
 def test_batchtopk_infers_with_a_running_mean_of_the_smallest_kept():
-    model = reads_rows(make_model("batchtopk", n_latents=WIDTH, k=1, threshold_decay=0.75))
-    for smallest in (4.0, 2.0, 3.0, 1.0, 8.0):
+    model = reads_rows(make_model("batchtopk", n_latents=WIDTH, k=1))
+    for smallest in (4.0, 2.0, 3.0, 1.0):
         model(torch.tensor([[smallest, 0, 0, 0, 0, 0]]).double())
-    expected = 0.75 * (0.75 * 3 + 0.25 * 1) + 0.25 * 8  # the first four weigh alike (their mean is 2.5), then 3 to 1
-    assert 0.75 * 3 + 0.25 * 1 == (4 + 2 + 3 + 1) / 4
-    assert model.threshold.item() == pytest.approx(expected)
+    assert model.budget.threshold.item() == pytest.approx(2.5)  # the first hundred weigh alike, then 99 to 1
+    model.budget.batches.fill_(1000)
+    model(torch.tensor([[8.0, 0, 0, 0, 0, 0]]).double())
+    assert model.budget.threshold.item() == pytest.approx(0.99 * 2.5 + 0.01 * 8)
     model.eval()
-    model.threshold.fill_(2.0)
+    model.budget.threshold.fill_(2.0)
     codes = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0], [1.0] * 6]).double())
     assert torch.equal(codes.dense_parents(WIDTH), torch.tensor([[3.0, 0, 2.5, 0, 0, 0], [0.0] * 6]).double())
-    assert (model.threshold.item(), model.batches.item()) == (2.0, 5)
+    assert (model.budget.threshold.item(), model.budget.batches.item()) == (2.0, 1001)
     alone = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0]]).double())
     assert alone.parent_value[0].tolist() == codes.parent_value[0].tolist()  # no other row matters
 
@@ -309,9 +309,9 @@ def test_all_latents_at_once_are_the_same_as_the_picked_ones(kind, monkeypatch):
         loss = sum(weight * value for weight, value in terms.values())
         loss.backward()
         usage = Usage(24, 0, torch.device("cpu"))
-        usage.update(output.codes)
+        usage.update(firings(output.codes, 24, 0))
         gradients = [parameter.grad for parameter in model.parameters()]
-        found.append([output.prefixes, loss, output.codes.dense_parents(24), usage.idle_parent, *gradients])
+        found.append([output.prefix_errors, loss, output.codes.dense_parents(24), usage.idle_parent, *gradients])
         assert (output.codes.parent_index.shape == (40, 24)) == whole
     for picked, at_once in zip(*found, strict=True):
         torch.testing.assert_close(at_once, picked)

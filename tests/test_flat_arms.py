@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from factored import factored
+from models import factored
 from running import contents, hsae
 from test_models import step_flops
 from test_phases import small
@@ -93,16 +93,14 @@ def test_what_flat_arms_may_not_have(tmp_path, arm, message):
 def test_a_flat_arm_follows_its_hsae_unless_it_says_otherwise():
     shape = {"n_parents": 20, "topk_parent": 4, "n_children_per_parent": 3, "topk_child_total": 5}
     config = config_of(
-        {"name": "plain", "kind": "topk"},
-        {"name": "own", "kind": "batchtopk", "flat": {"k": 2.5, "n_latents": 30, "aux_weight": 0}},
+        {"name": "plain", "kind": "topk", "flat": {"aux_weight": 0.3, "aux_k": 7}},
+        {"name": "own", "kind": "batchtopk", "flat": {"k": 2.5, "n_latents": 30}},
         {"name": "small", "kind": "jumprelu", "hsae": {"n_parents": 10}},
         {"name": "nested", "kind": "matryoshka", "match": {"l0": "own"}},
         {"name": "whole", "kind": "topk", "match": {"l0": "own"}},
         **shape,
         recon_reduction="mean",
         project_gradient=True,
-        aux_weight=0.3,
-        aux_k_parent=7,
     )
     flat = {arm.name: config.arm_flat(arm) for arm in config.arms[1:]}
     assert flat["plain"].model_dump() == {
@@ -143,14 +141,12 @@ def test_flops_of_an_hsae_by_hand():
 
     assert flops() == parents + children + decode
     assert flops(l1_parent=1, l1_child=1) == flops()  # only what is selected is touched
-    assert flops(l1_parent=1, l1_scope="all") == flops() + (10 - 2) * 20
-    assert flops(l1_child=1, l1_scope="all") == flops() + (6 - 2) * 16
+    published = {"magnitude": "leaky_offset"}  # whose L1 is of all codes
+    assert flops(**published, l1_parent=1) == flops() + (10 - 2) * 20
+    assert flops(**published, l1_child=1) == flops() + (6 - 2) * 16
     assert flops(use_decoder_bias=False) == flops() - 2 * 10  # E's input needs no gradient, the residual does
     assert flops(use_decoder_bias=False, child_input="input") == flops() - 2 * 10 - 2 * 40
-    assert flops(use_decoder_bias=False, child_input_detach=True) == flops() - 2 * 10 - 2 * 40
     assert flops(topk_child_total=1) == flops() - 16 - 80 - 3 * (8 + 40)
-    aux = 2 * 20 + 2 * 30 + (6 - 2) * 16 + 3 * (6 - 2) * 8  # 2 dead parents, 4 dead children of the active parents
-    assert flops(aux_weight=1, aux_k_parent=2, aux_k_child=4) == flops() + aux
 
 
 def test_flops_agree_with_pytorchs_counter():

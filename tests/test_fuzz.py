@@ -19,9 +19,9 @@ import tiny
 import torch
 import yaml
 from breaking import ODD, TEXTS, broken_bytes, broken_json, broken_lines, broken_tensors, broken_yaml
-from factored import factored
 from hypothesis import given
 from hypothesis import strategies as st
+from models import factored
 from rich.console import Console
 
 from polytope_hsae.config import (

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from factored import factored
+from models import factored
 from tiny import concepts
 
 from polytope_hsae.config import TopKConfig

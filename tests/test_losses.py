@@ -5,38 +5,20 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from factored import factored
-from polytope_hsae.models.routing import topk_lowest
-from polytope_hsae.ops.magnitude import child_code, parent_code
+from models import config, factored_sae, normal, sae
 from scipy.optimize import minimize
 
 from polytope_hsae.config import HSAEConfig, LossOverrides
-from polytope_hsae.models.codes import Codes, Dead, ModelOutput
+from polytope_hsae.models.codes import Codes, ModelOutput
 from polytope_hsae.models.constraints import atom_norms, geometric_median, gram, project_out, restore_gram, row_norms
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
-from polytope_hsae.models.hsae import HierarchicalSAE, freeze_decoder_weights, unfreeze_decoder_weights
-from polytope_hsae.models.losses import (
-    JAX_EPS,
-    WARMED_UP,
-    aux_child,
-    aux_parent,
-    biorth_identity,
-    biorth_jax,
-    biorth_offdiag,
-    causal_orthogonality,
-    loss_terms,
-    reconstruction_error,
-)
+from polytope_hsae.models.hsae import freeze_decoder_weights, unfreeze_decoder_weights
+from polytope_hsae.models.losses import WARMED_UP, biorth_identity, biorth_offdiag, causal_orthogonality, mean_error
+from polytope_hsae.ops.orthogonality.naive import EPS, biorth_jax
+from polytope_hsae.ops.routed.naive import largest
 
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def hierarchical(width=6, **options):
-    """A float64 model of 5 parents with 3 children, in training mode, and rows for it."""
-    shape = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 3, "subspace_dim": 2, "gate": "hard"}
-    return HierarchicalSAE(factored(**{**shape, **options}), width, seed=3).double(), normal(40, width, seed=4)
+PUBLISHED = {"magnitude": "leaky_offset", "gate": "hard", "use_encoder_bias": False, "use_decoder_bias": False}
+SMALL = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 4, "subspace_dim": 3}
 
 
 def spd(d, seed=9):
@@ -73,7 +55,7 @@ def test_biorthogonality_equals_the_naive_form(shape, form, naive):
 
 def naive_jax(E, D):
     """|M - 1 diag(M)^T|_F / (P^2 - P), entry by entry."""
-    E, D = (rows / (rows.norm(dim=1, keepdim=True) + JAX_EPS) for rows in (E, D))
+    E, D = (rows / (rows.norm(dim=1, keepdim=True) + EPS) for rows in (E, D))
     P, total = len(E), 0.0
     for i, j in itertools.product(range(P), repeat=2):
         total = total + (D[i] @ E[j] - D[j] @ E[j]) ** 2
@@ -132,16 +114,8 @@ def test_a_literal_penalty_uses_the_inverse_metric_in_training_too():
         sigma = spd(6)
 
     h = normal(5, 6)
-    for form in ("atom", "literal"):
-        config = factored(
-            n_parents=4,
-            topk_parent=2,
-            n_children_per_parent=3,
-            subspace_dim=2,
-            causal_ortho_lambda=1.0,
-            causal_orth_form=form,
-        )
-        model = HierarchicalSAE(config, 6).double()
+    for make, form in itertools.product((sae, factored_sae), ("atom", "literal")):
+        model = make(6, causal_ortho_lambda=1.0, causal_orth_form=form)
         model.set_metric(Geometry.sigma)
         value = model.loss_terms(model(h), LossOverrides())["causal_orth"][1]
         assert value.item() == pytest.approx(model.compute_causal_orthogonality_penalty(Geometry()).item(), rel=1e-9)
@@ -150,8 +124,9 @@ def test_a_literal_penalty_uses_the_inverse_metric_in_training_too():
 def test_reconstruction_reductions():
     x = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]])
     x_hat = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 4.0]])
-    assert reconstruction_error(x, x_hat, "sum").item() == pytest.approx((5 + 0 + 25) / 3)
-    assert reconstruction_error(x, x_hat, "mean").item() == pytest.approx(torch.nn.functional.mse_loss(x_hat, x).item())
+    error = (x - x_hat).square().sum(1)
+    assert mean_error(error, 2, "sum").item() == pytest.approx((5 + 0 + 25) / 3)
+    assert mean_error(error, 2, "mean").item() == pytest.approx(torch.nn.functional.mse_loss(x_hat, x).item())
 
 
 def output_of_known_codes():
@@ -164,30 +139,37 @@ def output_of_known_codes():
     logits = torch.tensor([[1.0, 2.0, 0.5], [-4.0, 0.25, 0.5]])
     child_pre = torch.tensor([[[3.0, -1.0], [0.5, -2.0]], [[0.25, 0.125], [7.0, -1.0]]])
     zero = torch.zeros(2, 3)
-    return ModelOutput(zero, zero + 1, zero + 2, codes, logits, child_pre)
+    errors, errors_top = torch.full((2,), 3.0), torch.full((2,), 12.0)
+    return ModelOutput(zero, zero + 1, zero + 2, codes, logits, errors, errors_top, child_pre)
 
 
-@pytest.mark.parametrize(
-    "scope, parents, children",
-    [("selected", 3.5 / 2, 3.25 / 2), ("all", (3.5 + 0.75) / 2, (3.5 + 7.375) / 2)],
-)
-def test_l1_is_the_sum_per_row_over_its_scope(scope, parents, children):
-    config = factored(l1_parent=0.1, l1_child=0.2, l1_scope=scope, top_level_beta=0.5)
-    terms = loss_terms(output_of_known_codes(), config, {}, None)
+def test_l1_is_the_sum_of_a_rows_codes():
+    model = sae(l1_parent=0.1, l1_child=0.2, top_level_beta=0.5)
+    terms = model.loss_terms(output_of_known_codes(), LossOverrides())
     assert {name: (weight, value.item()) for name, (weight, value) in terms.items()} == {
         "recon": (1.0, 3.0),
         "recon_top": (0.5, 12.0),
-        "l1_parent": (0.1, pytest.approx(parents)),
-        "l1_child": (0.2, pytest.approx(children)),
+        "l1_parent": (0.1, pytest.approx(3.5 / 2)),
+        "l1_child": (0.2, pytest.approx(3.25 / 2)),
     }
 
 
+def test_l1_of_the_published_form_is_of_all_codes():
+    model = factored_sae(**PUBLISHED, l1_parent=0.1, l1_child=0.2)
+    output = model(3 * normal(20, 5))
+    limit = 5**-0.5
+    r, q = output.router_logits, output.child_pre
+    terms = model.loss_terms(output, LossOverrides())
+    parents = torch.where(r >= limit, r, 0.0).sum(1).mean()
+    children = torch.where(q >= limit, q, 0.01 * q).abs().flatten(1).sum(1).mean()
+    assert parents > output.codes.parent_value.sum(1).mean()
+    torch.testing.assert_close(terms["l1_parent"][1], parents)
+    torch.testing.assert_close(terms["l1_child"][1], children)
+
+
 def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
-    config = factored(
-        n_parents=3, topk_parent=1, n_children_per_parent=2, subspace_dim=2, top_level_beta=0.1, causal_ortho_lambda=0.3
-    )
-    model = HierarchicalSAE(config, 4)
-    output = model(torch.ones(2, 4))
+    model = sae(top_level_beta=0.1, causal_ortho_lambda=0.3)
+    output = model(normal(2, 5))
     assert set(model.loss_terms(output, LossOverrides())) == {"recon", "recon_top", "causal_orth"}
     stage = LossOverrides(causal_ortho_lambda=0.0, biorth_lambda=0.7, top_level_beta=0.0, l1_child=0.2)
     terms = model.loss_terms(output, stage)
@@ -205,10 +187,8 @@ def test_terms_of_weight_zero_are_absent_and_a_stage_overrides_weights():
 
 def test_the_first_parents_rebuild_the_row_by_themselves():
     shares = (0.25, 0.5)
-    config = factored(n_parents=8, topk_parent=4, n_children_per_parent=2, subspace_dim=2, gate="hard")
-    config = config.model_copy(update={"parent_prefixes": shares, "top_level_beta": 0.5})
-    model = HierarchicalSAE(config, 6, "none", seed=1)
-    h_Bd = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+    model = sae(6, n_parents=8, topk_parent=4, parent_prefixes=shares, top_level_beta=0.5).eval()
+    h_Bd = normal(20, 6, seed=1)
     weight, value = model.loss_terms(model(h_Bd), LossOverrides())["recon_prefixes"]
     codes_BP = model(h_Bd).codes.dense_parents(8)
     expected = sum((h_Bd - codes_BP[:, :n] @ model.D[:n] - model.b_dec).square().sum(1).mean() for n in (2, 4))
@@ -217,10 +197,10 @@ def test_the_first_parents_rebuild_the_row_by_themselves():
     assert model.D.grad[:4].abs().sum() > 0
     assert (model.D.grad[4:] == 0).all()
     assert "recon_prefixes" not in model.loss_terms(model(h_Bd), LossOverrides(top_level_beta=0.0))
-    assert HSAEConfig.model_validate(config.model_dump()) == config
+    assert HSAEConfig.model_validate(model.config.model_dump()) == model.config
     for wrong in ((0.5, 0.25), (0.0,), (1.0,)):
         with pytest.raises(ValueError, match="parent_prefixes"):
-            factored(parent_prefixes=wrong)
+            config(parent_prefixes=wrong)
 
 
 def test_norms_in_a_metric():
@@ -261,7 +241,7 @@ def test_restoring_a_gram_matrix_keeps_the_row_space(metric):
 def test_a_projected_gradient_changes_no_constrained_norm_at_first_order(norm_metric, normalize_child, tie):
     options = {"norm_metric": norm_metric, "normalize_child": normalize_child, "causal_ortho_lambda": 0.1}
     ties = {"use_tied_decoders_parent": tie, "use_tied_decoders_child": tie, "tie_projectors": tie}
-    model, h = hierarchical(**options, **ties)
+    model, h = factored_sae(6, "rms", 3, **SMALL, gate="hard", **options, **ties), normal(40, 6, seed=4)
     model.set_metric(spd(6))
     model.normalize_decoder_weights()
     sum(weight * value for weight, value in model.loss_terms(model(h), LossOverrides()).values()).backward()
@@ -309,14 +289,6 @@ def test_geometric_median_known_answers():
     torch.testing.assert_close(geometric_median([line]), torch.tensor([1.0]).double(), rtol=0, atol=1e-3)
 
 
-def small_model(width=6, metric=None, **options):
-    shape = {"n_parents": 5, "topk_parent": 2, "n_children_per_parent": 4, "subspace_dim": 3}
-    model = HierarchicalSAE(factored(**{**shape, **options}), width, seed=3)
-    if metric is not None:
-        model.set_metric(metric.float())
-    return model
-
-
 def assert_unit(model, metric=None):
     metric = metric if model.config.norm_metric == "causal" else None
     D, Up, G = model.D.double(), model.Up.double(), model.G.double()
@@ -330,15 +302,10 @@ def assert_unit(model, metric=None):
 @pytest.mark.parametrize("tie_projectors", [True, "init"])
 def test_norms_hold_after_every_step_of_every_stage(norm_metric, normalize_child, tie_projectors):
     metric = spd(6)
-    model = small_model(
-        metric=metric,
-        norm_metric=norm_metric,
-        normalize_child=normalize_child,
-        tie_projectors=tie_projectors,
-        causal_ortho_lambda=0.3,
-        biorth_lambda=0.1,
-        l1_child=0.3,
-    )
+    losses = {"causal_ortho_lambda": 0.3, "biorth_lambda": 0.1, "l1_child": 0.3}
+    norms = {"norm_metric": norm_metric, "normalize_child": normalize_child}
+    model = factored_sae(6, "rms", 3, **SMALL, **losses, **norms, tie_projectors=tie_projectors).float()
+    model.set_metric(metric.float())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
     h = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
     for frozen in ({"D", "G"}, {"G"}, {"D"}, {"Up"}, {"D", "G", "Up"}, {"D", "G"}, ()):
@@ -359,13 +326,13 @@ def test_a_geometry_given_by_hand_sets_the_norm():
     class Geometry:
         sigma = spd(6)
 
-    model = small_model()
+    model = sae(6)
     model.normalize_decoder_weights(Geometry())
-    assert row_norms(model.D.double(), Geometry.sigma)[:, 0].tolist() == pytest.approx([1] * 5, abs=1e-6)
+    assert row_norms(model.D.double(), Geometry.sigma)[:, 0].tolist() == pytest.approx([1] * 6, abs=1e-6)
 
 
 def test_norms_are_left_alone_when_the_constraint_is_off():
-    model = small_model(normalize_decoder=False)
+    model = factored_sae(normalize_decoder=False)
     with torch.no_grad():
         model.D.mul_(2.0)
         model.G.mul_(3.0)
@@ -377,9 +344,9 @@ def test_norms_are_left_alone_when_the_constraint_is_off():
 
 
 def test_gradient_projection_of_both_kinds_of_model():
-    h = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
-    flat = TopKSAE(TopKConfig(n_latents=8, k=3), 6)
-    for model, constrained in ((small_model(), ("D", "G")), (flat, ("D",))):
+    h = normal(20, 6, seed=1)
+    flat = TopKSAE(TopKConfig(n_latents=8, k=3), 6).double()
+    for model, constrained in ((sae(6), ("D", "G")), (factored_sae(6), ("D", "G")), (flat, ("D",))):
         model.loss_terms(model(h), LossOverrides())["recon"][1].backward()
         rows = [getattr(model, name) for name in constrained]
         assert all((row.grad * row).sum(-1).abs().max() > 1e-3 for row in rows)
@@ -391,7 +358,8 @@ def test_gradient_projection_of_both_kinds_of_model():
 
 @pytest.mark.parametrize("tie", [False, True, "init"])
 def test_tying(tie):
-    model = small_model(use_tied_decoders_parent=tie, use_tied_decoders_child=tie, tie_projectors=tie)
+    ties = {"use_tied_decoders_parent": tie, "use_tied_decoders_child": tie, "tie_projectors": tie}
+    model = factored_sae(6, "rms", 3, **SMALL, **ties).float()
     for encoder, decoder in ((model.E, model.D), (model.F, model.G), (model.Down, model.Up)):
         assert (encoder is decoder) == (tie is True)
         assert torch.equal(encoder, decoder) == (tie is not False)
@@ -407,7 +375,7 @@ def test_tying(tie):
 
 
 def test_freezing_names_exactly_what_is_frozen():
-    model = small_model(use_tied_decoders_parent=True)
+    model = factored_sae(use_tied_decoders_parent=True)
     freeze_decoder_weights(model)
     frozen = {name for name, tensor in model.tensors().items() if not tensor.requires_grad}
     assert frozen == {"D", "G", "E"}  # E is D
@@ -421,27 +389,29 @@ def test_freezing_names_exactly_what_is_frozen():
 
 
 def test_leaky_offset_codes_known_answer():
-    logit, threshold = torch.tensor([-2.0, 0.0, 0.49, 0.5, 3.0]), torch.tensor(0.5)
-    assert parent_code(logit, "leaky_offset", threshold).tolist() == [0, 0, 0, 0.5, 3]
-    torch.testing.assert_close(
-        child_code(logit, "leaky_offset", threshold), torch.tensor([-0.02, 0.0, 0.0049, 0.5, 3.0])
-    )
-    assert parent_code(logit, "relu", None).tolist() == [0, 0, logit[2], 0.5, 3]
-    assert child_code(logit, "binary", None).tolist() == [1.0] * 5
+    logit = torch.tensor([-2.0, 0.0, 0.49, 0.5, 3.0])
+    model = factored_sae(width=4, **PUBLISHED, n_parents=5, topk_parent=5).float()  # from 0.5 up
+    with torch.no_grad():
+        model.E.zero_()[:, 0] = logit
+    index, value, _ = model.encode_parent(torch.tensor([[1.0, 0, 0, 0]]))
+    assert torch.zeros(5).scatter(0, index[0], value[0]).tolist() == [0, 0, 0, 0.5, 3]
+    torch.testing.assert_close(model.child.code(logit), torch.tensor([-0.02, 0.0, 0.0049, 0.5, 3.0]))
+    assert sae().child.code(logit).tolist() == [0, 0, logit[2], 0.5, 3]
+    assert factored_sae(magnitude="binary").child.code(logit).tolist() == [1.0] * 5
 
 
 def test_ties_go_to_the_lowest_index():
     rows = torch.tensor([[0.0, 2.0, 0.0, 0.0, 1.0], [1.0, 1.0, 3.0, 1.0, 3.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    assert topk_lowest(rows, 3).tolist() == [[1, 4, 0], [2, 4, 0], [0, 1, 2]]
-    generator, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
+    assert largest(rows, 3).tolist() == [[1, 4, 0], [2, 4, 0], [0, 1, 2]]
+    generator = torch.Generator().manual_seed(0)
     for k in (1, 5, 16):
-        many = torch.randint(0, 4, (50, 16), generator=generator).float().to(device)
+        many = torch.randint(0, 4, (50, 16), generator=generator).float()
         stable = many.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        assert torch.equal(topk_lowest(many, k), stable)
+        assert torch.equal(largest(many, k), stable)
 
 
 def test_leaky_offset_models_choose_codes_and_keep_small_negative_children():
-    model, _ = hierarchical(magnitude="leaky_offset", use_encoder_bias=False, use_decoder_bias=False)
+    model = factored_sae(6, **PUBLISHED, topk_parent=2)
     with torch.no_grad():
         model.E.copy_(0.01 * model.E)  # every logit is below the threshold
     codes = model.eval().encode(normal(7, 6))
@@ -453,60 +423,14 @@ def test_leaky_offset_models_choose_codes_and_keep_small_negative_children():
         model.F.copy_(-model.F)
     codes = model.encode(normal(40, 6))
     assert (codes.child_value < 0).any()
-    assert model.threshold.item() == pytest.approx(6**-0.5)
+    assert model.router.threshold.item() == pytest.approx(6**-0.5)
     assert codes.l0().tolist() == ((codes.parent_value > 0).sum(1) + (codes.child_value > 0).sum(1)).tolist()
 
 
-@pytest.mark.parametrize("kind", ["parents", "children"])
-def test_auxiliary_terms_equal_a_loop_and_teach_the_dead_alone(kind):
-    model, h = hierarchical()
-    output = model(h)
-    dead = Dead(torch.tensor([True, False, False, True, True]), torch.arange(15) % 3 > 0)
-    error, k = (output.x - output.x_hat).detach(), 2
-    rebuilt = []
-    for b in range(len(h)):
-        found = []
-        if kind == "parents":
-            for p in range(5):
-                if dead.parents[p]:
-                    found.append((output.router_logits[b, p], model.D[p]))
-        else:
-            for slot, p in enumerate(output.codes.parent_index[b].tolist()):
-                if output.codes.parent_value[b, slot] > 0:
-                    atoms = model.Up[p].T @ model.G[p].T
-                    pre = output.child_pre[b, slot]
-                    found += [(pre[c], atoms[:, c]) for c in range(3) if dead.children[3 * p + c]]
-        best = sorted(found, key=lambda pair: -pair[0].item())[:k]
-        rebuilt.append(sum((value.relu() * row for value, row in best), torch.zeros(6, dtype=torch.float64)))
-    expected = (error - torch.stack(rebuilt)).square().sum(1).mean()
-    if kind == "parents":
-        value, tensors = aux_parent(output, model.D, dead.parents, k, "sum"), (model.D, model.E)
-    else:
-        value, tensors = aux_child(output, model.Up, model.G, dead.children, k, "sum"), (model.G, model.F)
-    torch.testing.assert_close(value, expected)
-    grads = torch.autograd.grad(value, tensors, retain_graph=True)
-    for mine, theirs in zip(grads, torch.autograd.grad(expected, tensors), strict=True):
-        torch.testing.assert_close(mine, theirs)
-        alive = ~dead.parents if kind == "parents" else ~dead.children
-        assert (mine.flatten(0, mine.ndim - 2)[alive] == 0).all()
-        assert mine.norm() > 0
-
-
-def test_auxiliary_terms_are_zero_where_nothing_is_dead_and_absent_where_off():
-    model, h = hierarchical(aux_weight=0.5)
-    nobody = Dead(torch.zeros(5, dtype=torch.bool), torch.zeros(15, dtype=torch.bool))
-    terms = model.loss_terms(model(h), LossOverrides(), nobody)
-    assert terms["aux_parent"][1] == 0
-    assert terms["aux_child"][1] == 0
-    assert terms["aux_child"][0] == 0.5
-    off = model.loss_terms(model(h), LossOverrides(aux_weight=0.0), nobody)
-    assert not {"aux_parent", "aux_child"} & set(off)
-
-
 def test_the_gram_term_is_the_overlap_of_decoder_rows():
-    model, h = hierarchical(gram_lambda=0.3)
-    weight, value = model.loss_terms(model(h), LossOverrides())["gram"]
-    overlaps = [(model.D[i] @ model.D[j]) ** 2 for i in range(5) for j in range(5) if i != j]
+    model = sae(gram_lambda=0.3)
+    weight, value = model.loss_terms(model(normal(9, 5)), LossOverrides())["gram"]
+    overlaps = [(model.D[i] @ model.D[j]) ** 2 for i in range(6) for j in range(6) if i != j]
     assert weight == 0.3
     torch.testing.assert_close(value, torch.stack(overlaps).mean())
     assert "gram" in WARMED_UP

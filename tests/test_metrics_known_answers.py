@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from factored import factored
+from models import factored
 
 from polytope_hsae.config import TopKConfig
 from polytope_hsae.evaluation.absorption import ParentProbes, absorption_metrics, parent_probes

@@ -252,7 +252,7 @@ def test_titles_and_meanings_of_arms():
 def test_what_rows_share_is_an_average(fields, said):
     sizes = {"n_parents": 1022, "topk_parent": 28, "n_children_per_parent": 7, "topk_child": 2, "gate": "hard"}
     budgets = {"parent_budget": "per_row", "child_budget": "per_parent", "topk_child_total": None}
-    budgets["router_balance_rate"] = 0
+    budgets["balance_rate"] = 0
     assert hsae_size(HSAEConfig(**sizes | budgets | fields)) == f"1,022 parents with 7 children each; {said}"
 
 

@@ -34,8 +34,7 @@ TWIN: dict[str, Any] = {
     "hsae": {
         "n_children_per_parent": 4,
         "gate": "hard",
-        "child_encoder": "direct",
-        "child_decoder": "direct",
+        "children": "direct",
         "parent_budget": "batch",
         "child_budget": "batch",
         "budget_slots": 3.0,

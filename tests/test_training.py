@@ -3,17 +3,17 @@
 import json
 import os
 import signal
+from itertools import product
 
 import pytest
 import torch
-from factored import factored
-from test_models import child_inits, normal
+from models import factored_sae, normal, sae
+from test_models import child_inits
 
 from polytope_hsae.config import LossOverrides, StageConfig, TeacherConfig, TrainingConfig
 from polytope_hsae.data.stream import RowStream
-from polytope_hsae.models.codes import Codes
+from polytope_hsae.models.codes import Codes, firings
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
-from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.models.losses import WARMED_UP, causal_orthogonality
 from polytope_hsae.tracking import JsonlTracker, Trackers
 from polytope_hsae.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -80,12 +80,14 @@ def stages(*sizes, freeze=(), first_loss=None):
     ]
 
 
-def make_model(kind="hsae", **options):
+def make_model(kind="default", **options):
+    """Of the default form, of the factored form, or a flat TopK."""
     if kind == "topk":
         return TopKSAE(TopKConfig(n_latents=12, k=3, **options), WIDTH)
     losses = {"l1_parent": 0.01, "l1_child": 0.01, "biorth_lambda": 0.01, "causal_ortho_lambda": 0.1}
     shape = {"n_parents": 8, "topk_parent": 3, "n_children_per_parent": 3, "subspace_dim": 2}
-    model = HierarchicalSAE(factored(**{**shape, **losses, **options}), WIDTH, seed=1)
+    make = factored_sae if kind == "factored" else sae
+    model = make(WIDTH, "rms", 1, **{**shape, **losses, **options}).float()
     root = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
     model.set_metric(root @ root.T / WIDTH + 0.2 * torch.eye(WIDTH))
     return model
@@ -204,9 +206,11 @@ def test_temperature_and_warmup_run_on_through_stages(straight):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_tied_decoders_parent": True, "use_tied_decoders_child": True, "tie_projectors": True},
-        {"causal_orth_form": "literal", "gate": "hard"},
-        {"norm_metric": "causal", "use_decoder_bias": False, "project_gradient": True},
+        {"kind": "factored"},
+        {"kind": "factored", "use_tied_decoders_parent": True, "use_tied_decoders_child": True, "tie_projectors": True},
+        {"kind": "factored", "causal_orth_form": "literal", "gate": "hard"},
+        {"kind": "factored", "norm_metric": "causal", "use_decoder_bias": False, "project_gradient": True},
+        {"norm_metric": "causal", "project_gradient": True},
     ],
 )
 def test_resume_of_other_models(tmp_path, options):
@@ -244,7 +248,7 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"step-00000017\.safetensors: not a complete safetensors file"):
         make_trainer(tmp_path).resume()
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"step-00000017\.safetensors: model\.\w+: found float32 \[8, ") as error:
+    with pytest.raises(ValueError, match=r"step-00000017\.safetensors: model\.[\w.]+: found float32 \[8, ") as error:
         make_trainer(tmp_path, model=make_model(n_parents=9)).resume()
     assert "\n" not in str(error.value)
 
@@ -349,8 +353,8 @@ def test_frozen_tensors_do_not_change_by_one_bit_and_their_optimiser_state_waits
 
 
 def test_norms_hold_after_every_step_of_the_trainer():
-    for norm_metric in ("euclidean", "causal"):
-        model = make_model(norm_metric=norm_metric)
+    for kind, norm_metric in product(("default", "factored"), ("euclidean", "causal")):
+        model = make_model(kind, norm_metric=norm_metric)
         metric = model.sigma.double() if norm_metric == "causal" else torch.eye(WIDTH, dtype=torch.float64)
 
         def unit(rows, metric=metric):
@@ -359,14 +363,14 @@ def test_norms_hold_after_every_step_of_the_trainer():
 
         def check(step, total, model=model, unit=unit):
             unit(model.D.detach())
-            unit(model.G.detach() @ model.Up.detach())
+            unit(model.atoms(slice(None)).detach())
 
         make_trainer(model=model).fit(Records(), check)
 
 
 def test_learning_rate_multipliers_and_loss_overrides_of_a_stage():
     plan = [StageConfig(name="one", steps=6, lr_mult={"E": 0.0, "Up": 2.0}, loss=LossOverrides(l1_parent=0.0))]
-    trainer = make_trainer(plan=plan, log_every=1)
+    trainer = make_trainer(model=make_model("factored"), plan=plan, log_every=1)
     before = trainer.model.E.detach().clone()
     records = Records()
     trainer.fit(records)
@@ -443,14 +447,14 @@ def test_anchored_training_resumes_exactly(tmp_path, kind):
 # -- what training achieves
 
 
-@pytest.mark.parametrize("kind", ["topk", "hsae"])
+@pytest.mark.parametrize("kind", ["topk", "default", "factored"])
 def test_planted_features_are_found(kind):
     """Sums of 2 of 10 atoms in 6 dimensions: an optimal code explains everything, the mean nothing."""
     rows = planted_rows(600)
     model = (
         make_model("topk")
         if kind == "topk"
-        else make_model(topk_parent=2, causal_ortho_lambda=0.0, biorth_lambda=0.0, l1_parent=0.0, l1_child=0.0)
+        else make_model(kind, topk_parent=2, causal_ortho_lambda=0.0, biorth_lambda=0.0, l1_parent=0.0, l1_child=0.0)
     )
     mean = rows.mean(0)
     model.set_normalization(mean, (rows - mean).square().sum(1).mean().div(WIDTH).sqrt().item())
@@ -489,10 +493,13 @@ def test_metrics_of_a_step():
     total = sum(weight * value[name] * (warm if name in WARMED_UP else 1) for name, weight in terms.items())
     assert value["loss"] == pytest.approx(total, rel=1e-5)
     assert "causal_orth" not in {name for name, steps in records.values.items() if 20 in steps}
-    assert 0 < value["active_parents_per_sample"] <= 3
-    assert 0 <= value["active_children_per_sample"] <= 3
+    assert value["active_parents_per_sample"] > 0
+    assert value["active_children_per_sample"] >= 0
+    assert value["active_parents_per_sample"] + value["active_children_per_sample"] <= 7
+    assert 0 <= value["full_rows_parents"] <= 1
+    assert 0 <= value["full_rows_children"] <= 1
     assert 0 < value["router_entropy"] <= torch.tensor(8.0).log().item()
-    assert 0 < value["router_max_load"] <= 1
+    assert 0 < value["max_firing_rate"] <= 1
     assert 0 <= value["dead_children"] <= 1
 
 
@@ -500,7 +507,7 @@ def test_the_causal_penalty_falls_in_the_stage_that_turns_it_on():
     """A stage much shorter than the warm-up of the other penalties, at a start from a teacher."""
     names, ends = ["bird", "fish", "tool"], {}
     for weight in (0.0, 10.0):
-        model = make_model(causal_ortho_lambda=10.0)
+        model = make_model("factored", causal_ortho_lambda=10.0)
         vectors = {name: normal(WIDTH, seed=number) for number, name in enumerate(names)}
         model.initialize_from_teacher(vectors, child_inits(names, WIDTH))
         losses = LossOverrides(causal_ortho_lambda=weight)
@@ -516,7 +523,8 @@ def test_the_causal_penalty_falls_in_the_stage_that_turns_it_on():
 
 
 def one_batch(parents, values, children, child_values):
-    return Codes(torch.tensor(parents), torch.tensor(values), torch.tensor(children), torch.tensor(child_values))
+    codes = Codes(torch.tensor(parents), torch.tensor(values), torch.tensor(children), torch.tensor(child_values))
+    return firings(codes, 3, 6)
 
 
 def test_dead_counters_known_answer():
@@ -546,7 +554,7 @@ def test_dead_counters_known_answer():
 def test_usage_of_a_flat_model():
     usage = Usage(3, 0, torch.device("cpu"))
     none = torch.zeros(1, 0)
-    usage.update(Codes(torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.0]]), none.long(), none))
+    usage.update(firings(Codes(torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.0]]), none.long(), none), 3, 0))
     assert usage.idle_parent.tolist() == [1, 0, 1]
     assert usage.dead_children(1).tolist() == []
 
@@ -604,14 +612,13 @@ def test_clipping_is_exact():
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0, 0.6, 0], dtype=torch.float64), rtol=1e-15, atol=0)
 
 
-def test_dead_parents_and_children_come_back_with_the_auxiliary_terms():
+def test_dead_latents_come_back_with_the_auxiliary_term():
     def trained(weight):
-        off = {"l1_parent": 0.0, "l1_child": 0.0, "biorth_lambda": 0.0, "causal_ortho_lambda": 0.0}
-        model = make_model(aux_weight=weight, gate="hard", n_parents=40, topk_parent=1, **off)
+        model = TopKSAE(TopKConfig(n_latents=40, k=1, aux_weight=weight), WIDTH, seed=1)
         with torch.no_grad():
             model.E[:4] *= 0.01  # never chosen, so that nothing else gives them a gradient
         plan = [StageConfig(name="train", steps=60)]
-        trainer = make_trainer(model=model, plan=plan, dead_after=100, dead_after_routed=50, lr=0.05)
+        trainer = make_trainer(model=model, plan=plan, dead_after=100, lr=0.05)
         before = model.D.detach().clone()
         trainer.fit(Records())
         return (model.D.detach() - before)[:4].abs().max()
