@@ -125,6 +125,7 @@ def start(shape: Shape, device: str) -> HierarchicalSAE:
         parameter.normal_(std=spread[name])
     for name, buffer in small.named_buffers():  # none depends on the number of parents
         model.get_buffer(name).copy_(buffer)
+    model.set_normalization(torch.zeros(width, device=device), 1.0)  # the rows are as they should be
     return model
 
 

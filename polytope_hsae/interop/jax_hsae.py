@@ -101,7 +101,7 @@ def model_of_tree(leaves: Mapping[str, Tensor], topk_parent: int) -> Hierarchica
     (P, d), s, C = tensors["E"].shape, tensors["Down"].shape[1], tensors["F"].shape[1]
     config = HSAEConfig.jax_compat(P, C, s, topk_parent)
     model = HierarchicalSAE(config, d, "unit_row").to(tensors["E"].dtype)
-    into = {**model.tensors(), "threshold": model.router.threshold}
+    into = {**model.tensors(), "threshold": model.router.get_buffer("threshold")}
     with torch.no_grad():
         for name, tensor in tensors.items():
             into[name].copy_(tensor)

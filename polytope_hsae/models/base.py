@@ -146,6 +146,7 @@ class SparseAutoencoder(Described, Part):
         if self.normalize == "rms":
             if not 0 < scale < float("inf"):
                 raise ValueError(f"data_scale: found {float(scale)}, allowed: above 0, so rows that differ")
+            self._looked_at = True
             self.data_mean.copy_(mean_d)
             self.data_scale.fill_(scale)
 

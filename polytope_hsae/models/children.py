@@ -53,7 +53,7 @@ class DirectChildren(Part):
 
     def l1(self, output: ModelOutput) -> Tensor:
         """A row's summed codes, mean over rows."""
-        return output.codes.child_value.abs().flatten(1).sum(1).mean()
+        return output.codes.child_value.sum(1).mean()
 
     def norms(self, metric: Tensor | None) -> Tensor:
         """Norms [P, C, 1] of what the constraint holds at 1: the atoms, or G's rows."""

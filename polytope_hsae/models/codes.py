@@ -50,7 +50,7 @@ def firings(codes: Codes, n_parents: int, n_children: int) -> Firings:
 
 
 def _count(index_Bn: Tensor, value_Bn: Tensor, n: int) -> Tensor:
-    used_Bn = (value_Bn > 0).to(value_Bn.dtype)
+    used_Bn = torch.gt(value_Bn, 0, out=torch.empty_like(value_Bn))
     if index_Bn.stride(0) == 0:  # all rows have the same slots: they are added up first
         index_Bn, used_Bn = index_Bn[:1], used_Bn.sum(0, keepdim=True)
     return used_Bn.new_zeros(n).scatter_add_(0, index_Bn.flatten(), used_Bn.flatten())

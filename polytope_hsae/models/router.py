@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HSAEConfig
-from ..ops import Rows
+from ..ops import Routed, Rows
 from ..ops.gate.naive import straight_through
 from .base import Part
 from .codes import ModelOutput
@@ -42,16 +42,16 @@ class Router(Part):
         self.config, self.slots = config, config.parent_slots
         self.D, self.E = start["D"], start["E"]
         self.b_E = nn.Parameter(torch.zeros(config.n_parents)) if config.use_encoder_bias else None
+        self.code: Callable[[Tensor], Tensor] = torch.relu if config.magnitude == "relu" else torch.ones_like
         self.temperature: float | Tensor = config.router_temp_start
 
     def forward(self, rows: Rows, bias: Tensor | None = None, generator: torch.Generator | None = None) -> Parents:
         """The parents of rows x - b_dec. bias [P]: selection biases, added for the choice only."""
         noise = self._noise(generator) if self.training and self.config.gate == "straight_through" else None
         found = self.ops.route(rows, self.E, self.b_E, self.slots, bias=bias, noise=noise)
-        value = torch.relu(found.logit) if self.config.magnitude == "relu" else torch.ones_like(found.logit)
         if self.config.gate == "straight_through":
-            value = self._through(value, found.logit, found.indices, rows)
-        return Parents(found.indices, value, found.logits)
+            return Parents(found.indices, self._through(found, rows), found.logits)
+        return Parents(found.indices, self.code(found.logit), found.logits)
 
     def _noise(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
         """Gumbel noise times the temperature, and for `relative` times the row's standard deviation too."""
@@ -65,7 +65,7 @@ class Router(Part):
 
         return noise
 
-    def _through(self, value_Bk: Tensor, logit_Bk: Tensor, index_Bk: Tensor, rows: Rows) -> Tensor:
+    def _through(self, found: Routed, rows: Rows) -> Tensor:
         """Codes behind a gate of value 1, whose gradient is that of the soft mask softmax(r / temperature).
 
         It is renormalised over the chosen; over a single one that would be constant, so the mask over all parents
@@ -73,14 +73,14 @@ class Router(Part):
         """
         if self.slots == 1:
             soft_BP = torch.softmax(self.ops.linear(rows, self.E, self.b_E) / self.temperature, dim=1)
-            return value_Bk * straight_through(soft_BP.gather(1, index_Bk))
+            return self.code(found.logit) * straight_through(soft_BP.gather(1, found.indices))
         if self.config.magnitude == "relu":
-            return self.ops.gate(logit_Bk, self.temperature)
-        return value_Bk * straight_through(torch.softmax(logit_Bk / self.temperature, dim=1))
+            return self.ops.gate(found.logit, self.temperature)
+        return self.code(found.logit) * straight_through(torch.softmax(found.logit / self.temperature, dim=1))
 
     def l1(self, output: ModelOutput) -> Tensor:
         """A row's summed codes, mean over rows."""
-        return output.codes.parent_value.abs().flatten(1).sum(1).mean()
+        return output.codes.parent_value.sum(1).mean()
 
     @torch.no_grad()
     def normalize_(self, metric: Tensor | None) -> None:

@@ -113,17 +113,20 @@ class Sparsity(nn.Module):
         choice_BkC = scores(pre_BkC.detach(), None if bias is None else bias[parents.indices])
         open_Bk = parents.value.detach() > 0
         if self.per_parent:
-            best_Bkc = largest(choice_BkC, self.per_parent)
-            place_BK = (best_Bkc + torch.arange(0, choice_BkC[0].numel(), C, device=pre_BkC.device)[:, None]).flatten(1)
+            one = self.per_parent == 1  # which is found faster as a maximum
+            best_Bkc = choice_BkC.argmax(2, keepdim=True) if one else choice_BkC.topk(self.per_parent).indices
+            place_BK = (best_Bkc + C * torch.arange(pre_BkC.shape[1], device=pre_BkC.device)[:, None]).flatten(1)
+            index_BK = (parents.indices.unsqueeze(2) * C + best_Bkc).flatten(1)
+            value_BK = (code(pre_BkC.gather(2, best_Bkc)) * open_Bk.unsqueeze(2)).flatten(1)
         else:
-            choice_BkC = choice_BkC.masked_fill(~open_Bk.unsqueeze(2), -torch.inf)
-            place_BK = largest(choice_BkC.flatten(1), self.child_slots)
-        slot_BK = place_BK // C
-        index_BK = parents.indices.gather(1, slot_BK) * C + place_BK % C
-        value_BK = code(pre_BkC.flatten(1).gather(1, place_BK)) * open_Bk.gather(1, slot_BK)
+            choice_BN = choice_BkC.masked_fill(~open_Bk.unsqueeze(2), -torch.inf).flatten(1)
+            place_BK = choice_BN.topk(self.child_slots).indices
+            slot_BK = place_BK // C
+            index_BK = parents.indices.gather(1, slot_BK) * C + place_BK % C
+            value_BK = code(pre_BkC.flatten(1).gather(1, place_BK)) * open_Bk.gather(1, slot_BK)
         if self.child_budget.of_batch:
             wanted = self.K if self.share is None else (1 - self.share) * self.total
-            value_BK = self.child_budget.keep(value_BK, choice_BkC.flatten(1).gather(1, place_BK), wanted)
+            value_BK = self.child_budget.keep(value_BK, choice_BN.gather(1, place_BK), wanted)
         if self.share is not None and self.training:
             self.gap += self.parent_budget.smallest - self.child_budget.smallest
         return Children(index_BK, place_BK, value_BK)
@@ -137,11 +140,6 @@ class Sparsity(nn.Module):
         self.share += SHARE_STEP * self.gap.sign()
         self.share.clamp_(start / 2, (1 + start) / 2)
         self.gap.zero_()
-
-
-def largest(choice: Tensor, n: int) -> Tensor:
-    """Where the n largest entries of the last dimension stand; a single one is found faster as a maximum."""
-    return choice.argmax(-1, keepdim=True) if n == 1 else choice.topk(n).indices
 
 
 def scores(value: Tensor, bias: Tensor | None) -> Tensor:

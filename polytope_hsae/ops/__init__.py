@@ -18,6 +18,7 @@ from .l1 import naive as l1
 from .norms import naive as norms
 from .orthogonality import naive as orthogonality
 from .routed import Children as Children
+from .routed import Routed as Routed
 from .routed import Routing as Routing
 from .routed import Rows as Rows
 from .routed import cpu, naive

@@ -21,10 +21,10 @@ class Usage:
     @torch.no_grad()
     def update(self, fired: Firings) -> None:
         """Count one batch."""
-        self.idle_parent.copy_(torch.where(fired.parents > 0, 0, self.idle_parent + fired.rows))
+        self.idle_parent.add_(fired.rows).masked_fill_(fired.parents > 0, 0)
         if self.n_children:
-            idle_R = self.idle_child + fired.parents.long().repeat_interleave(self.n_children)
-            self.idle_child.copy_(torch.where(fired.children > 0, 0, idle_R))
+            self.idle_child.view(-1, self.n_children).add_(fired.parents.long().unsqueeze(1))
+            self.idle_child.masked_fill_(fired.children > 0, 0)
 
     def dead_parents(self, after: int) -> Tensor:
         """Mask [P] of parents not active for `after` tokens."""
