@@ -76,7 +76,7 @@ def test_the_balance_resumes_exactly(tmp_path):
     assert torch.equal(loaded.reconstruct(planted_rows()), resumed.model.eval().reconstruct(planted_rows()))
 
 
-def test_a_largest_load_holds_back_only_what_is_above_it():
+def test_a_largest_rate_holds_back_only_what_is_above_it():
     model = make_model(n_parents=4, topk_parent=2, rate_cap=0.5, rate_cap_spread=2.2)
     index, value = [[0, 1], [0, 2], [0, 3]], [[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]]
     step(model, codes_of(index, value))
@@ -156,7 +156,7 @@ def test_a_smallest_load_brings_back_what_is_hardly_ever_on():
 
 
 @pytest.mark.parametrize("parents", ["batch", "joint"])
-def test_a_largest_load_is_kept_under_a_batchs_budget(parents):
+def test_a_largest_rate_is_kept_under_a_batchs_budget(parents):
     options = {"parent_budget": parents, "child_budget": "batch", "topk_child_total": 2, "budget_slots": 3.0}
 
     def largest(rate, most):
@@ -272,7 +272,7 @@ def test_children_of_a_rare_parent_hardly_lift_each_other():
     assert model.b_F[0].max() < 1.6  # 7.2 if it were lifted whenever its parent is on and it is not
 
 
-def test_a_spread_of_1_makes_the_largest_load_strict():
+def test_a_spread_of_1_makes_the_largest_rate_strict():
     index, value = [[0, 1], [0, 2], [0, 3], [1, 2]], [[1.0, 1.0]] * 4  # loads 3, 2, 2, 1 of 4 rows: a mean of 2
     for spread, balance in ((2.2, 0.0), (1.6, 0.0), (1.4, -0.1), (1.0, -0.1)):
         model = make_model(n_parents=4, topk_parent=2, rate_cap=0.6, rate_cap_spread=spread)

@@ -11,7 +11,7 @@ from running import hsae, refused, script
 
 from polytope_hsae.bench import jax_peer, run
 from polytope_hsae.bench.floor import Ceilings, flat_parts, floor_record, hsae_parts
-from polytope_hsae.bench.measure import Rows, deterministic, guarded, largest_load, make_rows, times
+from polytope_hsae.bench.measure import Rows, deterministic, guarded, make_rows, max_rate, times
 from polytope_hsae.bench.peers import FlatTopK, LoopHSAE, PeerStep
 from polytope_hsae.bench.shapes import load_shape
 from polytope_hsae.bench.table import markdown
@@ -159,7 +159,7 @@ def test_zipf_rows_favour_few_parents():
     for routing in ("uniform", "zipf"):
         rows = make_rows(routing, 32, E, 4).next()
         assert rows.shape == (32, 256)
-        loads[routing] = largest_load((rows @ E.T).topk(4, dim=1).indices, 64)
+        loads[routing] = max_rate((rows @ E.T).topk(4, dim=1).indices, 64)
     assert loads["zipf"] > 2 * loads["uniform"]
 
 
@@ -232,7 +232,7 @@ def test_a_run_prints_and_writes_its_tables(tmp_path):
     for one in shape["measured"]:
         assert one["rows_per_s"] == pytest.approx(16e3 / one["ms"])
         assert one["peak_gib"] is None
-        assert 0 < one["max_load"] <= 1
+        assert 0 < one["max_firing_rate"] <= 1
         assert sum(one["parts"].values()) > 0
         assert f"| {one['what']} | {one['routing']} | {one['ms']:.2f} |" in text
     assert shape["measured"][0]["of_ours"] == 1

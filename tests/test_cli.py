@@ -101,7 +101,15 @@ def test_configs_and_fields_are_completed(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("run: {name: mine}\narms: [{name: baseline}, {name: other}]\n")
     (tmp_path / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    assert complete("hsae run ") == ["jax-compat", "quickstart", "recommended", "smoke", "v2-focused", "mine.yaml"]
+    assert complete("hsae run ") == [
+        "factored",
+        "jax-compat",
+        "quickstart",
+        "recommended",
+        "smoke",
+        "v2-focused",
+        "mine.yaml",
+    ]
     assert complete("hsae phase2 sm") == ["smoke"]
     assert complete(f"hsae concepts {tmp_path}/m") == [f"{tmp_path}/mine.yaml"]
     assert complete("hsae run smoke --set training.lo") == ["training.log_every="]

@@ -57,7 +57,7 @@ def test_an_empty_file_gives_the_defaults(load):
 @pytest.mark.parametrize(
     "tree, field, found, allowed",
     [
-        ({"hsae": {"n_parrots": 3}}, "hsae.n_parrots", "an unknown key", "n_parents, topk_parent, "),
+        ({"hsae": {"n_parrots": 3}}, "hsae.n_parrots", "an unknown key", "n_parents, gate, "),
         ({"hsea": {}}, "hsea", "an unknown key", "run, model, corpus, "),
         ({"arms": [{"name": "a", "stage": 1}]}, "arms.0.stage", "an unknown key", "name, kind, init, stages, "),
         (

@@ -249,9 +249,6 @@ def test_reconstruction_refuses_bad_input_and_flat_models_have_no_children():
     result = evaluate_reconstruction(sae, store, "test", mean)
     assert result.metrics["ev"].value == 1.0
     assert result.metrics["dead_children"].why == "a flat model has no children"
-    sae.training = True
-    with pytest.raises(ValueError, match="found training mode"):
-        evaluate_reconstruction(sae, store, "test", mean)
     empty = FakeStore(test={"acts": torch.zeros(0, 6), "doc": torch.zeros(0)})
     with pytest.raises(ValueError, match="found no rows in 'test'"):
         evaluate_reconstruction(FakeSAE(6), empty, "test", mean)

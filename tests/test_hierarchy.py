@@ -48,8 +48,8 @@ def test_firings_of_planted_codes_by_hand():
     assert metrics["child_given_parent_q75"].value == pytest.approx(0.375)
     assert metrics["child_given_parent"].chance == pytest.approx(0.15)
     assert metrics["child_given_parent"].n == 2
-    assert metrics["largest_load"].value == 0.6
-    assert metrics["largest_load"].chance == pytest.approx(0.8 / 3)
+    assert metrics["max_firing_rate"].value == 0.6
+    assert metrics["max_firing_rate"].chance == pytest.approx(0.8 / 3)
     assert metrics["entropy"].value == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert metrics["entropy"].chance == pytest.approx(math.log(3))
 
@@ -63,12 +63,12 @@ def test_a_child_without_its_parent_is_seen():
     assert "50 rows" in firing_metrics(found)["child_given_parent"].why
 
 
-def test_a_flat_model_has_loads_and_no_hierarchy():
+def test_a_flat_model_has_rates_and_no_hierarchy():
     found = Firings(4, 0)
     found.add(codes([[0, 1], [0]], [[], []]))
     metrics = firing_metrics(found)
     assert found.dead_children is None
-    assert metrics["largest_load"].value == 1.0
+    assert metrics["max_firing_rate"].value == 1.0
     assert {metrics[name].why for name in ("parent_given_child", "child_given_parent")} == {
         "a flat model has no children"
     }

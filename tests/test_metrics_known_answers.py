@@ -361,19 +361,19 @@ def test_rates_of_codes_that_know_nothing_of_each_other_are_at_chance():
         assert near(values, chances), name
 
 
-def test_loads_and_their_intervals_over_groups_of_documents():
+def test_rates_and_their_intervals_over_groups_of_documents():
     even = Firings(4, 0, n_groups=8)
     index = torch.arange(64).unsqueeze(1) % 4
     nothing = torch.zeros(64, 0)
     even.add(Codes(index, torch.ones(64, 1), nothing.long(), nothing), torch.arange(64) // 8)
     metrics = firing_metrics(even)
-    assert metrics["largest_load"].value == metrics["largest_load"].chance == 0.25
+    assert metrics["max_firing_rate"].value == metrics["max_firing_rate"].chance == 0.25
     assert metrics["entropy"].value == pytest.approx(math.log(4))
     assert metrics["entropy"].ci95 == pytest.approx((math.log(4), math.log(4)))
     uneven = Firings(4, 0, n_groups=8)
     index = (torch.arange(64) // 8 < 6).long().unsqueeze(1)  # parent 1 in six documents, parent 0 in two
     uneven.add(Codes(index, torch.ones(64, 1), nothing.long(), nothing), torch.arange(64) // 8)
-    load = firing_metrics(uneven)["largest_load"]
+    load = firing_metrics(uneven)["max_firing_rate"]
     assert load.value == 0.75
     assert load.ci95 == pytest.approx((0.5, 1.0), abs=0.1)
 

@@ -25,7 +25,7 @@ METRICS = {
     "delta_ce", "kl", "ce_clean", "ce_ablated", "ce_spliced", "ce_recovered_massive_kept", "delta_ce_massive_kept",
     "kl_massive_kept", "purity", "leakage", "recall", "steering_leakage", "sibling_kl", "steering_unreached",
     "ev_causal", "ev_logit", "ev_dimension", "ev_dimension_q05", "split", "f1_best", "f1_best_few", "absorb",
-    "absorb_with_children", "probe_recall", "largest_load", "entropy", "decoder_norm",
+    "absorb_with_children", "probe_recall", "max_firing_rate", "entropy", "decoder_norm",
 }  # fmt: skip
 OF_CHILDREN = {
     "dead_children", "dead_children_routed", "atoms_in_use", "atom_norm", "edge_precision", "edge_recall",

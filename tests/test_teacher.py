@@ -190,7 +190,7 @@ def test_file_keeps_everything_and_equal_bytes(tmp_path: Path, teacher: Teacher)
 
 
 def test_rotated_teacher_keeps_lengths_and_duality(teacher: Teacher) -> None:
-    turned = teacher.rotated(25.0, seed=1)
+    turned = teacher.with_noise(25.0, seed=1)
     for field in ("parent_unified", "child_delta_unified"):
         before, after = getattr(teacher, field), getattr(turned, field)
         torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
@@ -200,13 +200,13 @@ def test_rotated_teacher_keeps_lengths_and_duality(teacher: Teacher) -> None:
     torch.testing.assert_close(
         turned.child_unified, turned.parent_unified[turned.child_parent] + turned.child_delta_unified
     )
-    torch.testing.assert_close(teacher.rotated(0.0).parent_read, teacher.parent_read)
+    torch.testing.assert_close(teacher.with_noise(0.0).parent_read, teacher.parent_read)
     assert turned.metadata["noise_deg"] == "25.0"
 
 
 @pytest.mark.parametrize("degrees", [15.0, 30.0, 60.0])
 def test_a_turned_teacher_keeps_its_shape_and_every_vector_turns_by_the_angle(teacher: Teacher, degrees: float) -> None:
-    turned = teacher.turned(degrees, seed=1)
+    turned = teacher.rotated(degrees, seed=1)
     before = torch.cat([teacher.parent_unified, teacher.child_delta_unified])
     after = torch.cat([turned.parent_unified, turned.child_delta_unified])
     torch.testing.assert_close(after @ after.T, before @ before.T)
@@ -214,7 +214,7 @@ def test_a_turned_teacher_keeps_its_shape_and_every_vector_turns_by_the_angle(te
     torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(math.radians(degrees))))
     torch.testing.assert_close(diagonal(turned.parent_read, turned.parent_write), torch.ones(3, dtype=torch.float64))
     assert turned.metadata["rotate_deg"] == str(degrees)
-    assert not torch.allclose(turned.parent_unified, teacher.turned(degrees, seed=2).parent_unified)
+    assert not torch.allclose(turned.parent_unified, teacher.rotated(degrees, seed=2).parent_unified)
 
 
 def test_no_rotation_turns_every_vector_of_an_odd_width() -> None:
@@ -231,7 +231,7 @@ def test_random_teacher_has_the_lengths_only(teacher: Teacher) -> None:
     assert torch.equal(random.parent_unified, teacher.random_like(seed=2).parent_unified)
     assert not torch.equal(random.parent_unified, teacher.random_like(seed=3).parent_unified)
     assert random.metadata["estimator"] == "random"
-    turned = random.rotated(40.0, seed=2)  # the same seed draws other numbers
+    turned = random.with_noise(40.0, seed=2)  # the same seed draws other numbers
     cosine = torch.cosine_similarity(random.parent_unified, turned.parent_unified)
     torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(math.radians(40))))
 
@@ -311,7 +311,7 @@ def test_unseen_children_seed_nothing() -> None:
         teacher = extract_activation_teacher(stats, make_concepts())
     assert json.loads(teacher.metadata["unseen_children"]) == ["parent1/child1"]
     assert not teacher.child_delta_unified[4].any()
-    projectors = teacher.rotated(10.0).projectors(6, 5)
+    projectors = teacher.with_noise(10.0).projectors(6, 5)
     assert projectors.seeded[1].tolist() == [True, False, True, True, False]
     assert torch.isfinite(projectors.child_decoder).all()
 

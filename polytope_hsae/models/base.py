@@ -321,7 +321,7 @@ class SparseAutoencoder(Described, Part):
         model = kind(config, width, normalize)
         try:
             names = {model.file_names.get(name, name): name for name in model.state_dict()}
-            model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()})
+            model.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
         except RuntimeError as error:
             raise ValueError(f"{folder}/model.safetensors: {' '.join(str(error).split())}") from error
         if model.data_scale <= 0:
