@@ -46,7 +46,7 @@ TINY = [
 def test_the_study_of_the_quickstarts_options(tmp_path):
     settings = [part for setting in TINY for part in ("--set", setting)]
     study = EXPERIMENTS / "choose_quickstart.py"
-    for part, hooks, rows in (("model", "", 10), ("hook", "model.layers.3", 11)):
+    for part, hooks, rows in (("model", "", 9), ("hook", "model.layers.3", 11)):
         answer = script(study, "--out", tmp_path, "--part", part, "--hooks", hooks, *settings)
         assert answer.code == 0, answer.err
         lines = (tmp_path / f"{part}.md").read_text().splitlines()

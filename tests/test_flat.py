@@ -23,7 +23,7 @@ from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models import matryoshka
 from polytope_hsae.models.base import SparseAutoencoder
-from polytope_hsae.models.codes import Dead, firings
+from polytope_hsae.models.codes import firings
 from polytope_hsae.models.flat import TopKSAE, pack
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.jumprelu import JumpReLUSAE
@@ -366,7 +366,7 @@ def test_dead_latents_rebuild_the_error(kind):
         model.b_E[:3] = -100.0
     x = normal(20, WIDTH)
     output = model(x)
-    dead = Dead(torch.arange(12) < 5, torch.zeros(0, dtype=torch.bool))
+    dead = torch.arange(12) < 5
     assert "aux_parent" not in model.loss_terms(output, LossOverrides())  # nobody is known to be dead
     assert "aux_parent" not in model.loss_terms(output, LossOverrides(aux_weight=0.0), dead)
     assert model.loss_terms(output, LossOverrides(aux_weight=0.1), dead)["aux_parent"][0] == 0.1

@@ -24,7 +24,7 @@ from ..ops import CPU, Ops, Precision, of
 from ..parsing import misfit, shown
 from .card import FILE as CARD
 from .card import Described, read_card, write_card
-from .codes import Codes, Dead, Firings, ModelOutput
+from .codes import Codes, Firings, ModelOutput
 
 NORMALIZATIONS = ("rms", "unit_row", "none")
 
@@ -114,9 +114,9 @@ class SparseAutoencoder(Described, Part):
         raise NotImplementedError
 
     def loss_terms(
-        self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+        self, output: ModelOutput, overrides: LossOverrides, dead_P: Tensor | None = None
     ) -> dict[str, tuple[float, Tensor]]:
-        """Every loss term that is on, by name: (weight, value). `dead` takes part in auxiliary terms."""
+        """Every loss term that is on, by name: (weight, value). `dead_P` [P]: latents that take part in auxiliary terms."""
         raise NotImplementedError
 
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:

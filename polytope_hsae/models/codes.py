@@ -56,20 +56,13 @@ def _count(index_Bn: Tensor, value_Bn: Tensor, n: int) -> Tensor:
     return used_Bn.new_zeros(n).scatter_add_(0, index_Bn.flatten(), used_Bn.flatten())
 
 
-class Dead(NamedTuple):
-    """Masks of what has not been on for too long: parents [P] (a flat SAE's latents), children [P*C]."""
-
-    parents: Tensor
-    children: Tensor
-
-
 class ModelOutput(NamedTuple):
     """One forward pass in the model's normalised coordinates.
 
     x, x_hat, x_hat_top [B,d]: input, reconstruction, reconstruction by the parents alone; codes as encode returns them.
-    errors, errors_top [B]: the rows' squared errors of the two reconstructions. router_logits [B,P] before selection.
-    An H-SAE's logits carry no gradient; it has child_pre [B,k,C], the pre-activations of the routed parents' children,
-    and under the published form parent_sum [B], each row's summed parent codes, all P of them. A flat SAE has
+    errors, errors_top [B]: the rows' squared errors of the two reconstructions. router_logits [B,P] before selection,
+    in an H-SAE without a gradient. It has child_pre [B,k,C], the pre-activations of the routed parents' children,
+    and under the published form code_sum [B], each row's summed parent codes, all P of them. A flat SAE has
     x_hat_top = x_hat, and prefix_errors [n,B]: those of reconstructions by prefixes of its latents, the last one x_hat
     (n = 1 but for Matryoshka).
     """
@@ -82,5 +75,5 @@ class ModelOutput(NamedTuple):
     errors: Tensor
     errors_top: Tensor
     child_pre: Tensor | None = None
-    parent_sum: Tensor | None = None
+    code_sum: Tensor | None = None
     prefix_errors: Tensor | None = None

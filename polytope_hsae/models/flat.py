@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import LossOverrides, TopKConfig
 from ..ops import Routing, Rows
 from .base import SparseAutoencoder
-from .codes import Codes, Dead, ModelOutput
+from .codes import Codes, ModelOutput
 from .constraints import geometric_median
 from .init import unit_rows
 from .losses import aux_parent, mean_error
@@ -87,7 +87,7 @@ class FlatSAE(SparseAutoencoder):
     # training
 
     def loss_terms(
-        self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+        self, output: ModelOutput, overrides: LossOverrides, dead_P: Tensor | None = None
     ) -> dict[str, tuple[float, Tensor]]:
         """The reconstruction error and, with `aux_weight`, what dead latents make of the error."""
         config = self.config
@@ -95,8 +95,8 @@ class FlatSAE(SparseAutoencoder):
         errors = [mean_error(error_B, self.width, config.recon_reduction) for error_B in output.prefix_errors]
         terms = {"recon": (1.0, torch.stack(errors).mean())}
         aux_weight = config.aux_weight if overrides.aux_weight is None else overrides.aux_weight
-        if aux_weight > 0 and dead is not None:
-            terms["aux_parent"] = (aux_weight, aux_parent(self, output, dead.parents))
+        if aux_weight > 0 and dead_P is not None:
+            terms["aux_parent"] = (aux_weight, aux_parent(self, output, dead_P))
         return terms
 
     @torch.no_grad()

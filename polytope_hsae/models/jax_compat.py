@@ -37,8 +37,8 @@ class JaxRouter(Router):
 
     def l1(self, output: ModelOutput) -> Tensor:
         """The summed codes of all P parents, mean over rows."""
-        assert output.parent_sum is not None
-        return output.parent_sum.mean()
+        assert output.code_sum is not None
+        return output.code_sum.mean()
 
 
 class JaxChildren(FactoredChildren):

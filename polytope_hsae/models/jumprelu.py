@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import JumpReLUConfig, LossOverrides
-from .codes import Dead, ModelOutput
+from .codes import ModelOutput
 from .flat import FlatSAE, pack
 from .losses import mean_error
 from .sparsity import level_for_l0
@@ -91,10 +91,10 @@ class JumpReLUSAE(FlatSAE):
         return JumpReLU.apply(logits_BP, self.log_threshold.exp().expand_as(logits_BP), self.config.bandwidth)
 
     def loss_terms(
-        self, output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+        self, output: ModelOutput, overrides: LossOverrides, dead_P: Tensor | None = None
     ) -> dict[str, tuple[float, Tensor]]:
         """Those of every flat SAE and `l0`: (L0/k - 1)^2 times the batch's error of an empty code, b_dec alone."""
-        terms = super().loss_terms(output, overrides, dead)
+        terms = super().loss_terms(output, overrides, dead_P)
         config, index_Bk = self.config, output.codes.parent_index
         z_Bk, threshold_Bk = output.router_logits.detach(), self.log_threshold.exp()
         if index_Bk.shape == z_Bk.shape:  # a slot for every latent, in order or not

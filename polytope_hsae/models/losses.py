@@ -12,7 +12,7 @@ from ..config import LossOverrides
 from ..ops import CPU, Ops, Routing
 from ..ops.orthogonality.naive import gram_product
 from . import jax_compat
-from .codes import Dead, ModelOutput
+from .codes import ModelOutput
 
 if TYPE_CHECKING:
     from .flat import FlatSAE
@@ -89,7 +89,7 @@ def prefix_errors(model: "HierarchicalSAE", output: ModelOutput) -> Tensor:
 
 
 def loss_terms(
-    model: "HierarchicalSAE", output: ModelOutput, overrides: LossOverrides, dead: Dead | None = None
+    model: "HierarchicalSAE", output: ModelOutput, overrides: LossOverrides, dead_P: Tensor | None = None
 ) -> dict[str, tuple[float, Tensor]]:
     """Every term that is on, by name: (weight, value). The loss is the sum of weight * value.
 

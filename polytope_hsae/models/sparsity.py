@@ -26,7 +26,7 @@ class PerRow(nn.Module):
     """The budget of every row by itself: all of its slots are in use."""
 
     of_batch = False
-    smallest: Tensor
+    smallest: Tensor  # score in use of the last batch, where rows share a budget
 
     def keep(self, value_Bn: Tensor, score_Bn: Tensor, per_row: float | Tensor) -> Tensor:
         """The codes [B, n] as they are."""
@@ -44,7 +44,6 @@ class PerBatch(PerRow):
     of_batch = True
     threshold: Tensor
     batches: Tensor  # that went into it
-    smallest: Tensor  # score in use of the last batch
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +67,7 @@ class PerBatch(PerRow):
             kept = torch.topk(score_Bn.flatten(), min(round(wanted), score_Bn.numel()), sorted=False)
             largest_n = kept.values
         if not len(largest_n):
+            self.smallest = torch.zeros_like(self.threshold)
             return torch.zeros_like(value_Bn)
         used_n = (largest_n > 0) & (largest_n < torch.inf)
         keep_N = torch.zeros_like(score_Bn, dtype=torch.bool).flatten().scatter(0, kept.indices, used_n)

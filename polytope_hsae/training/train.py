@@ -20,9 +20,7 @@ from ..progress import Ticker
 from ..tracking import Trackers
 from .trainer import HSAETrainer
 
-HELD_ROWS = (
-    32_768  # rows at most that are kept out of training: thresholds are set on them, and the last line rests on them
-)
+HELD_ROWS = 32_768  # rows at most that are held out: thresholds are set on them, and the last line rests on them
 SAMPLE_ROWS = 65_536  # rows at most that mean, scale and the start of b_dec are taken from
 FEW_FIRINGS, MANY_EPOCHS = 100, 100  # below which a latent has hardly learned, above which rows are learned by heart
 

@@ -176,8 +176,8 @@ class HSAETrainer:
         for _ in range(config.accumulate):
             batch_Bd = self.stream.next().to(self.device) if rows_Bd is None else rows_Bd
             output = model(batch_Bd, self.generator)
-            dead = self.usage.dead(config) if model.n_children == 0 else None
-            terms = model.loss_terms(output, stage.loss, dead) | (self.anchor.terms() if self.anchor else {})
+            dead_P = self.usage.dead_parents(config.dead_after) if model.n_children == 0 else None
+            terms = model.loss_terms(output, stage.loss, dead_P) | (self.anchor.terms() if self.anchor else {})
             weighted = [w * (warmup if name in WARMED_UP else 1.0) * value for name, (w, value) in terms.items()]
             loss = torch.stack(weighted).sum()
             (loss / config.accumulate).backward()
@@ -240,14 +240,14 @@ class HSAETrainer:
     @torch.no_grad()
     def _usage_log(self, output: ModelOutput) -> dict[str, Any]:
         codes, config = output.codes, self.config
-        load_P = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=self.model.n_parents).double()
-        share_P = load_P / load_P.sum().clamp_min(1)
+        fired_P = torch.bincount(codes.parent_index[codes.parent_value > 0], minlength=self.model.n_parents).double()
+        share_P = fired_P / fired_P.sum().clamp_min(1)
         values: dict[str, Any] = {
             "active_parents_per_sample": (codes.parent_value > 0).sum(1).double().mean(),
             "active_children_per_sample": (codes.child_value > 0).sum(1).double().mean(),
             "router_temperature": self.model.router_temperature,
             "router_entropy": -(share_P * share_P.clamp_min(1e-30).log()).sum(),
-            "max_firing_rate": load_P.max() / len(codes.parent_index),
+            "max_firing_rate": fired_P.max() / len(codes.parent_index),
             "dead_parents": self.usage.dead_parents(config.dead_after).double().mean(),
             "encoder_norm": self.model.tensors()["E"].norm(dim=1).mean(),
         }

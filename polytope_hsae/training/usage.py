@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..config import TrainingConfig
-from ..models.codes import Dead, Firings
+from ..models.codes import Firings
 
 
 class Usage:
@@ -33,10 +32,6 @@ class Usage:
     def dead_children(self, after_routed: int) -> Tensor:
         """Mask [P*C] of children whose parent was active for `after_routed` tokens without them."""
         return self.idle_child >= after_routed
-
-    def dead(self, config: TrainingConfig) -> Dead:
-        """Both masks, by the config's two limits."""
-        return Dead(self.idle_parent >= config.dead_after, self.idle_child >= config.dead_after_routed)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"idle_parent": self.idle_parent, "idle_child": self.idle_child}

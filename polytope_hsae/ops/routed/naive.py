@@ -59,13 +59,13 @@ def chosen(
         codes_BP = torch.where(logits_BP >= (0.0 if threshold is None else threshold), logits_BP, 0.0)
     choice_BP = (logits_BP if threshold is None else codes_BP).detach()
     if bias is not None or noise is not None:
-        choice_BP = choice_BP + handicap(logits_BP.detach(), bias, noise)
+        choice_BP = choice_BP + added(logits_BP.detach(), bias, noise)
     index_Bk = torch.topk(choice_BP, k, dim=1).indices if threshold is None else largest(choice_BP, k)
     code_sum = codes_BP.sum(1) if sum_codes else None
     return Routed(index_Bk, logits_BP.gather(1, index_Bk), logits_BP.detach(), code_sum)
 
 
-def handicap(logits_BP: Tensor, bias: Tensor | None, noise: Callable[[Tensor], Tensor] | None) -> Tensor:
+def added(logits_BP: Tensor, bias: Tensor | None, noise: Callable[[Tensor], Tensor] | None) -> Tensor:
     """What is added for the choice alone: [B, P]."""
     if bias is None:
         assert noise is not None

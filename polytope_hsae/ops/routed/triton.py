@@ -46,8 +46,9 @@ def linear(rows: Rows, weight_Pd: Tensor, bias_P: Tensor | None) -> Tensor:
 def route(rows: Rows, E: Tensor, b_E: Tensor | None, k: int, *, precision: str, **choice: Any) -> Routed:
     """As `naive.route`."""
     bias, noise, wants_sum = choice.get("bias"), choice.get("noise"), choice.get("sum_codes", False)
-    added = None if bias is None and noise is None else lambda logits_BP: naive.handicap(logits_BP, bias, noise)
-    found = Route.apply(*rows, E, b_E, k, choice.get("threshold"), added, wants_sum, precision)
+    plain = bias is None and noise is None
+    more = None if plain else lambda logits_BP: naive.added(logits_BP, bias, noise)
+    found = Route.apply(*rows, E, b_E, k, choice.get("threshold"), more, wants_sum, precision)
     index, logit, code_sum, logits = found
     return Routed(index, logit, logits, code_sum if wants_sum else None)
 
