@@ -116,7 +116,7 @@ class SparseAutoencoder(Described, Part):
     def loss_terms(
         self, output: ModelOutput, overrides: LossOverrides, dead_P: Tensor | None = None
     ) -> dict[str, tuple[float, Tensor]]:
-        """Every loss term that is on, by name: (weight, value). `dead_P` [P]: latents that take part in auxiliary terms."""
+        """Every loss term that is on, by name: (weight, value). dead_P: latents that take part in auxiliary terms."""
         raise NotImplementedError
 
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
