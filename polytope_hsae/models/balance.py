@@ -38,8 +38,8 @@ class LoadBalancer(NoBalance):
     """Biases of the parents [P] and, with a smallest rate, of the children [P, C], moved once an optimiser step.
 
     A firing rate above the largest one (rate_cap of the rows, or rate_cap_spread times the mean rate if that is more)
-    moves a parent's bias down, below it up again to 0. One below rate_floor times the mean moves a bias up by as much
-    as it lacks, above it down again to 0. What a bias cannot lift goes to the encoder's bias.
+    moves a parent's bias down (a lifted one to 0 at once), below it up again to 0. One below rate_floor times
+    the mean moves a bias up by as much as it lacks, above it down again to 0. What a bias cannot lift goes to the encoder's bias.
     """
 
     def __init__(self, config: HSAEConfig):
@@ -98,9 +98,9 @@ class LoadBalancer(NoBalance):
         """Move the biases in place by the rows in which each parent, or child, was on; at most `limit` rows are right.
 
         Below the floor a bias rises by the rate for every row that is lacking, at most one: so in the mean over batches
-        even what is on in less than one row of a batch gets its share. Where that share is below 0.3 rows it moves
-        faster, by 0.3 / share: else what is rare would rise too slowly. It rises to the mean code at most, with which a
-        code just above 0 is chosen. total: the sum of all codes.
+        even what is on in less than one row of a batch gets its share. Where that share is below RARE rows it moves
+        faster, by RARE / share: else what is rare would rise too slowly. It rises to the mean code at most, with which
+        a code just above 0 is chosen. total: the sum of all codes.
 
         Returns by how much each would have risen beyond that, [m], for the encoder's bias: mostly what is above 0
         nowhere. There the share is `within` [m] at most, the rows that a child can ask of its parent's.

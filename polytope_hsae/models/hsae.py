@@ -5,7 +5,8 @@ children; a batch's largest parents and children are kept:
 
     x_hat = b_dec + sum a_p D_p + sum c_pj G_pj
 
-Shapes: B rows, d residual width, P parents, k of a row, C children per parent, K children of a row, Q teacher parents.
+Shapes: B rows, d residual width, P parents, C children per parent, Q teacher parents; k and K slots for a row's parents
+and children, of which a batch's budget leaves some without a code.
 """
 
 from collections.abc import Container, Iterable, Mapping
@@ -86,6 +87,7 @@ class HierarchicalSAE(SparseAutoencoder):
         """One pass over raw rows [B, d]."""
         # x is the row in normalised coordinates; rows is what the next product reads: x - b_dec, then what is left of x
         x, rows, scale = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, self.b_dec)
+        # first the slots of each row, then the batch's budget; both choose by code plus selection bias
         parents = self.router(rows, self.balance.parent_bias, generator)
         parents = self.sparsity.keep_parents(parents, self.balance.parent_bias)
         routes = Routing(parents.indices, self.n_parents, parents.used)
@@ -93,17 +95,19 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.child_input == "residual":
             x_top = self.ops.decode(routes, parents.value, self.router.D)
             x_top = x_top if self.b_dec is None else x_top + self.b_dec
-            rows = Rows(x - x_top)
+            rows = Rows(x - x_top)  # not detached: what children read trains the parents, too
         pre = self.child.encode(rows, routes)
         children = self.sparsity.keep_children(pre, parents, self.child.code, self.balance.child_bias)
         x_hat, x_top, error, error_top = self.ops.reconstruct(
             x, x_top, routes, parents.value, children, self.router.D, self.b_dec, self.child.G, self.child.Up
         )
         codes = Codes(parents.indices, parents.value, children.indices, children.value, scale)
-        return ModelOutput(x, x_hat, x_top, codes, parents.logits, error, error_top, pre, parents.code_sum)
+        return ModelOutput(
+            x, x_hat, x_top, codes, parents.logits, error, error_top, child_pre=pre, code_sum=parents.code_sum
+        )
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Route rows (normalised, b_dec removed): indices [B, k], codes [B, k], all logits [B, P]."""
+        """Route rows x - b_dec: indices [B, k], codes [B, k], all logits [B, P]. In training thresholds move."""
         bias = self.balance.parent_bias
         parents = self.sparsity.keep_parents(self.router(Rows(x_Bd), bias, generator), bias)
         return parents.indices, parents.value, parents.logits
@@ -111,7 +115,8 @@ class HierarchicalSAE(SparseAutoencoder):
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: numbers p*C + j [B, K], codes [B, K], pre-activations [B, k, C].
 
-        A child is silent where its parent's code is not above 0.
+        x: what children read, x - x_top or x - b_dec. A child is silent where its parent's code is not above 0. In
+        training thresholds move, and the parents come first (`encode_parent`).
         """
         parents = Parents(parent_Bk, value_Bk, value_Bk)
         pre = self.child.encode(Rows(x_Bd), Routing(parent_Bk, self.n_parents))
@@ -133,7 +138,8 @@ class HierarchicalSAE(SparseAutoencoder):
         """What the children of the given parents [n] read with: [n, C, d]."""
         return self.child.readers(parents)
 
-    # training
+    # training; the order of a step: forward, loss_terms, backward and after_batch for every micro-batch, then
+    # project_gradients, before_step, the optimiser, normalize_decoder_weights
 
     def update_router_temperature(self, step: int, total_steps: int) -> None:
         """tau = start + (end - start) step / total_steps, for 0 <= step < total_steps over all stages together."""

@@ -1,6 +1,6 @@
 """How many codes a row has: the same number for every row, or one number for a batch, which its rows share.
 
-Shapes: B rows, P latents, k and K parents and children of a row, n slots of a row, C children per parent.
+Shapes: B rows, P latents, k and K slots for a row's parents and children, n for either, C children per parent.
 """
 
 import math
@@ -60,8 +60,8 @@ class PerBatch(PerRow):
             return torch.where(score_Bn > self.threshold, value_Bn, 0.0)
         wanted = len(value_Bn) * per_row
         if isinstance(wanted, Tensor):
-            kept = torch.topk(score_Bn.flatten(), score_Bn.numel())
-            first_n = torch.arange(score_Bn.numel(), device=score_Bn.device) + 0.5 <= wanted
+            kept = torch.topk(score_Bn.flatten(), score_Bn.numel())  # all, in order
+            first_n = torch.arange(score_Bn.numel(), device=score_Bn.device) + 0.5 <= wanted  # rounded
             largest_n = torch.where(first_n, kept.values, torch.inf)
         else:
             kept = torch.topk(score_Bn.flatten(), min(round(wanted), score_Bn.numel()), sorted=False)
@@ -82,7 +82,7 @@ class Sparsity(nn.Module):
     """Who is kept of a row's parents and of their children."""
 
     share: Tensor | None  # of the parents in a joint budget
-    gap: Tensor  # smallest parent's code in use less the smallest child's, since the last step
+    gap: Tensor  # smallest parent's score in use less the smallest child's, since the last step
 
     def __init__(self, config: HSAEConfig):
         super().__init__()
@@ -124,7 +124,7 @@ class Sparsity(nn.Module):
             slot_BK = place_BK // C
             index_BK = parents.indices.gather(1, slot_BK) * C + place_BK % C
             value_BK = code(pre_BkC.flatten(1).gather(1, place_BK)) * open_Bk.gather(1, slot_BK)
-        if self.child_budget.of_batch:
+        if self.child_budget.of_batch:  # so not per parent
             wanted = self.K if self.share is None else (1 - self.share) * self.total
             value_BK = self.child_budget.keep(value_BK, choice_BN.gather(1, place_BK), wanted)
         if self.share is not None and self.training:
@@ -133,7 +133,7 @@ class Sparsity(nn.Module):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Move the parents' share of a joint budget, so that the smallest code of both becomes the same."""
+        """Move the parents' share of a joint budget, so that the smallest score of both becomes the same."""
         if self.share is None:
             return
         start = self.k / self.total

@@ -149,9 +149,7 @@ class _Sum(torch.autograd.Function):
         grad_Bd = grad_Bd.contiguous()
         grad_weight = None
         if ctx.needs_input_grad[0]:
-            row_Bn = torch.arange(len(index_Bn), device=index_Bn.device).unsqueeze(1).expand_as(index_Bn)
-            pairs = row_Bn.flatten(), index_Bn.flatten(), value_Bn.flatten()
-            grad_weight = _outer(grad_Bd, *pairs, len(weight_Rd))
+            grad_weight = _outer(grad_Bd, *_pairs(index_Bn, value_Bn), len(weight_Rd))
         return grad_weight, None, _dot(grad_Bd, weight_Rd, index_Bn) if ctx.needs_input_grad[2] else None
 
 
