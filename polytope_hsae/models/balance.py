@@ -39,7 +39,8 @@ class LoadBalancer(NoBalance):
 
     A firing rate above the largest one (rate_cap of the rows, or rate_cap_spread times the mean rate if that is more)
     moves a parent's bias down (a lifted one to 0 at once), below it up again to 0. One below rate_floor times
-    the mean moves a bias up by as much as it lacks, above it down again to 0. What a bias cannot lift goes to the encoder's bias.
+    the mean moves a bias up by as much as it lacks, above it down again to 0. What a bias cannot lift goes to the
+    encoder's bias.
     """
 
     def __init__(self, config: HSAEConfig):
