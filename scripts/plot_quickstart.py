@@ -23,7 +23,7 @@ VARIANTS = (
 )
 ARMS = (
     ("baseline", "baseline", GREY),
-    ("flat_topk", "flat TopK", GREY),
+    ("flat_batchtopk", "BatchTopK", GREY),
     ("teacher", "teacher", BLUE),
     ("permuted_teacher", "permuted\nteacher", AMBER),
 )

@@ -28,7 +28,7 @@ class JaxRouter(Router):
 
     def forward(self, rows: Rows, bias: Tensor | None = None, generator: torch.Generator | None = None) -> Parents:
         """As `Router.forward`."""
-        wants_sum = self.training and self.config.l1_parent > 0
+        wants_sum = self.config.l1_parent > 0
         found = self.ops.route(
             rows, self.E, self.b_E, self.slots, bias=bias, threshold=self.threshold, sum_codes=wants_sum
         )
