@@ -86,7 +86,7 @@ class Sparsity(nn.Module):
 
     def __init__(self, config: HSAEConfig):
         super().__init__()
-        self.k, self.K, self.total = config.topk_parent, config.active_children, config.total_l0
+        self.mean_parents, self.mean_children, self.total = config.topk_parent, config.active_children, config.total_l0
         self.child_slots = config.child_slots
         self.per_parent = config.topk_child if config.child_budget == "per_parent" else None
         self.parent_budget: PerRow = PerRow() if config.parent_budget == "per_row" else PerBatch()
@@ -97,7 +97,7 @@ class Sparsity(nn.Module):
 
     def keep_parents(self, parents: Parents, bias: Tensor | None) -> Parents:
         """The parents with code 0 where the budget leaves them out. bias [P]: the selection biases."""
-        wanted = self.k if self.share is None else self.share * self.total
+        wanted = self.mean_parents if self.share is None else self.share * self.total
         scores_Bk = scores(parents.value, None if bias is None else bias[parents.indices])
         value_Bk = self.parent_budget.keep(parents.value, scores_Bk, wanted)
         return parents._replace(value=value_Bk, used=value_Bk.detach() > 0 if self.parent_budget.of_batch else None)
@@ -125,7 +125,7 @@ class Sparsity(nn.Module):
             index_BK = parents.indices.gather(1, slot_BK) * C + place_BK % C
             value_BK = code(pre_BkC.flatten(1).gather(1, place_BK)) * open_Bk.gather(1, slot_BK)
         if self.child_budget.of_batch:  # so not per parent
-            wanted = self.K if self.share is None else (1 - self.share) * self.total
+            wanted = self.mean_children if self.share is None else (1 - self.share) * self.total
             value_BK = self.child_budget.keep(value_BK, choice_BN.gather(1, place_BK), wanted)
         if self.share is not None and self.training:
             self.gap += self.parent_budget.smallest - self.child_budget.smallest
@@ -136,7 +136,7 @@ class Sparsity(nn.Module):
         """Move the parents' share of a joint budget, so that the smallest score of both becomes the same."""
         if self.share is None:
             return
-        start = self.k / self.total
+        start = self.mean_parents / self.total
         self.share += SHARE_STEP * self.gap.sign()
         self.share.clamp_(start / 2, (1 + start) / 2)
         self.gap.zero_()

@@ -2,7 +2,7 @@
 CPU (`cpu`) or for a GPU (`triton`), with the same outputs and the same gradients.
 
 Every part of a model holds the operations for the device that its weights lie on (`models.base.Part`), and calls them
-by name; nothing else in the package asks for a device, a kernel or a precision.
+by name. A model asks for a device nowhere else, but for `FlatSAE.trains_whole`; the trainer chooses the precision.
 """
 
 import importlib.util

@@ -66,8 +66,8 @@ def train(
         config: HSAEConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig or MatryoshkaConfig.
         steps: optimiser steps.
         batch_size: rows per step; a stream has its own.
-        lr: peak learning rate; None = 1.6 / d, which is 6e-3 at width 256 and 3e-3 at 576, the best of those tried
-            there (docs/LOG.md), and a guess elsewhere.
+        lr: peak learning rate; None = 1.6 / d, a guess through the rates of two runs of `recommended`: 6e-3 at width
+            256 and 3e-3 at 576 (docs/LOG.md). The quickstart, smaller and shorter, has 8e-3 at 256.
         normalize: rms, unit_row or none.
         device: None = a GPU where there is one, else the CPU.
         folder: for checkpoints, from which the same call goes on; None = none.
