@@ -18,9 +18,7 @@ from rich.console import Console
 from . import __version__
 from .completion import complete_config, complete_field
 from .config import Config, load_config
-from .findings.commands import app as findings_app
-from .study.commands import app as study_app
-from .study.synthetic.commands import app as synthetic_app
+from .sweep.commands import app as sweep_app
 from .units import size
 
 app = typer.Typer(
@@ -29,9 +27,7 @@ app = typer.Typer(
     help="Hierarchical sparse autoencoders with teachers from the geometry of language models.",
     pretty_exceptions_enable=False,
 )
-app.add_typer(study_app, name="study")
-app.add_typer(findings_app, name="findings")
-app.add_typer(synthetic_app, name="synthetic")
+app.add_typer(sweep_app, name="sweep")
 
 
 class Split(StrEnum):

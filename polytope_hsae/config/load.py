@@ -25,17 +25,26 @@ def find_config(name_or_path: str) -> Path:
     raise ConfigError(f"config: found {name_or_path!r}, allowed: a YAML file or one of {', '.join(names)}{meant}")
 
 
-def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
+def load_config(name_or_path: str | None, overrides: list[str] | None = None) -> Config:
     """Read, override and validate a config; its relative paths become absolute, from the working directory.
 
     Args:
-        name_or_path: packaged name ("quickstart") or path of a YAML file.
+        name_or_path: packaged name ("quickstart") or path of a YAML file; None = the defaults of all fields.
         overrides: "key.path=value" strings; values are read as YAML; list items by number (arms.0.name=x).
 
     Raises:
         ConfigError: one line naming the field, what was found and what is allowed.
     """
-    path = find_config(name_or_path)
+    tree = {} if name_or_path is None else _read(find_config(name_or_path))
+    for override in overrides or []:
+        apply_override(tree, override)
+    try:
+        return located(Config.model_validate(tree))
+    except ValidationError as error:
+        raise ConfigError(first_line(error, Config)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"found {path.stat().st_size} bytes, allowed: {MAX_BYTES}")
@@ -45,12 +54,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     tree = {} if tree is None else tree  # an empty file
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found a {type(tree).__name__}, allowed: a mapping of config blocks")
-    for override in overrides or []:
-        apply_override(tree, override)
-    try:
-        return located(Config.model_validate(tree))
-    except ValidationError as error:
-        raise ConfigError(first_line(error, Config)) from error
+    return tree
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -27,6 +27,7 @@ class ArmConfig(Block):
     seed: Whole | None = Field(
         None, ge=0, description="Seed of the start, the order of rows and the control teacher; null = run.seed."
     )
+    lr: float | None = Field(None, gt=0, description="Learning rate; null = training.lr.")
     hsae: dict[str, Any] = Field({}, description="Fields of hsae that this arm replaces.")
     teacher: dict[str, Any] = Field({}, description="Fields of teacher that this arm replaces.")
     flat: dict[str, Any] = Field(
@@ -102,6 +103,10 @@ class Config(Block):
     def _codes(self, arm: ArmConfig) -> float:
         """Active parents and children per row that an arm asks for."""
         return (self.arm_hsae(arm) if arm.kind == "hsae" else self.arm_flat(arm)).total_l0
+
+    def arm_training(self, arm: ArmConfig) -> TrainingConfig:
+        """The training config with this arm's learning rate."""
+        return self.training if arm.lr is None else self.training.model_copy(update={"lr": arm.lr})
 
     def arm_stages(self, arm: ArmConfig) -> list[StageConfig]:
         """The stages that this arm trains through."""

@@ -17,7 +17,7 @@ from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.evaluation.bootstrap import Metric, bootstrap_quantile, unavailable
 from polytope_hsae.evaluation.concepts import Label, labelled_children
-from polytope_hsae.evaluation.firings import FLAT, Firings, firing_metrics, sampled_rows
+from polytope_hsae.evaluation.firings import FLAT, sampled_rows
 from polytope_hsae.geometry.causal import Space
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
@@ -79,34 +79,15 @@ class Probes:
     child_N: Tensor
 
 
-def make_probes(
-    store: ActivationStore,
-    concepts: Concepts,
-    *,
-    label: Label,
-    vocab_size: int,
-    max_rows: int = 1 << 20,
-    rows_per_child: int = 256,
-    min_rows: int = 20,
-    shrinkage: float = 0.05,
-    seed: int = 0,
+def child_probes(
+    classes: ClassRows, *, rows_per_child: int = 256, min_rows: int = 20, shrinkage: float = 0.05, seed: int = 0
 ) -> Probes:
-    """Shrinkage-LDA probes of the child concepts with `min_rows` train rows (train words) or more.
-
-    At most `max_rows` random train rows are read.
+    """Shrinkage-LDA probes of the child concepts with `min_rows` of the rows (train words) or more.
 
     A probe is the covector S^-1 (mean of the child's rows - mean of all), S the shrunk covariance within classes. It is
     paired with atoms in the metric Sigma = S^-1 at every hook, the final residual too: there, too, S says how rows vary
     and makes a probe dual to the mean difference that it was made from, so that an atom along it has cosine 1.
     """
-    classes = read_classes(store, concepts, label=label, vocab_size=vocab_size, max_rows=max_rows, seed=seed)
-    return child_probes(classes, rows_per_child=rows_per_child, min_rows=min_rows, shrinkage=shrinkage, seed=seed)
-
-
-def child_probes(
-    classes: ClassRows, *, rows_per_child: int = 256, min_rows: int = 20, shrinkage: float = 0.05, seed: int = 0
-) -> Probes:
-    """The probes of `make_probes` from rows that have been read."""
     stats = classes.stats
     geometry = stats.geometry(shrinkage)
     used_Q = (stats.counts >= min_rows).nonzero().squeeze(1)
@@ -177,15 +158,3 @@ def _best_children(sae: HierarchicalSAE, store: ActivationStore, probes: Probes)
     f1_QR = 2 * hits_QR / (rows_Q1 + hits_QR.sum(0))
     best = f1_QR.max(1)
     return best.indices.cpu(), best.values.cpu()
-
-
-def hierarchy_metrics(
-    sae: SparseAutoencoder, store: ActivationStore, held_out: Firings, probes: Probes, seed: int = 0
-) -> dict[str, Metric]:
-    """All of the above: `held_out` firings of validation or test rows, probes on train rows."""
-    return firing_metrics(held_out) | probe_metrics(sae, store, probes, seed)
-
-
-def probes_to_tensors(probes: Probes) -> dict[str, Tensor]:
-    """The tensors of probes by name, to be written; `Probes(**tensors)` reads them."""
-    return {name: getattr(probes, name) for name in ("probe_Qd", "vector_root_dd", "row_N", "child_N")}

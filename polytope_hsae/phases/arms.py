@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import ArmConfig, Config, FlatConfig, TeacherConfig
+from ..config import ArmConfig, TeacherConfig
 from ..data.concepts import Concepts, permuted_words
 from ..data.feed import feed, place
 from ..data.store import ActivationStore
@@ -63,7 +63,7 @@ def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool
     if trained and read_json(folder / "train.json", Train)["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
         return
-    training, seed = run.config.training, run.config.arm_seed(arm)
+    training, seed = run.config.arm_training(arm), run.config.arm_seed(arm)
     rows = RowStream(store, "train", training.batch_size, seed)
     model = initial_model(run, arm, store)
     teacher_parents = initialize_teacher(run, arm, model, store) if arm.init != "random" else []
@@ -124,7 +124,7 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
         "normalize": config.data.normalize,
         "max_norm_multiple": config.data.max_norm_multiple,
         "hsae": config.arm_hsae(arm).model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", exclude=set(NOT_IN_RESULTS)),
+        "training": config.arm_training(arm).model_dump(mode="json", exclude=set(NOT_IN_RESULTS)),
         "stages": [stage.model_dump(mode="json") for stage in config.arm_stages(arm)],
         "arm": arm.model_dump(mode="json"),
         "flat": None if arm.kind == "hsae" else config.arm_flat(arm).model_dump(mode="json"),
@@ -142,35 +142,17 @@ def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:
 
 def initial_model(run: Run, arm: ArmConfig, store: ActivationStore) -> SparseAutoencoder:
     """The arm's model on the run's device, with the data's normalisation and its bias at the median of a sample."""
-    flat = None if arm.kind == "hsae" else flat_config(run, arm)
-    sigma = load_geometry(run).sigma if flat is None else None
-    return fresh_model(run.config, arm, store, run.train_moments, run.device, flat, sigma)
-
-
-def fresh_model(
-    config: Config,
-    arm: ArmConfig,
-    store: ActivationStore,
-    moments: tuple[torch.Tensor, float],
-    device: str,
-    flat: FlatConfig | None,
-    sigma: torch.Tensor | None,
-) -> SparseAutoencoder:
-    """A model at its random start: `flat` is a flat arm's config, `sigma` [d, d] an H-SAE's metric where it has one.
-
-    moments: mean [d] of the train rows and their mean squared distance from it.
-    """
-    seed, normalize = config.arm_seed(arm), config.data.normalize
+    config, seed = run.config, run.config.arm_seed(arm)
     model: SparseAutoencoder
-    if flat is None:
-        model = HierarchicalSAE(config.arm_hsae(arm), store.width, normalize, seed=seed)
-        if sigma is not None:
-            model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
+    if arm.kind == "hsae":
+        model = HierarchicalSAE(config.arm_hsae(arm), store.width, config.data.normalize, seed=seed)
+        sigma = load_geometry(run).sigma
+        model.set_metric((sigma * len(sigma) / sigma.trace()).float())  # mean eigenvalue 1: lambdas compare
     else:
-        model = MODELS[arm.kind](flat, store.width, normalize, seed=seed)
-    mean, spread = moments
+        model = MODELS[arm.kind](flat_config(run, arm), store.width, config.data.normalize, seed=seed)
+    mean, spread = run.train_moments
     model.set_normalization(mean.float(), (spread / store.width) ** 0.5)
-    model.to(device)
+    model.to(run.device)
     model.initialize_bias(Sample(store, "train", config.data.bias_rows, seed))
     return model
 

@@ -53,11 +53,12 @@ def measure_models(
     teacher_parents: Mapping[str, Sequence[int]] | None = None,
     step: str,
     held_out: "HeldOut | None" = None,
+    steering: bool = True,
 ) -> dict[str, Measured]:
     """Reconstruction, language model, concept and steering metrics by model, on one run's data and language model.
 
     `teacher_parents`: the concepts of a model's first parents, where a teacher put them there; `step` names the work
-    for the user; `held_out`: the split's contexts, if they are known.
+    for the user; `held_out`: the split's contexts, if they are known; `steering`: measure that, too.
     """
     held_out = held_out or HeldOut(run, split)
     common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
@@ -86,7 +87,7 @@ def measure_models(
             evaluation |= evaluate_reconstruction(
                 sae, run.store, split, run.train_moments[0], massive=run.massive, sigma_dd=sigma_dd, **common
             )
-            found[name] = _measure(run, sae, held_out, evaluation, own, common)
+            found[name] = _measure(run, sae, held_out, evaluation, own, steering, common)
         ticker(len(models), len(models))
     return found
 
@@ -104,13 +105,20 @@ class HeldOut:
         rows, documents = check_contexts(run, split), run.documents[0]
         steering = config.eval.steering
         self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
-        rows = rows[: config.eval.lm_contexts]
+        rows = of_each_document(rows, config.eval.lm_contexts)
         self.documents = rows[:, 0].numpy()
         self.ids, self.mask = padded_contexts(documents, rows)
         shrinkage, seed = config.geometry.shrinkage, config.run.seed
         self.sample = labelled_sample(
             run.store, run.concepts, fold=split, shrinkage=shrinkage, seed=seed, **labels(run)
         )
+
+
+def of_each_document(rows_n3: Tensor, most: int) -> Tensor:
+    """The first `most` contexts when each document in turn gives its next one; contexts of a document lie together."""
+    document_n = rows_n3[:, 0].contiguous()
+    place_n = torch.arange(len(rows_n3)) - torch.searchsorted(document_n, document_n)
+    return rows_n3[torch.argsort(place_n, stable=True)[:most]]
 
 
 def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: int) -> Tensor:
@@ -137,6 +145,7 @@ def _measure(
     held_out: HeldOut,
     evaluation: Evaluation,
     teacher_parents: Sequence[int],
+    steering: bool,
     common: Mapping[str, Any],
 ) -> Measured:
     """Add to the metrics of reconstruction all that concern concepts."""
@@ -158,6 +167,8 @@ def _measure(
         templated = evaluate_concepts(sae, run.from_templates, run.concepts, **label, **common).result
         metrics = {f"{key}_templated": metric for key, metric in templated.metrics.items()}
         evaluation |= Evaluation(metrics, {f"{key}_templated": units for key, units in templated.units.items()})
+    if not steering:
+        return Measured(evaluation, concepts, own_slots, SteeringEvaluation(Evaluation(), [], [], []))
     steered = evaluate_steering(
         sae,
         run.lm,

@@ -1,1 +1,0 @@
-"""A grid of arms, L0s, rates and seeds on real text: one record per run, a table and plots from those."""
