@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, StrMethodFormatter
+from polytope_hsae.study.results import Result, Results, difference, mean, read_results
 
 from polytope_hsae.report.palette import LIGHT
-from polytope_hsae.study.results import Result, Results, difference, mean, read_results
 
 REFERENCE = "batchtopk"
 LOOSE = "recommended-loose"  # drawn apart: where it is not run it would be the same

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from polytope_hsae.study.files import study_folder
 from running import hsae, refused
 
 from polytope_hsae.lm import FINAL_HOOK
 from polytope_hsae.lm_edits import EditedRuns, LastPosition
-from polytope_hsae.study.files import study_folder
 
 STUDIES = Path(__file__).parents[1] / "studies"
 SYNTHETIC = STUDIES / "synthetic-small" / "study.yaml"

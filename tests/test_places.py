@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from polytope_hsae.study.plan import stated_config
 from running import contents, hsae, refused
 from tiny import packaged_texts
 
@@ -13,7 +14,6 @@ from polytope_hsae.config import load_config
 from polytope_hsae.data.corpus import PACKAGED_TOKENIZER
 from polytope_hsae.fileio import read_json
 from polytope_hsae.provenance import dependencies
-from polytope_hsae.study.plan import stated_config
 
 ONTOLOGY = {
     "animal": {"pet": ["dog", "cat", "horse"], "wild": ["wolf", "lion", "bear"], "water": ["fish", "whale", "shark"]},

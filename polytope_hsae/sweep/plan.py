@@ -152,7 +152,8 @@ class Sweep(Block):
             if arm.chance is not None and self.world is None:
                 raise ValueError(f"{where}.chance: found {arm.chance!r}, allowed: null without a world")
         asked = {f"hooks.{plan.hook}.{of}": getattr(plan, of) for plan in self.hooks for of in ("teacher", "control")}
-        asked |= {f"arms.{arm.name}.against": arm.against for arm in self.arms}
+        asked = {f"arms.{arm.name}.against": arm.against for arm in self.arms} | asked
+        asked |= {f"arms.{arm.name}.match.{of}": other for arm in self.arms for of, other in arm.match.items()}
         for field, name in asked.items():
             if name is not None and name not in names:
                 raise ValueError(f"{field}: found {shown(name)}, allowed: {', '.join(names)}")

@@ -41,16 +41,16 @@ def run_sweep(path: Path, overrides: list[str], out: Path | None, options: Optio
         meant = did_you_mean(str(options.only), names)
         raise ConfigError(f"--only: found {options.only!r}, allowed: {', '.join(names)}, or a glob of HOOK/RUN{meant}")
     disable_progress_bar()  # of loading, on standard error, where errors are one line
-    identity = synthetic.data_identity(sweep)
-    if sweep.world is None:
-        identity = language.data_identity(next(iter(configs.values())))
+    of_language = sweep.world is None
+    first = next(iter(configs.values()))
+    identity = language.data_identity(first) if of_language else synthetic.data_identity(sweep)
     records = read_runs(folder)
-    kept = _still_valid(sweep, records, identity["data_sha256"], options.test and sweep.world is None, say)
+    kept = _still_valid(sweep, records, identity["data_sha256"], options.test and of_language, say)
     due_now = [key for key in due(sweep, kept) if wanted(key, options.only)]
     say(f"{len(kept)} runs are there, {len(due_now)} can be made now")
     if not due_now:
         return folder
-    if sweep.world is None:
+    if of_language:
         configs = {hook: language.placed(config, options, cache, say) for hook, config in configs.items()}
     devices = [use_device(name) for name in options.device.split(",")]
     work = Work(sweep, configs, identity, cache, ["val", "test"] if options.test else ["val"], devices)
