@@ -1,6 +1,5 @@
 """The studies in the repository: their tables and pages are those of their records, whatever has changed since."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from polytope_hsae.study.results import Results, mean, read_results
 
 STUDIES = Path(__file__).parents[1] / "studies"
 MADE = {"table.md": ("study", "table"), "results.md": ("findings", "write")}
-FOLDERS = sorted(folder for folder in STUDIES.iterdir() if folder.is_dir())
-STUDIED = [folder for folder in FOLDERS if (folder / "study.yaml").is_file()]
-TABLES = [folder for folder in FOLDERS if folder not in STUDIED]
+STUDIED = sorted(path.parent for path in STUDIES.glob("*/study.yaml"))
 COMMITTED = [folder for folder in STUDIED if any((folder / name).is_file() for name in MADE)]
 
 
@@ -32,13 +29,6 @@ def test_a_committed_page_is_remade_from_its_records(folder, tmp_path):
     answer = hsae(*command, out, *split)
     assert answer.code == 0, answer.err
     assert (out / name).read_text() == text
-
-
-@pytest.mark.parametrize("folder", TABLES, ids=lambda folder: folder.name)
-def test_a_study_without_its_file_is_a_table_that_names_its_commit(folder):
-    title, _, origin, *_ = (folder / "table.md").read_text().splitlines()
-    assert title == f"# Study {folder.name}"
-    assert re.search(r"its study file and records are in the history at commit [0-9a-f]{7}\.", origin)
 
 
 def test_the_page_of_findings_is_remade_from_its_records(tmp_path):
