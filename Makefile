@@ -1,34 +1,35 @@
-# make demo: install into .venv and run the quickstart. make test: install what tests need and run them.
-# make test-families: tiny models of 24 families. make test-kernels: the kernels on a GPU. make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-families test-kernels fuzz lint wheel clean
+.PHONY: help demo test test-families test-kernels fuzz lint wheel clean
 
-demo: .venv/core
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/core  ## install into .venv and run the quickstart
 	$(BIN)/hsae run quickstart
 
-test: .venv/dev
+test: .venv/dev  ## install the development tools and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --ignore tests/ops --cov=polytope_hsae --cov-fail-under=85
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/ops  # in Triton's interpreter, which coverage slows down
 
-test-families: .venv/dev
+test-families: .venv/dev  ## run tiny models of 24 families of language models
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m '' tests/test_families.py tests/test_family_hooks.py
 
-test-kernels: .venv/dev
+test-kernels: .venv/dev  ## run the kernels' tests on a CUDA GPU
 	$(BIN)/pytest -m '' tests/ops
 
-fuzz: .venv/dev
+fuzz: .venv/dev  ## give every reader 10,000 broken files; takes an hour
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_fuzz.py
 
-lint: .venv/dev
+lint: .venv/dev  ## check style, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-wheel:
+wheel:  ## build the wheel and try it in an empty environment
 	scripts/try_wheel.sh $(PYTHON)
 
 # torch comes first and pinned: elsewhere than on a CPU-only machine this pin also brings CUDA packages.
@@ -42,5 +43,5 @@ wheel:
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-clean:
+clean:  ## remove .venv and built files
 	rm -rf .venv build dist *.egg-info

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .training.train import train as train
     from .training.trainer import HSAETrainer as HSAETrainer
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Config": "config",
