@@ -8,7 +8,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -54,8 +53,6 @@ def examine() -> list[Check]:
         *accelerators(),
         disk(Path.cwd()),
         assets(PACKAGE / "assets"),
-        terminal(),
-        hub_cache(),
     ]
 
 
@@ -180,27 +177,6 @@ def assets(folder: Path) -> Check:
     if damaged:
         return Check("assets", f"damaged: {', '.join(damaged)}", "install the package again", broken=True)
     return Check("assets", f"{len(lines)} files, all as they were packaged")
-
-
-def terminal() -> Check:
-    """Whether progress is shown as bars or as lines, and whether tables can be drawn."""
-    encoding = sys.stdout.encoding or "unknown"
-    found = f"{shutil.get_terminal_size().columns} columns" if sys.stdout.isatty() else "none: progress comes as lines"
-    plain = not encoding.lower().replace("-", "").startswith("utf")
-    return Check("terminal", f"{found}, {encoding}", "tables need UTF-8: set PYTHONIOENCODING=utf-8" if plain else None)
-
-
-def hub_cache() -> Check:
-    """Where models and datasets of the hub are kept."""
-    try:
-        from huggingface_hub import constants
-    except BROKEN_IMPORT:
-        return Check("hub cache", "unknown: huggingface_hub cannot be imported")
-    folder = Path(constants.HF_HUB_CACHE)
-    kept = len([*folder.glob("*--*")])
-    found = f"{folder}, {kept} repositories" if folder.is_dir() else f"{folder}, not there yet"
-    offline = "HF_HUB_OFFLINE is set: only what the cache has can be loaded" if constants.HF_HUB_OFFLINE else None
-    return Check("hub cache", found, offline)
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:
