@@ -32,50 +32,6 @@ def harvested(finished, tmp_path_factory) -> Path:
 
 # -- configs and overrides
 
-SIX_ATOMS = "{n_parents: 2, topk_parent: 1, n_children_per_parent: 2}"
-FLAT = f"[{{name: baseline}}, {{name: flat, kind: topk, match: {{l0: baseline}}, hsae: {SIX_ATOMS}}}]"
-
-
-@pytest.mark.parametrize(
-    "setting, words",
-    [
-        ("hsae.n_parrots=3", ["hsae.n_parrots: found an unknown key, allowed: n_parents"]),
-        ("hsae.n_parents=many", ["hsae.n_parents: found 'many', allowed: input should be a valid integer"]),
-        ("hsae.n_parents=0x" + "f" * 9000, ["hsae.n_parents: found a number of thousands of digits, allowed: "]),
-        ("hsae.n_parents=4294967296", ["hsae.n_parents: found 4294967296, allowed: ", "2147483647"]),
-        ("run.threads=1000000", ["run.threads: found 1000000, allowed: ", "1024"]),
-        ("training.lr=.nan", ["training.lr: found nan, allowed: input should be a finite number"]),
-        ("training.lr=.inf", ["training.lr: found inf, allowed: input should be a finite number"]),
-        ("training.lr=-1", ["training.lr: found -1, allowed: input should be greater than 0"]),
-        ("training.weight_decay=-0.1", ["training.weight_decay: found -0.1, allowed: "]),
-        ("hsae.l1_parent=.nan", ["hsae.l1_parent: found nan, allowed: "]),
-        ("hsae.topk_parent=33", ["hsae.topk_parent: found 33, allowed: at most n_parents = 32"]),
-        (f"arms={FLAT}", ["arms.flat.flat.k: found 8, allowed: at most n_latents = 6"]),
-        ("training.baseline.stages=[{name: a, steps: 7}]", ["found steps", "allowed: the same number of steps"]),
-        ("arms=[]", ["arms: found [], allowed: list should have at least 1 item"]),
-        ("arms=[{name: a/b}]", ["arms.0.name: found 'a/b', allowed: string should match pattern"]),
-        ("run.name=../x", ["run.name: found '../x', allowed: "]),
-        ("hsae={gate: hard, gate: hard}", ["--set hsae: found", "line 1: found the key 'gate' twice"]),
-        ("arms=&a [*a]", ["--set arms: found '&a [*a]', allowed: a YAML value", "an alias or a tag"]),
-        ("model.name=!!python/name:os.system", ["--set model.name: found", "an alias or a tag"]),
-        (f'model.name="{HALF}"', ["--set model.name: found", "surrogates not allowed"]),
-        ("model.name=\udcff", ["--set model.name: found '\\udcff', allowed: a YAML value"]),
-        ("corpus.split=" + "[" * 99, ["--set corpus.split: found", "more than 32 levels"]),
-        ("a..b=1", ["--set: found 'a..b=1', allowed: key.path=value"]),
-        (".=1", ["--set: found '.=1', allowed: key.path=value"]),
-        ("=", ["--set: found '=', allowed: key.path=value"]),
-        ("0=1", ["0: found an unknown key, allowed: run, model"]),
-        ("arms.0=1", ["arms: found {'0': 1}, allowed: input should be a valid list"]),
-        ("training.teacher.stages." + "9" * 5000 + "=1", ["--set training.teacher.stages.9", "allowed: 0 to 1"]),
-        ("training.teacher.stages.-1=1", ["--set training.teacher.stages.-1: found item '-1', allowed: 0 to 1"]),
-        ("\n=1", ["\\n: found an unknown key, allowed: run, model"]),
-    ],
-)  # fmt: skip
-def test_settings(tmp_path, setting, words):
-    refused(hsae("run", "smoke", "--set", setting, "--out", tmp_path / "run"), *words)
-    assert list(tmp_path.iterdir()) == []
-
-
 BOMB = "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: [*b, *b, *b, *b]\n"
 
 
@@ -100,14 +56,6 @@ def test_config_files(tmp_path, content, words):
     path.write_bytes(content)
     refused(hsae("run", path, "--out", tmp_path / "run"), words)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_configs_that_are_no_files(tmp_path):
-    loop = tmp_path / "loop.yaml"
-    loop.symlink_to(loop)
-    for path in (tmp_path, loop, tmp_path / "nowhere.yaml", "a\0b", "", "x" * 999):
-        refused(hsae("run", path, "--out", tmp_path / "run"))
-    assert list(tmp_path.iterdir()) == [loop]
 
 
 # -- ontologies
@@ -225,11 +173,8 @@ def replaced(**changes):
     "change, words",
     [
         (replaced(file="../run/activations/train-00000.safetensors"), ["shards.0.file: found '../run/", "pattern"]),
-        (replaced(file="/etc/passwd"), ["shards.0.file: found '/etc/passwd', allowed: string should match pattern"]),
-        (replaced(file="train-00000.pt"), ["shards.0.file: found 'train-00000.pt', allowed: string should match"]),
         (replaced(file="train-99999.safetensors"), ["train-99999.safetensors: missing shard"]),
         (replaced(rows=1), ["manifest.json: rows: found {'train': ", "allowed: the shards'"]),
-        (replaced(rows=-1), ["manifest.json: shards.0.rows: found -1, allowed: "]),
         (replaced(bytes="many"), ["manifest.json: shards.0.bytes: found 'many', allowed: input should be a"]),
         (replaced(sha256="0"), ["train-00000.safetensors: sha256 differs from the manifest's, the shard is corrupt"]),
         (lambda m: m.update(width=7), ["train-00000.safetensors: acts: found float32 [", "allowed: float32 [", ", 7]"]),
@@ -288,26 +233,12 @@ def test_files_of_a_run(harvested, name, content, words):
     shutil.rmtree(harvested / "phase2", ignore_errors=True)
 
 
-def test_a_subspace_wider_than_the_residual(harvested):
-    """Found before any arm is trained, although the first arm has room."""
-    wide = json.dumps([{"name": "narrow"}, {"name": "wide", "hsae": {"subspace_dim": 300}}])
-    answer = hsae("phase2", "smoke", "--set", f"arms={wide}", "--out", harvested)
-    refused(answer, "hsae.subspace_dim: found 300, allowed: at most the width 256")
-    assert not (harvested / "phase2").exists()
-
-
-def test_a_model_that_does_not_fit_into_memory(harvested):
-    setting = ["--set", "hsae.n_parents=2000000000", "--set", "arms=[{name: baseline}]"]
-    answer = hsae("phase2", "smoke", *setting, "--out", harvested)
-    refused(answer, "hsae.n_parents: found 2000000000 (baseline with 5,", "GB in training), allowed: what fits into")
-    assert not (harvested / "phase2").exists()
-
-
 def test_phases_run_alone_ask_again(harvested, finished, tmp_path):
     for setting, words in (
         ("training.batch_size=99999", "training.batch_size: found 99999, allowed: 1 to "),
         ("hsae.n_parents=5", "hsae.n_parents: found 5, allowed: at least the teacher's 8 parents"),
         ("hsae.subspace_dim=256", "hsae.subspace_dim: found 256, allowed: at most 255, the width less 1"),
+        ("hsae.n_parents=2000000000", "hsae.n_parents: found 2000000000 (baseline with "),
     ):
         for phase in ("phase2", "phase3"):
             refused(hsae(phase, *SMOKE, "--set", setting, "--out", harvested), words)

@@ -1,6 +1,5 @@
 """`hsae doctor`: every line follows from what is there."""
 
-import io
 import json
 import os
 import shutil
@@ -177,22 +176,3 @@ def test_why_there_is_no_cuda_device(tmp_path, monkeypatch, driver, built_for, h
     cuda, _ = doctor.accelerators()
     assert cuda.found == "no device"
     assert cuda.advice is None if words is None else words in cuda.advice
-
-
-def test_terminal(monkeypatch):
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    assert doctor.terminal() == Check("terminal", "none: progress comes as lines, utf-8")
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert doctor.terminal().advice == "tables need UTF-8: set PYTHONIOENCODING=utf-8"
-
-
-def test_hub_cache(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert doctor.hub_cache() == Check("hub cache", f"{tmp_path}/hub, not there yet")
-    (tmp_path / "hub/models--one--two").mkdir(parents=True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    check = doctor.hub_cache()
-    assert check.found == f"{tmp_path}/hub, 1 repositories"
-    assert "HF_HUB_OFFLINE is set" in check.advice

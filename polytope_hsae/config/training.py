@@ -33,8 +33,8 @@ class TeacherConfig(Block):
     )
     metric: Literal["causal", "identity", "diagonal", "random"] | None = Field(
         None,
-        description="Metric of the teacher (identity = Euclidean); null = phase 1's teacher. At an inner hook causal is "
-        "the inverse within-class covariance; diagonal and random derive from it.",
+        description="Metric of the teacher (identity = Euclidean); null = phase 1's teacher. At an inner hook causal "
+        "is the inverse within-class covariance; diagonal and random derive from it.",
     )
     rotate_deg: float = Field(
         0.0, ge=0, le=180, description="Ablation: rotate the whole teacher, degrees. Needs an even width."
