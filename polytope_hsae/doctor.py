@@ -1,4 +1,4 @@
-"""`hsae doctor`: what this machine has for the package, what is broken, and what could be better.
+"""`hsae doctor`: what is installed, what is broken, and what could be better.
 
 Every check says what it found. Advice is given only where it follows from that. Nothing here needs PyTorch to work.
 """

