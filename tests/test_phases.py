@@ -17,15 +17,10 @@ from polytope_hsae.geometry import controls
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.phases.arms import initial_model, initialize_teacher
+from polytope_hsae.phases.measure import SHOWN
 from polytope_hsae.training.trainer import HSAETrainer
 
 NAMES = [arm["name"] for arm in ARMS]
-METRICS = {
-    "ev", "fvu", "ev_all_rows", "ev_row_mean", "l0", "dead_parents", "ce_recovered", "delta_ce", "kl", "ce_clean",
-    "ce_ablated", "ce_spliced", "ce_recovered_massive_kept", "purity", "leakage", "recall", "steering_leakage",
-    "sibling_kl", "steering_unreached", "ev_causal", "ev_logit", "ev_dimension", "split", "f1_best", "absorb",
-    "absorb_with_children", "probe_recall", "max_firing_rate", "entropy", "decoder_norm",
-}  # fmt: skip
 OF_CHILDREN = {
     "dead_children", "dead_children_routed", "atoms_in_use", "atom_norm", "edge_precision", "edge_recall",
     "parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75",
@@ -82,7 +77,7 @@ def test_results_have_all_arms_and_all_five_targets(finished):
     assert list(results["arms"]) == NAMES
     assert results["seeds"] == [0]
     for name, metrics in results["arms"].items():
-        assert set(metrics) >= METRICS | OF_CHILDREN
+        assert set(metrics) >= {*SHOWN, *OF_CHILDREN}
         assert ("purity_own_slots" in metrics) == (name in [arm["name"] for arm in TEACHER_ARMS])
         for key, metric in metrics.items():
             assert set(metric) - {"why"} == {"value", "ci95", "chance", "n"}, key

@@ -11,7 +11,7 @@ from ..lm_loading import folder_sha256
 
 
 def source_files(config: Config) -> dict[str, str]:
-    """sha256 by config field of corpus, ontology, templates, the model's folder and nltk's WordNet, where they exist."""
+    """sha256 by config field of the corpus, ontology, templates, model folder and WordNet of nltk that exist."""
     found: dict[str, str | None] = {}
     for field, path in local_paths(config).items():
         if field == "model.name" and Path(path).is_dir():
