@@ -96,10 +96,8 @@ def cpu() -> Check:
     """Cores that this process may use, beside the threads that configs ask for unless told otherwise."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = RunConfig().threads
-    advice = None if cores == threads else f"configs use {threads} threads: --set run.threads={cores} uses all cores"
-    if cores < threads:
-        advice = f"{threads} threads wait for each other on fewer cores: --set run.threads={cores}"
-    return Check("cpu", f"{cores} cores", advice)
+    advice = f"configs use {threads} threads: --set run.threads={cores} uses all cores and no more"
+    return Check("cpu", f"{cores} cores", None if cores == threads else advice)
 
 
 def memory(proc: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
@@ -124,35 +122,18 @@ def accelerators() -> Iterator[Check]:
         return  # the line of torch says so
     cuda = torch.cuda.is_available()
     if not cuda:
-        yield Check("cuda", "no device", _why_no_device(torch.version.cuda))
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        advice = f"there is an NVIDIA driver: is torch {torch.__version__} made for it"
+        advice += "?" if hidden is None else f", and CUDA_VISIBLE_DEVICES={hidden} right?"
+        yield Check("cuda", "no device", advice if NVIDIA_DRIVER.is_file() else None)
     for number in range(torch.cuda.device_count() if cuda else 0):
         device = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         found = f"{device.name}, {size(total)}, {size(free)} free, capability {device.major}.{device.minor}"
-        oldest = min(torch.cuda.get_arch_list(), key=_capability, default="sm_00")
-        old = 10 * device.major + device.minor < _capability(oldest)
-        advice = f"this build of torch begins at {oldest}: install one for older devices" if old else None
-        yield Check(f"cuda:{number}", found, advice)
+        yield Check(f"cuda:{number}", found)
     triton = _version("triton")
     advice = "there is a CUDA device: pip install triton" if cuda and not triton else None
     yield Check("triton", triton or "not installed", advice)
-
-
-def _capability(architecture: str) -> int:
-    """90 of sm_90 or sm_90a."""
-    return int("".join(filter(str.isdigit, architecture)))
-
-
-def _why_no_device(built_for: str | None) -> str | None:
-    """Why PyTorch sees no CUDA device although this machine has an NVIDIA driver; None where it has none."""
-    if not NVIDIA_DRIVER.is_file():
-        return None
-    if built_for is None:
-        return "there is an NVIDIA driver, but this build of torch is for CPUs: install one for CUDA"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
-        return f"there is an NVIDIA driver, and CUDA_VISIBLE_DEVICES is {hidden!r}: it may hide the devices"
-    return f"there is an NVIDIA driver, but torch for CUDA {built_for} cannot use it: it may be too old"
 
 
 def disk(folder: Path) -> Check:

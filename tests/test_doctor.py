@@ -90,38 +90,25 @@ def test_all_packaged_data_has_a_checksum():
 
 
 def test_cuda_devices(monkeypatch):
-    cards = [SimpleNamespace(name="New", major=9, minor=0), SimpleNamespace(name="Old", major=6, minor=1)]
+    card = SimpleNamespace(name="New", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (10e9, 80e9))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90a", "sm_75", "compute_120"])
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert list(doctor.accelerators()) == [
         Check("cuda:0", "New, 80 GB, 10 GB free, capability 9.0"),
-        Check(
-            "cuda:1",
-            "Old, 80 GB, 10 GB free, capability 6.1",
-            "this build of torch begins at sm_75: install one for older devices",
-        ),
         Check("triton", "not installed", "there is a CUDA device: pip install triton"),
     ]
 
 
 @pytest.mark.parametrize(
-    "driver, built_for, hidden, words",
-    [
-        (False, None, None, None),
-        (False, "13.0", "", None),
-        (True, None, None, "this build of torch is for CPUs"),
-        (True, "13.0", "", "CUDA_VISIBLE_DEVICES is ''"),
-        (True, "13.0", None, "may be too old"),
-    ],
+    "driver, hidden, words",
+    [(False, "", None), (True, None, "made for it?"), (True, "", "CUDA_VISIBLE_DEVICES= right?")],
 )
-def test_why_there_is_no_cuda_device(tmp_path, monkeypatch, driver, built_for, hidden, words):
+def test_advice_where_there_is_no_cuda_device(tmp_path, monkeypatch, driver, hidden, words):
     monkeypatch.setattr(doctor, "NVIDIA_DRIVER", Path(__file__) if driver else tmp_path / "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -140,9 +127,9 @@ def test_advice_on_too_little_of_anything(tmp_path, monkeypatch):
     assert memory_of(tmp_path, 4_000_000, "max\n") == Check("memory", "8.2 GB, 4.1 GB free")
     assert memory_of(tmp_path, 1_000_000, "max\n").advice == "the quickstart takes 1.5 GB"
     assert memory_of(tmp_path, 4_000_000, "1000000000\n").found == "8.2 GB, 4.1 GB free, limited to 1.0 GB"
-    for cores, advice in ((1, "on fewer cores: --set run.threads=1"), (8, "--set run.threads=8 uses all cores")):
+    for cores in (1, 8):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        assert advice in doctor.cpu().advice
+        assert f"--set run.threads={cores}" in doctor.cpu().advice
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
     assert doctor.disk(tmp_path).found == f"100 MB free of 1.0 TB in {tmp_path}"
     assert "--out" in doctor.disk(tmp_path).advice

@@ -17,7 +17,7 @@ class FlatConfig(Block):
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
     project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before each step.")
     aux_weight: float = Field(0.0, ge=0, description="Weight of the auxiliary loss of dead latents; 0 = none.")
-    aux_k: Whole = Field(32, ge=1, description="Most dead latents per row in the auxiliary loss.")
+    aux_k: Whole = Field(32, ge=1, description="Maximum dead latents per row in the auxiliary loss.")
 
     @property
     def total_l0(self) -> float:

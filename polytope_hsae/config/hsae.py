@@ -30,9 +30,9 @@ class HSAEConfig(Block):
         "logits; absolute = as drawn.",
     )
     router_temp_start: float = Field(1.5, gt=0, description="Straight-through temperature at the first step.")
-    router_temp_end: float = Field(0.7, gt=0, description="Straight-through temperature approached by the last step.")
+    router_temp_end: float = Field(0.7, gt=0, description="Straight-through temperature at the end.")
     use_tied_decoders_parent: Tie = Field(
-        "init", description="E and D: tied (true), tied at initialisation (init), untied."
+        "init", description="E and D: tied (true), equal at initialisation (init), or not (false)."
     )
 
     # Children
@@ -47,7 +47,7 @@ class HSAEConfig(Block):
         "residual", description="What children encode. input = the row; residual = the row minus what parents rebuild."
     )
     use_tied_decoders_child: Tie = Field(
-        True, description="F and G: tied (true), tied at initialisation (init), untied."
+        True, description="F and G: tied (true), equal at initialisation (init), or not (false)."
     )
     tie_projectors: Tie = Field("init", description="Down and Up, likewise; for factored children.")
 
@@ -70,7 +70,7 @@ class HSAEConfig(Block):
     budget_slots: float = Field(
         2.0,
         ge=1,
-        description="Most parents (children) on in one row under a batch-wide budget, as a multiple of k (K_c).",
+        description="Maximum active parents (children) of one row under a batch budget, as a multiple of k (K_c).",
     )
 
     # Balance: selection biases, which are added for the choice of latents only, against uneven firing rates
@@ -86,7 +86,7 @@ class HSAEConfig(Block):
     rate_cap_spread: float = Field(
         1.3,
         ge=1,
-        description="The cap is at least this multiple of the mean firing rate. More rebuilds more where it is high.",
+        description="The cap is at least this multiple of the mean firing rate. Raising it helps reconstruction.",
     )
     rate_floor: float = Field(
         0.05,
@@ -98,7 +98,8 @@ class HSAEConfig(Block):
 
     # Initialisation
     initial: Literal["unit", "he_uniform"] = Field(
-        "unit", description="unit = rows of norm 1 and orthonormal subspaces; he_uniform = D is not normalised."
+        "unit",
+        description="unit = unit-norm rows and orthonormal subspaces; he_uniform = He-uniform, D not normalised.",
     )
     use_encoder_bias: bool = Field(True, description="Learn b_E and b_F, which start at 0.")
     use_decoder_bias: bool = Field(True, description="Learn b_dec, which starts at the geometric median of the rows.")

@@ -60,12 +60,12 @@ class CorpusConfig(Block):
     heldout_path: str | None = Field(
         None, description="Held-out files of the same kind, half val, half test; null = split path."
     )
-    max_tokens: Whole = Field(600_000, ge=256, description="Most tokens read.")
-    heldout_tokens: Whole = Field(600_000, ge=256, description="Most tokens read of heldout_path.")
+    max_tokens: Whole = Field(600_000, ge=256, description="Maximum tokens to read.")
+    heldout_tokens: Whole = Field(600_000, ge=256, description="Maximum tokens to read of heldout_path.")
     heldout_document_tokens: Whole | None = Field(
-        None, ge=3, description="Most tokens of each val and test document, so that no book dominates; null = all."
+        None, ge=3, description="Maximum tokens of each val and test document, so that no book dominates; null = all."
     )
-    context_length: Whole = Field(256, ge=8, description="Most tokens per context.")
+    context_length: Whole = Field(256, ge=8, description="Maximum tokens per context.")
 
     @property
     def kind(self) -> Source:
@@ -108,16 +108,16 @@ class ConceptsConfig(Block):
         description="Words and WordNet synsets (with their hyponyms) to leave out: a list, a file with one per line, "
         "or packaged (slurs and demeaning words); [] = none.",
     )
-    max_parents: Whole = Field(80, ge=2, description="Most parents.")
-    max_children_per_parent: Whole = Field(32, ge=2, description="Most children per parent.")
+    max_parents: Whole = Field(80, ge=2, description="Maximum number of parents.")
+    max_children_per_parent: Whole = Field(32, ge=2, description="Maximum children per parent.")
     min_children: Whole = Field(3, ge=2, description="Parents with fewer children are dropped.")
     min_words_per_child: Whole = Field(3, ge=3, description="Children with fewer words are dropped.")
-    min_test_rows: Whole = Field(20, ge=1, description="Least held-out rows of a parent for concept metrics.")
+    min_test_rows: Whole = Field(20, ge=1, description="Concept metrics need this many held-out rows per parent.")
     label: Literal["belief", "next_token", "current_token"] = Field(
         "belief",
         description="What labels a row: the next token as predicted, the actual next token, or the current token.",
     )
-    belief_threshold: float = Field(0.3, gt=0, lt=1, description="Least probability of a concept for a belief label.")
+    belief_threshold: float = Field(0.3, gt=0, lt=1, description="Minimum probability of a concept for a belief label.")
     split: tuple[Fraction, Fraction, Fraction] = Field(
         (0.70, 0.15, 0.15), description="Shares of each child's words for train, val and test."
     )
@@ -156,5 +156,5 @@ class GeometryConfig(Block):
         "causal", description="Metric of the unembedding's rows. causal = by their covariance; the others are controls."
     )
     shrinkage: float = Field(0.05, ge=0, lt=1, description="Shrinkage of the covariance to a multiple of I.")
-    estimator: Literal["mean", "lda"] = Field("mean", description="How a concept's tokens give its vector.")
+    estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector: mean of its tokens, or LDA.")
     permutations: Whole = Field(1000, ge=100, description="Permutations per test.")

@@ -15,7 +15,7 @@ class TeacherConfig(Block):
     energy: float = Field(0.85, gt=0, le=1, description="Share of the children's variance that a subspace keeps.")
     anchor: Literal["none", "frozen", "pull", "slow"] = Field(
         "none",
-        description="How E and D stay near the teacher, in every stage: not, frozen, by a penalty, by small updates.",
+        description="How E and D stay near the teacher: not, frozen, by a penalty (pull), by small updates (slow).",
     )
     anchor_weight: float = Field(100.0, ge=0, description="Weight of anchor pull's penalty, 1 - cos to the teacher.")
     anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Fraction of each update that anchor slow applies.")
@@ -28,8 +28,8 @@ class TeacherConfig(Block):
         None,
         ge=0,
         le=1,
-        description="Sets and freezes b_E of the teacher's parents so that they turn on at this point between the mean "
-        "logit of other concepts' train tokens (0) and of their own (1); null = b_E starts at 0 and is learned.",
+        description="Sets and freezes b_E of the teacher's parents: they turn on this far from the mean logit of other "
+        "concepts' train tokens (0) to that of their own (1); null = b_E is learned from 0.",
     )
     metric: Literal["causal", "identity", "diagonal", "random"] | None = Field(
         None,
@@ -96,7 +96,7 @@ class TrainingConfig(Block):
     penalty_warmup_steps: Whole = Field(
         100,
         ge=0,
-        description="Linear warm-up of L1, biorth_lambda and gram_lambda, steps.",
+        description="Linear warm-up of L1, biorth_lambda and gram_lambda (not causal_ortho_lambda), steps.",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     grad_clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null = no clipping.")
@@ -108,14 +108,14 @@ class TrainingConfig(Block):
         description="Replay each training step as one CUDA graph: faster where a step takes a few ms. No effect on a "
         "CPU, batchtopk, matryoshka and jumprelu.",
     )
-    dead_after: Whole = Field(100_000, ge=1, description="A parent is dead after so many tokens without firing.")
+    dead_after: Whole = Field(100_000, ge=1, description="Tokens without firing after which a parent is dead.")
     dead_after_routed: Whole = Field(
-        2_000, ge=1, description="A child is dead after so many tokens of its parent without firing."
+        2_000, ge=1, description="Tokens of its parent without firing after which a child is dead."
     )
     log_every: Whole = Field(10, ge=1, description="Steps between metric lines.")
     checkpoint_every: Whole = Field(200, ge=1, description="Steps between checkpoints.")
     val_every: Whole = Field(200, ge=1, description="Steps between validation passes.")
-    val_rows: Whole = Field(16_384, ge=1, description="Most rows of a validation pass.")
+    val_rows: Whole = Field(16_384, ge=1, description="Maximum rows of a validation pass.")
     baseline: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms with random initialisation.")
     teacher: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms initialised by a teacher.")
     allow_unequal_budget: bool = Field(False, description="Allow arms that train for different numbers of steps.")
