@@ -123,9 +123,9 @@ def accelerators() -> Iterator[Check]:
     cuda = torch.cuda.is_available()
     if not cuda:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        advice = f"there is an NVIDIA driver: is torch {torch.__version__} made for it"
-        advice += "?" if hidden is None else f", and CUDA_VISIBLE_DEVICES={hidden} right?"
-        yield Check("cuda", "no device", advice if NVIDIA_DRIVER.is_file() else None)
+        question = f"there is an NVIDIA driver: is torch {torch.__version__} made for it"
+        question += "?" if hidden is None else f", and CUDA_VISIBLE_DEVICES={hidden} right?"
+        yield Check("cuda", "no device", question if NVIDIA_DRIVER.is_file() else None)
     for number in range(torch.cuda.device_count() if cuda else 0):
         device = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)

@@ -11,7 +11,7 @@ from .hsae import HSAEConfig
 from .load import apply_override, dump_yaml, find_config, load_config, put
 from .places import local_paths, located
 from .run import ArmConfig, Config
-from .sources import ENDINGS, PACKAGED, CorpusConfig, RunConfig
+from .sources import ENDINGS, PACKAGED, ConceptsConfig, CorpusConfig, RunConfig
 from .training import LossOverrides, StageConfig, TeacherConfig, TrainingConfig
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ArmConfig",
     "BatchTopKConfig",
     "Block",
+    "ConceptsConfig",
     "Config",
     "ConfigError",
     "CorpusConfig",
