@@ -87,12 +87,20 @@ def say_what_stands_in(run: Run) -> None:
 def make_concepts(config: Config, tokenizer: Any) -> Concepts:
     """Parents and children for a tokenizer. Raises ValueError when two folds share a word."""
     options = config.concepts
-    named = options.model_dump(
-        include={"max_parents", "max_children_per_parent", "min_children", "min_words_per_child", "split"}
-        | {"parts_of_speech", "wordnet", "nltk_data"}
+    concepts = build_concepts(
+        tokenizer,
+        options.ontology,
+        max_parents=options.max_parents,
+        max_children_per_parent=options.max_children_per_parent,
+        min_children=options.min_children,
+        min_words_per_child=options.min_words_per_child,
+        split=options.split,
+        seed=config.run.seed,
+        parts_of_speech=options.parts_of_speech,
+        wordnet=options.wordnet,
+        nltk_data=options.nltk_data,
+        exclude=read_exclusions(options.exclude),
     )
-    excluded = read_exclusions(options.exclude)
-    concepts = build_concepts(tokenizer, options.ontology, seed=config.run.seed, exclude=excluded, **named)
     require_apart(concepts)
     return concepts
 
