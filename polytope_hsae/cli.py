@@ -90,26 +90,28 @@ def no_command(
         typer.echo(context.get_help())
 
 
-@app.command("run")
-def run_command(
-    config: ConfigArgument,
-    overrides: SetOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """All four phases and the report; resumes what was interrupted and skips what is done."""
-    from .fileio import read_json
-    from .phases.run import Run
-    from .phases.run_all import run_all
+def _add_run(name: str, help_text: str) -> None:
+    """Add `hsae run` or `hsae phase4`: those that end with results, which --json prints."""
 
-    run = Run(_config(config, overrides, device, seed), out, force=force, quiet=quiet, stderr=as_json)
-    run_all(run)
-    if as_json:
-        _print_json(read_json(run.phase(4) / "results.json"))
+    @app.command(name, help=help_text)
+    def run_command(
+        config: ConfigArgument,
+        overrides: SetOption = None,
+        out: OutOption = None,
+        force: ForceOption = False,
+        device: DeviceOption = None,
+        seed: SeedOption = None,
+        quiet: QuietOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        from .fileio import read_json
+        from .phases.run import Run
+        from .phases.run_all import PHASES, run_all
+
+        run = Run(_config(config, overrides, device, seed), out, force=force, quiet=quiet, stderr=as_json)
+        (run_all if name == "run" else PHASES[4])(run)
+        if as_json:
+            _print_json(read_json(run.phase(4) / "results.json"))
 
 
 def _add_phase(number: int, help_text: str) -> None:
@@ -129,31 +131,11 @@ def _add_phase(number: int, help_text: str) -> None:
         PHASES[number](Run(_config(config, overrides, device, seed), out, force=force, quiet=quiet))
 
 
+_add_run("run", "All four phases and the report; resumes what was interrupted and skips what is done.")
 _add_phase(1, "Concepts, activations, geometry, teacher, evidence.")
 _add_phase(2, "Train the baseline and the flat models.")
 _add_phase(3, "Train the teacher's models and their controls.")
-
-
-@app.command("phase4")
-def phase4_command(
-    config: ConfigArgument,
-    overrides: SetOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    seed: SeedOption = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Evaluate all models and judge the targets."""
-    from .fileio import read_json
-    from .phases.phase4_evaluate import run_phase4
-    from .phases.run import Run
-
-    run = Run(_config(config, overrides, device, seed), out, force=force, quiet=quiet, stderr=as_json)
-    run_phase4(run)
-    if as_json:
-        _print_json(read_json(run.phase(4) / "results.json"))
+_add_run("phase4", "Evaluate all models and judge the targets.")
 
 
 @app.command("report")

@@ -1,4 +1,4 @@
-"""`hsae doctor`: what this machine has for the package, what is broken, and what could be better.
+"""`hsae doctor`: what is installed, what is broken, and what could be better.
 
 Every check says what it found. Advice is given only where it follows from that. Nothing here needs PyTorch to work.
 """
@@ -8,7 +8,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -54,8 +53,6 @@ def examine() -> list[Check]:
         *accelerators(),
         disk(Path.cwd()),
         assets(PACKAGE / "assets"),
-        terminal(),
-        hub_cache(),
     ]
 
 
@@ -99,10 +96,8 @@ def cpu() -> Check:
     """Cores that this process may use, beside the threads that configs ask for unless told otherwise."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = RunConfig().threads
-    advice = None if cores == threads else f"configs use {threads} threads: --set run.threads={cores} uses all cores"
-    if cores < threads:
-        advice = f"{threads} threads wait for each other on fewer cores: --set run.threads={cores}"
-    return Check("cpu", f"{cores} cores", advice)
+    advice = f"configs use {threads} threads: --set run.threads={cores} uses all cores and no more"
+    return Check("cpu", f"{cores} cores", None if cores == threads else advice)
 
 
 def memory(proc: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
@@ -127,35 +122,18 @@ def accelerators() -> Iterator[Check]:
         return  # the line of torch says so
     cuda = torch.cuda.is_available()
     if not cuda:
-        yield Check("cuda", "no device", _why_no_device(torch.version.cuda))
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        question = f"there is an NVIDIA driver: is torch {torch.__version__} made for it"
+        question += "?" if hidden is None else f", and CUDA_VISIBLE_DEVICES={hidden} right?"
+        yield Check("cuda", "no device", question if NVIDIA_DRIVER.is_file() else None)
     for number in range(torch.cuda.device_count() if cuda else 0):
         device = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         found = f"{device.name}, {size(total)}, {size(free)} free, capability {device.major}.{device.minor}"
-        oldest = min(torch.cuda.get_arch_list(), key=_capability, default="sm_00")
-        old = 10 * device.major + device.minor < _capability(oldest)
-        advice = f"this build of torch begins at {oldest}: install one for older devices" if old else None
-        yield Check(f"cuda:{number}", found, advice)
+        yield Check(f"cuda:{number}", found)
     triton = _version("triton")
     advice = "there is a CUDA device: pip install triton" if cuda and not triton else None
     yield Check("triton", triton or "not installed", advice)
-
-
-def _capability(architecture: str) -> int:
-    """90 of sm_90 or sm_90a."""
-    return int("".join(filter(str.isdigit, architecture)))
-
-
-def _why_no_device(built_for: str | None) -> str | None:
-    """Why PyTorch sees no CUDA device although this machine has an NVIDIA driver; None where it has none."""
-    if not NVIDIA_DRIVER.is_file():
-        return None
-    if built_for is None:
-        return "there is an NVIDIA driver, but this build of torch is for CPUs: install one for CUDA"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
-        return f"there is an NVIDIA driver, and CUDA_VISIBLE_DEVICES is {hidden!r}: it may hide the devices"
-    return f"there is an NVIDIA driver, but torch for CUDA {built_for} cannot use it: it may be too old"
 
 
 def disk(folder: Path) -> Check:
@@ -180,27 +158,6 @@ def assets(folder: Path) -> Check:
     if damaged:
         return Check("assets", f"damaged: {', '.join(damaged)}", "install the package again", broken=True)
     return Check("assets", f"{len(lines)} files, all as they were packaged")
-
-
-def terminal() -> Check:
-    """Whether progress is shown as bars or as lines, and whether tables can be drawn."""
-    encoding = sys.stdout.encoding or "unknown"
-    found = f"{shutil.get_terminal_size().columns} columns" if sys.stdout.isatty() else "none: progress comes as lines"
-    plain = not encoding.lower().replace("-", "").startswith("utf")
-    return Check("terminal", f"{found}, {encoding}", "tables need UTF-8: set PYTHONIOENCODING=utf-8" if plain else None)
-
-
-def hub_cache() -> Check:
-    """Where models and datasets of the hub are kept."""
-    try:
-        from huggingface_hub import constants
-    except BROKEN_IMPORT:
-        return Check("hub cache", "unknown: huggingface_hub cannot be imported")
-    folder = Path(constants.HF_HUB_CACHE)
-    kept = len([*folder.glob("*--*")])
-    found = f"{folder}, {kept} repositories" if folder.is_dir() else f"{folder}, not there yet"
-    offline = "HF_HUB_OFFLINE is set: only what the cache has can be loaded" if constants.HF_HUB_OFFLINE else None
-    return Check("hub cache", found, offline)
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ Layout = Mapping[str, tuple[Sequence[torch.dtype], Sequence[str | int]]]
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Let an error of writing in the block name the file: a full disk does not say where, others name a temporary."""
+    """Make an error of writing in the block name the file, which a full disk and a temporary file do not."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def update_text(path: Path | str, text: str) -> None:
-    """Write `text` unless the file holds just that: then nothing is touched."""
+    """Write `text` unless the file already holds it."""
     path = Path(path)
     if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
@@ -164,11 +164,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def sha256_file(path: Path | str) -> str:
     """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_json(obj: Any) -> str:

@@ -1,8 +1,7 @@
-"""What a run was made from, and the decision whether a phase has to run again.
+"""What a run was made from, and whether a phase has to run again.
 
-`provenance.json` in a run folder holds the environment (versions, device, commit), and for every finished phase the
-part of the config and the input files it depends on. A phase whose recorded dependencies equal the present ones is
-skipped; one whose dependencies differ is refused unless it is forced.
+provenance.json holds, for every finished phase, the config fields and input files that it depends on and the
+environment (versions, device, commit). A phase with unchanged dependencies is skipped; changed ones need --force.
 """
 
 import os
@@ -79,22 +78,24 @@ def dependencies(config: Config, phase: int) -> dict[str, Any]:
         arm["name"]: [stage.model_dump(mode="json") for stage in config.arm_stages(config.arm(arm["name"]))]
         for arm in arms
     }
-    training = {key: tree["training"][key] for key in tree["training"] if key not in NOT_IN_RESULTS}
-    concepts = {key: tree["concepts"][key] for key in tree["concepts"] if key not in ("label", "min_test_rows")}
-    harvested = {key: tree["data"][key] for key in tree["data"] if key != "normalize"}
+
+    def without(block: str, *keys: str) -> dict[str, Any]:
+        return {key: value for key, value in tree[block].items() if key not in keys}
+
     trained = {
         "normalize": tree["data"]["normalize"],
         "hsae": tree["hsae"],
-        "training": training,
+        "training": without("training", *NOT_IN_RESULTS),
         "stages": stages,
         "arms": arms,
     }
+    of_label = ("label", "min_test_rows")
     parts: dict[int, dict[str, Any]] = {
         1: {
             "model": tree["model"],
             "corpus": tree["corpus"],
-            "concepts": {**concepts, "belief": tree["concepts"]["label"] == "belief"},
-            "data": harvested,
+            "concepts": {**without("concepts", *of_label), "belief": tree["concepts"]["label"] == "belief"},
+            "data": without("data", "normalize"),
             "geometry": tree["geometry"],
         },
         2: trained,
@@ -103,6 +104,10 @@ def dependencies(config: Config, phase: int) -> dict[str, Any]:
     }
     found = {"run.seed": config.run.seed, **flatten(parts[phase])}
     return {**found, **{field: LOCAL for field in local_paths(config) if field in found}}
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 class _Phase(TypedDict):
@@ -134,15 +139,14 @@ class Provenance:
         if recorded is None or not all(path.is_file() for path in outputs):
             return False
         for before, now in ((recorded["config"], dependencies(config, phase)), (recorded["inputs"], inputs)):
-            for key in sorted(set(before) | set(now)):
-                if before.get(key) != now.get(key):
-                    if force:
-                        return False
-                    found, made = shown(now.get(key)), shown(before.get(key))
-                    raise ConfigError(
-                        f"{key}: found {found}, but phase {phase} of this run folder was made with {made}; "
-                        "use --force to make it again or --out for another folder"
-                    )
+            for key in _differing(before, now):
+                if force:
+                    return False
+                found, made = shown(now.get(key)), shown(before.get(key))
+                raise ConfigError(
+                    f"{key}: found {found}, but phase {phase} of this run folder was made with {made}; "
+                    "use --force to make it again or --out for another folder"
+                )
         return True
 
     def inputs(self, phase: int) -> dict[str, str]:
@@ -157,11 +161,9 @@ class Provenance:
             raise ConfigError(f"phase {phase}: not finished in this run folder; run it first, or all with hsae run")
         before = recorded["config"] | {key: recorded["inputs"].get(key) for key in inputs}
         now |= inputs
-        for key in sorted(set(before) | set(now)):
-            found, made = now.get(key), before.get(key)
-            if found != made:
-                line = f"{key}: found {shown(found)}, but phase {phase} was made with {shown(made)}"
-                raise ConfigError(f"{line}; run phase {phase} again first")
+        for key in _differing(before, now):
+            line = f"{key}: found {shown(now.get(key))}, but phase {phase} was made with {shown(before.get(key))}"
+            raise ConfigError(f"{line}; run phase {phase} again first")
 
     def record(self, phase: int, config: Config, inputs: dict[str, str], device: str, seconds: float) -> None:
         """Note a finished phase."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,9 +33,8 @@ class _Line(TypedDict):
 class JsonlTracker:
     """Appends {phase, arm, seed, step, tokens, name, value} lines to one file.
 
-    Opening it at a step drops the arm's later lines (and a line that a killed process left unfinished), so that an
-    interrupted and resumed run leaves the same lines as an uninterrupted one. Raises ValueError for any other line
-    that is not such an object.
+    Opening it at a step drops the arm's later lines and an unfinished last line, so that a resumed run leaves the same
+    lines as an uninterrupted one. Raises ValueError for any other line that is not such an object.
     """
 
     def __init__(self, path: Path, phase: int, arm: str, seed: int, resume_step: int = 0):
@@ -65,15 +65,21 @@ class JsonlTracker:
         """Nothing is open between two calls of `log`."""
 
 
+@contextmanager
+def _needs(package: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        line = f"tracking.{package}: the package {package} is missing; pip install polytope-hsae[{package}]"
+        raise ConfigError(line) from error
+
+
 class WandbTracker:
     """Weights & Biases; `mode` online or offline (offline needs no account)."""
 
     def __init__(self, config: Config, folder: Path, phase: int, arm: str):
-        try:
+        with _needs("wandb"):
             import wandb
-        except ModuleNotFoundError as error:
-            line = "tracking.wandb: the package wandb is missing; pip install polytope-hsae[wandb]"
-            raise ConfigError(line) from error
         folder.mkdir(parents=True, exist_ok=True)
         self.run: Any = wandb.init(
             project=config.tracking.wandb_project,
@@ -95,12 +101,8 @@ class TensorBoardTracker:
     """TensorBoard event files."""
 
     def __init__(self, folder: Path):
-        try:
+        with _needs("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                "tracking.tensorboard: the package tensorboard is missing; pip install polytope-hsae[tensorboard]"
-            ) from error
         self.writer: Any = SummaryWriter(str(folder))
 
     def log(self, values: dict[str, float], step: int, tokens: int) -> None:

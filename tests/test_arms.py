@@ -1,4 +1,4 @@
-"""Every ablation arm of studies/evidence is what its name says, at the same number of steps and rows."""
+"""Every ablation of the teacher in studies/evidence is what its name says."""
 
 import json
 from functools import cache
@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from polytope_hsae.findings.plan import load_findings
-from torch import Tensor
 
 from polytope_hsae.config import ArmConfig, Config, load_config
 from polytope_hsae.evaluation.concepts import labelled_rows
+from polytope_hsae.findings.plan import load_findings
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
 from polytope_hsae.phases.run import Run
 from polytope_hsae.teacher import Teacher
 
 STUDY = Path(__file__).parents[1] / "studies" / "evidence" / "study.yaml"
-ANCHORS = {"pull": "pull", "slow": "slow", "frozen": "frozen", "free": "none"}
 
 
 @cache
@@ -56,49 +54,8 @@ def started(run: Run, name: str, seed: int = 0) -> HierarchicalSAE:
     return model
 
 
-def rows(found: Teacher) -> Tensor:
-    return torch.cat([found.parent_unified, found.child_delta_unified])
-
-
-def test_every_arm_has_the_same_steps_and_rows():
-    config = study_config()
-    assert len(config.arms) == 45 * 3
-    assert {sum(stage.steps for stage in config.arm_stages(arm)) for arm in config.arms} == {1500}
-    assert not config.training.allow_unequal_budget
-    assert {arm.seed for arm in config.arms} == {0, 1, 2}
-
-
-def test_freeze_stages_are_where_the_names_say():
-    config = study_config()
-
-    def frozen(name: str) -> list[list[str]]:
-        return [list(stage.freeze) for stage in config.arm_stages(config.arm(f"{name}-s0"))]
-
-    for name in ("teacher_pull", "permuted_pull", "random_teacher", "baseline_freeze"):
-        assert frozen(name) == [["D", "G"], []], name
-    for name in ("baseline", "flat_topk", "no_freeze", "permuted_no_freeze"):
-        assert frozen(name) == [[]], name
-
-
-@pytest.mark.parametrize("name", ANCHORS)
-def test_each_anchor_is_also_one_of_the_permuted_teacher(name):
-    config = study_config()
-    for init, arm in (("teacher", f"teacher_{name}-s0"), ("permuted_teacher", f"permuted_{name}-s0")):
-        assert config.arm(arm).init == init
-        assert config.arm_teacher(config.arm(arm)).anchor == ANCHORS[name]
-
-
-@pytest.mark.parametrize("degrees", [15, 30, 60])
-def test_a_rotated_teacher_keeps_its_gram_matrix_and_turns_by_the_angle(run, degrees):
-    before, after = rows(teacher(run, "teacher_pull")), rows(teacher(run, f"rotated_{degrees}"))
-    torch.testing.assert_close(after @ after.T, before @ before.T)
-    found = torch.rad2deg(torch.arccos(torch.cosine_similarity(before, after)))
-    torch.testing.assert_close(found, torch.full_like(found, float(degrees)))
-
-
-def test_a_random_teacher_has_the_lengths_and_a_permuted_one_the_concepts(run):
+def test_a_random_teacher_has_other_directions_and_a_permuted_one_the_concepts(run):
     real, random, permuted = (teacher(run, name) for name in ("teacher_pull", "random_teacher", "permuted_pull"))
-    torch.testing.assert_close(rows(random).norm(dim=1), rows(real).norm(dim=1))
     assert torch.cosine_similarity(random.parent_unified, real.parent_unified).abs().max() < 0.35
     assert permuted.parent_names == real.parent_names
     assert torch.cosine_similarity(permuted.parent_unified, real.parent_unified).max() < 0.9
@@ -135,51 +92,12 @@ def test_random_projectors_keep_the_parents_alone(run):
             torch.testing.assert_close(model.G, baseline.G)
 
 
-def test_tied_arms_share_their_tensors(run):
-    for name in ("tied", "baseline_tied"):
-        model = started(run, name)
-        assert model.E is model.D
-        assert model.F is model.G
-        assert model.Down is model.Up
-    model = started(run, "literal")
-    assert model.E is not model.D
-
-
-def test_top_k_arms_have_their_k_and_a_baseline_of_the_same():
-    config = study_config()
-    study = load_findings(STUDY)[0]
-    for k in (1, 2, 8):
-        for name in (f"topk_{k}", f"baseline_topk_{k}"):
-            hsae = config.arm_hsae(config.arm(f"{name}-s0"))
-            assert (hsae.topk_parent, hsae.active_children) == (k, k)
-        assert study.against(f"topk_{k}") == f"baseline_topk_{k}"
-
-
 def test_an_arms_seed_moves_its_start_and_nothing_else(run):
     one, other = started(run, "baseline", 0), started(run, "baseline", 1)
     assert not torch.equal(one.D, other.D)
     torch.testing.assert_close(one.data_mean, other.data_mean)
     again = started(run, "baseline_freeze", 0)  # the same start, another schedule
     assert torch.equal(one.D, again.D)
-
-
-def test_a_balanced_teacher_of_an_inner_hook_is_made_of_the_means_of_tokens(run, monkeypatch):
-    monkeypatch.setattr(Run, "at_final_residual", False)  # the rows of the smoke run do as well as an inner hook's
-    arm = ArmConfig(name="balanced", init="teacher", teacher={"means": "balanced"})
-    found = arm_teacher(run, arm, run.config.arm_teacher(arm), run.store)
-    token_N = run.store.column("train", "token").long()
-    acts_Nd = run.store.acts("train", torch.arange(len(token_N))).double()
-    means = []
-    for name in found.parent_names:
-        parent = next(parent for parent in run.concepts.parents if parent.name == name)
-        tokens = {t for child in parent.children for word in child.words["train"] for t in child.tokens[word]}
-        means.append(torch.stack([acts_Nd[token_N == t].mean(0) for t in tokens if (token_N == t).any()]).mean(0))
-    expected = torch.stack(means) - torch.stack(means).mean(0)
-    torch.testing.assert_close(found.parent_write, torch.nn.functional.normalize(expected, dim=1))
-    permuted = arm.model_copy(update={"init": "permuted_teacher"})
-    control = arm_teacher(run, permuted, run.config.arm_teacher(permuted), run.store)
-    real = found.matched(control.parent_names, [[] for _ in control.parent_names])  # one parent is without rows there
-    assert torch.cosine_similarity(control.parent_write, real.parent_write).mean() < 0.5
 
 
 @pytest.mark.parametrize("init", ["teacher", "permuted_teacher"])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from polytope_hsae.fileio import read_json
 from polytope_hsae.phases import phase4_evaluate
 
 COMMANDS = ("run", "phase1", "phase2", "phase3", "phase4", "report", "evaluate", "concepts", "doctor", "config-schema")
-HSAE = Path(sys.executable).with_name("hsae")
 
 PROGRAM = """
 import sys
@@ -54,15 +52,9 @@ def test_help_is_fast():
         assert f" {command} " in out
 
 
-def test_every_command_has_help():
-    for command in COMMANDS:
-        answer = hsae(command, "-h")
-        assert answer.code == 0
-        assert "Usage" in answer.out
+def test_version_and_help():
     assert hsae().out == hsae("-h").out  # without a command
-
-
-def test_version():
+    assert set(json.loads(hsae("config-schema").out)["properties"]) >= {"run", "hsae", "arms"}
     assert hsae("--version") == (0, f"hsae {__version__}\n", "")
 
 
@@ -101,15 +93,8 @@ def test_configs_and_fields_are_completed(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("run: {name: mine}\narms: [{name: baseline}, {name: other}]\n")
     (tmp_path / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    assert complete("hsae run ") == [
-        "factored",
-        "jax-compat",
-        "quickstart",
-        "recommended",
-        "smoke",
-        "v2-focused",
-        "mine.yaml",
-    ]
+    packaged = ["factored", "jax-compat", "quickstart", "recommended", "smoke", "v2-focused"]
+    assert complete("hsae run ") == [*packaged, "mine.yaml"]
     assert complete("hsae phase2 sm") == ["smoke"]
     assert complete(f"hsae concepts {tmp_path}/m") == [f"{tmp_path}/mine.yaml"]
     assert complete("hsae run smoke --set training.lo") == ["training.log_every="]
@@ -135,47 +120,20 @@ def test_every_field_that_is_offered_can_be_set():
         assert load_config("quickstart", [f"{path}={json.dumps(to_jsonable_python(value))}"]) == config
 
 
-def test_the_completion_script_names_this_program():
-    """The shell is found among the processes above: here a bash that waits for its child."""
-    command = ["bash", "-c", f"{HSAE} --show-completion bash; exit $?"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert answer.returncode == 0, answer.stderr
-    assert "complete -o default -F _hsae_completion hsae" in answer.stdout
-    subprocess.run(["bash", "-n"], input=answer.stdout, text=True, check=True)
-
-
-def test_the_schema_describes_every_field():
-    answer = hsae("config-schema")
-    assert answer.code == 0
-    schema = json.loads(answer.out)
-    blocks = {"Config": schema, **schema["$defs"]}
-    assert len(blocks) > 10
-    fields = [(block, name, field) for block, body in blocks.items() for name, field in body["properties"].items()]
-    assert len(fields) > 80
-    assert [(block, name) for block, name, field in fields if not field.get("description")] == []
-
-
 @pytest.mark.parametrize(
-    "settings, words",
+    "arguments, words",
     [
         (["run", "no-such-config"], ["config: found 'no-such-config'", "quickstart, recommended, smoke, v2-focused"]),
-        (["run", "smoke", "--set", "training.lr"], ["--set: found 'training.lr', allowed: key.path=value"]),
         (["run", "smoke", "--set", "training.lrr=1"], ["training.lrr: found an unknown key, allowed: ", "lr"]),
-        (["phase1", "smoke", "--set", "training.lr=.nan"], ["training.lr: found nan, allowed: "]),
         (["phase2", "smoke", "--set", "training.lr=fast"], ["training.lr: found 'fast', allowed: "]),
-        (["run", "smoke", "--set", "hsae.topk_parent=33"], ["topk_parent: found 33, allowed: at most n_parents = 32"]),
-        (
-            ["run", "smoke", "--set", "training.baseline.stages=[{name: train, steps: 7}]"],
-            ["training stages: found steps", "'baseline': 7", "'teacher': 24", "allowed: the same number of steps"],
-        ),
         (["run", "smoke", "--seed", "-1"], ["run.seed: found -1, allowed: "]),
         (["run", "smoke", "--device", "abacus"], ["run.device: found 'abacus', allowed: auto, cpu"]),
         (["run", "smoke", "--device", "cuda:99"], ["run.device: found 'cuda:99', allowed: "]),
         (["concepts", "smoke", "--set", "concepts.split=[1, 1, 1]"], ["concepts.split: found [1", "sum 1"]),
     ],
-)  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, settings, words):
-    refused(hsae(*settings, "--out", tmp_path / "run"), *words)
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, words):
+    refused(hsae(*arguments, "--out", tmp_path / "run"), *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -215,22 +173,16 @@ def test_json_is_one_document_on_standard_output(finished, command):
     assert files(finished) == before
 
 
-def test_evaluate_compares_models_and_leaves_the_run_as_it_was(finished, tmp_path):
+def test_evaluate_prints_a_table_or_a_document(finished):
     before = files(finished)
     models = [finished / "phase2/flat_topk/model", finished / "phase3/teacher/model"]
     table = hsae("evaluate", *models, "--split", "test")
     assert table.code == 0, table.err
     for words in ("flat_topk/model", "teacher/model", "test split", "purity"):
         assert words in " ".join(table.out.split())
-    shutil.copytree(models[1], tmp_path / "mine")
-    document = hsae("evaluate", *models, tmp_path / "mine", "--split", "test", "--json", "--device", "cpu")
-    compared = json.loads(document.out)
-    assert compared["run"]["split"] == "test"
-    measured = read_json(finished / "phase4/results.json")["arms"]
-    arms = {"flat_topk/model": "flat_topk", "teacher/model": "teacher", "mine": "teacher"}
-    found = {Path(model["path"]): model["metrics"] for model in compared["models"].values()}
-    for path, arm in zip([*models, tmp_path / "mine"], arms.values(), strict=True):
-        assert found[path]["ev"]["value"] == pytest.approx(measured[arm]["ev"]["value"], abs=1e-6)
+    compared = json.loads(hsae("evaluate", models[1], "--split", "val", "--json", "--device", "cpu").out)
+    assert compared["run"]["split"] == "val"
+    assert [model["path"] for model in compared["models"].values()] == [str(models[1])]
     assert files(finished) == before
 
 
@@ -248,12 +200,6 @@ def test_report_writes_a_page_and_says_where(finished, tmp_path):
     assert re.fullmatch(rf"{re.escape(str(finished))}/report.html \([0-9.]+ [KM]B\)\n", answer.out)
     assert files(finished) == before
     refused(hsae("report", finished, tmp_path), f"{tmp_path}: found no config.yaml")
-
-
-def test_json_says_nothing_where_there_is_an_error(tmp_path):
-    answer = hsae("phase4", "smoke", "--json", "--out", tmp_path / "run")
-    refused(answer, "activations/manifest.json: missing")
-    assert answer.out == ""
 
 
 def test_quiet_hides_warnings(finished, monkeypatch):

@@ -1,6 +1,5 @@
 """The configuration: refusals, overrides, packaged files; and the record that decides what runs again."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,14 @@ from polytope_hsae.config import (
     ArmConfig,
     Config,
     ConfigError,
-    LossOverrides,
     TrainingConfig,
     dump_yaml,
     find_config,
     load_config,
 )
-from polytope_hsae.provenance import Provenance, dependencies, environment, flatten
+from polytope_hsae.provenance import Provenance
 
+HALF = "\\ud800"  # one half of a surrogate pair, as YAML spells it
 PACKAGED = sorted(path.stem for path in (PACKAGE / "configs").glob("*.yaml"))
 
 
@@ -54,71 +53,55 @@ def test_an_empty_file_gives_the_defaults(load):
     assert [arm.phase for arm in config.arms] == [2, 2, 3, 3]
 
 
+def stage(**fields):
+    return {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, **fields}]}}}
+
+
+STAGE = "training.teacher.stages.0"
+
+
 @pytest.mark.parametrize(
-    "tree, field, found, allowed",
+    "tree, words",
     [
-        ({"hsae": {"n_parrots": 3}}, "hsae.n_parrots", "an unknown key", "n_parents, gate, "),
-        ({"hsea": {}}, "hsea", "an unknown key", "run, model, corpus, "),
-        ({"arms": [{"name": "a", "stage": 1}]}, "arms.0.stage", "an unknown key", "name, kind, init, stages, "),
-        (
-            {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, "loss": {"l1": 0.1}}]}}},
-            "training.teacher.stages.0.loss.l1",
-            "an unknown key",
-            "l1_parent, l1_child, ",
-        ),
-        ({"hsae": {"n_parents": "many"}}, "hsae.n_parents", "'many'", "input should be a valid integer"),
-        ({"hsae": {"n_parents": 2.5}}, "hsae.n_parents", "2.5", "input should be a valid integer"),
-        ({"hsae": {"gate": "soft"}}, "hsae.gate", "'soft'", "input should be 'hard' or 'straight_through'"),
-        (
-            {"hsae": {"tie_projectors": "maybe"}},
-            "hsae.tie_projectors",
-            "'maybe'",
-            "input should be False, True or 'init'",
-        ),
-        ({"hsae": {"l1_parent": float("nan")}}, "hsae.l1_parent", "nan", "input should be a finite number"),
-        ({"hsae": {"l1_parent": float("inf")}}, "hsae.l1_parent", "inf", "input should be a finite number"),
-        ({"training": {"lr": -0.001}}, "training.lr", "-0.001", "input should be greater than 0"),
-        ({"training": {"lr": 0}}, "training.lr", "0", "input should be greater than 0"),
-        ({"training": {"grad_clip": float("nan")}}, "training.grad_clip", "nan", "input should be a finite number"),
-        (
-            {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, "lr_mult": {"E": -1.0}}]}}},
-            "training.teacher.stages.0.lr_mult.E",
-            "-1.0",
-            "input should be greater than or equal to 0",
-        ),
-        (
-            {"training": {"teacher": {"stages": [{"name": "x", "steps": 2, "freeze": ["E", "H"]}]}}},
-            "training.teacher.stages.0.freeze.1",
-            "'H'",
-            "input should be 'E', 'b_E', ",
-        ),
-        ({"training": {"teacher": {"stages": []}}}, "training.teacher.stages", "[]", "list should have at least 1"),
-        ({"training": {"teacher": {"stages": [{"steps": 2}]}}}, "training.teacher.stages.0.name", "nothing", "a value"),
-        ({"hsae": 5}, "hsae", "5", "input should be a valid dictionary"),
-        ({"hsae": {"n_parents": 4, "topk_parent": 5}}, "hsae.topk_parent", "5", "at most n_parents = 4"),
-        ({"hsae": {"topk_child": 9}}, "hsae.topk_child", "9", "at most n_children_per_parent = 7"),
+        ({"hsae": {"n_parrots": 3}}, "hsae.n_parrots: found an unknown key, allowed: n_parents, gate, "),
+        ({"hsea": {}}, "hsea: found an unknown key, allowed: run, model, corpus, "),
+        ({"arms": [{"name": "a", "stage": 1}]}, "arms.0.stage: found an unknown key, allowed: name, kind, init, "),
+        (stage(loss={"l1": 0.1}), f"{STAGE}.loss.l1: found an unknown key, allowed: l1_parent, l1_child, "),
+        ({"hsae": {"n_parents": "many"}}, "hsae.n_parents: found 'many', allowed: input should be a valid integer"),
+        ({"hsae": {"n_parents": 2**32}}, "hsae.n_parents: found 4294967296, allowed: input should be less than or "),
+        ({"hsae": {"gate": "soft"}}, "hsae.gate: found 'soft', allowed: input should be 'hard' or 'straight_through'"),
+        ({"hsae": {"tie_projectors": "maybe"}}, "hsae.tie_projectors: found 'maybe', allowed: input should be False, "),
+        ({"hsae": {"l1_parent": float("nan")}}, "hsae.l1_parent: found nan, allowed: input should be a finite number"),
+        ({"training": {"lr": float("inf")}}, "training.lr: found inf, allowed: input should be a finite number"),
+        ({"training": {"lr": -0.001}}, "training.lr: found -0.001, allowed: input should be greater than 0"),
+        (stage(lr_mult={"E": -1.0}), f"{STAGE}.lr_mult.E: found -1.0, allowed: input should be greater than or equal"),
+        (stage(freeze=["E", "H"]), f"{STAGE}.freeze.1: found 'H', allowed: input should be 'E', 'b_E', "),
+        ({"training": {"teacher": {"stages": []}}}, "training.teacher.stages: found [], allowed: list should have "),
+        ({"training": {"teacher": {"stages": [{"steps": 2}]}}}, f"{STAGE}.name: found nothing, allowed: a value"),
+        ({"hsae": {"n_parents": 4, "topk_parent": 5}}, "hsae.topk_parent: found 5, allowed: at most n_parents = 4"),
+        ({"hsae": {"topk_child": 9}}, "hsae.topk_child: found 9, allowed: at most n_children_per_parent = 7"),
         (
             {"hsae": {"topk_child_total": 9, "child_budget": "per_parent"}},
-            "hsae.topk_child_total",
-            "9",
-            "null unless child_budget is shared or batch",
+            "hsae.topk_child_total: found 9, allowed: null unless child_budget is shared or batch",
         ),
-        ({"hsae": {"topk_parent": 2, "topk_child_total": 17}}, "hsae.topk_child_total", "17", "at most k * C = 14"),
-        ({"corpus": {"split": [0.8, 0.1, 0.2]}}, "corpus.split", "[0.8, 0.1, 0.2]", "three shares above 0 with sum 1"),
-        ({"concepts": {"split": [1.0, 0.0, 0.0]}}, "concepts.split", "[1.0, 0.0, 0.0]", "three shares above 0"),
-        ({"run": {"name": ".."}}, "run.name", "'..'", "string should match pattern"),
-        ({"run": {"name": "a/b"}}, "run.name", "'a/b'", "string should match pattern"),
-        ({"run": {"seed": -1}}, "run.seed", "-1", "input should be greater than or equal to 0"),
-        ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms", "['a', 'a']", "names that differ"),
-        ({"arms": [{"name": "."}]}, "arms.0.name", "'.'", "string should match pattern"),
-        ({"arms": [{"name": "a", "hsae": {"topk_parent": 9999}}]}, "arms.a.hsae.topk_parent", "9999", "at most n_p"),
-        ({"arms": [{"name": "a", "hsae": {"topkparent": 1}}]}, "arms.a.hsae.topkparent", "an unknown key", "n_parents"),
-        ({"arms": [{"name": "a", "teacher": {"anchor": 1}}]}, "arms.a.teacher.anchor", "1", "input should be 'none'"),
-        ({"tracking": {"wandb": "maybe"}}, "tracking.wandb", "'maybe'", "input should be 'off', 'online' or 'offline'"),
+        (
+            {"hsae": {"topk_parent": 2, "topk_child_total": 17}},
+            "hsae.topk_child_total: found 17, allowed: at most k * C = 14",
+        ),
+        ({"corpus": {"split": [0.8, 0.1, 0.2]}}, "corpus.split: found [0.8, 0.1, 0.2], allowed: three shares above 0"),
+        ({"concepts": {"split": [1.0, 0.0, 0.0]}}, "concepts.split: found [1.0, 0.0, 0.0], allowed: three shares"),
+        ({"run": {"name": "../a"}}, "run.name: found '../a', allowed: string should match pattern"),
+        ({"run": {"seed": -1}}, "run.seed: found -1, allowed: input should be greater than or equal to 0"),
+        ({"arms": []}, "arms: found [], allowed: list should have at least 1 item"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms: found ['a', 'a'], allowed: names that differ"),
+        ({"arms": [{"name": "a", "hsae": {"topk_parent": 9999}}]}, "arms.a.hsae.topk_parent: found 9999, allowed: at "),
+        ({"arms": [{"name": "a", "hsae": {"topkparent": 1}}]}, "arms.a.hsae.topkparent: found an unknown key, allowed"),
+        ({"arms": [{"name": "a", "teacher": {"anchor": 1}}]}, "arms.a.teacher.anchor: found 1, allowed: input should"),
+        ({"tracking": {"wandb": "maybe"}}, "tracking.wandb: found 'maybe', allowed: input should be 'off', 'online' "),
     ],
 )
-def test_each_error_is_one_line_with_field_found_and_allowed(load, tree, field, found, allowed):
-    assert refused(load, tree).startswith(f"{field}: found {found}, allowed: {allowed}")
+def test_each_error_is_one_line_with_field_found_and_allowed(load, tree, words):
+    assert refused(load, tree).startswith(words)
 
 
 @pytest.mark.parametrize("key", ["use_tied_decoders_parent", "use_tied_decoders_child", "tie_projectors"])
@@ -165,18 +148,6 @@ def test_unequal_budgets_are_refused_unless_allowed(load):
     )
     tree["training"]["allow_unequal_budget"] = True
     assert load(tree).training.baseline.steps == 700
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "just words", "3"])
-def test_a_file_that_is_no_mapping(load, text):
-    assert "allowed: a mapping of config blocks" in refused(load, text)
-
-
-def test_a_file_that_is_no_yaml(load, tmp_path):
-    assert "not readable as YAML" in refused(load, "run: {name: [a\nb")
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(ConfigError, match=r"binary\.yaml: not readable as YAML"):
-        load_config(str(tmp_path / "binary.yaml"))
 
 
 def test_an_unknown_name_lists_the_packaged_configs():
@@ -249,11 +220,27 @@ def test_overrides_reach_every_depth(load):
             "run.sede: found an unknown key, allowed: name, seed, device, threads, deterministic; did you mean seed?",
         ),
         ("training.lr=nan", "training.lr: found 'nan', allowed: input should be a finite number"),
-        ("training.lr=-1", "training.lr: found -1, allowed: input should be greater than 0"),
+        ("hsae.n_parents=0x" + "f" * 9000, "hsae.n_parents: found a number of thousands of digits, allowed: "),
+        (
+            "hsae={gate: hard, gate: hard}",
+            "--set hsae: found '{gate: hard, gate: hard}', allowed: a YAML value (line 1",
+        ),
+        ("arms=&a [*a]", "--set arms: found '&a [*a]', allowed: a YAML value (line 1: found an alias or a tag"),
+        ("model.name=!!python/name:os.system", "--set model.name: found '!!python/name:os.system', allowed: a YAML "),
+        (f'model.name="{HALF}"', "--set model.name: found "),
+        ("model.name=\udcff", "--set model.name: found '\\udcff', allowed: a YAML value"),
+        ("corpus.split=" + "[" * 99, "--set corpus.split: found "),
+        ("a..b=1", "--set: found 'a..b=1', allowed: key.path=value"),
+        ("0=1", "0: found an unknown key, allowed: run, model"),
+        ("arms.9" + "9" * 5000 + "=1", "--set arms.9"),
+        ("arms.-1=1", "--set arms.-1: found item '-1', allowed: 0 to 1"),
+        ("\n=1", "\\n: found an unknown key, allowed: run, model"),
     ],
 )
 def test_overrides_that_are_refused(load, override, message):
-    assert refused(load, {"run": {"name": "n"}, "arms": [{"name": "a"}, {"name": "b"}]}, [override]) == message
+    found = refused(load, {"run": {"name": "n"}, "arms": [{"name": "a"}, {"name": "b"}]}, [override])
+    assert found.startswith(message)
+    assert "allowed: " in found
 
 
 # -- arms
@@ -279,13 +266,6 @@ def test_an_arm_replaces_fields_and_stages():
         config.arm("d")
 
 
-def test_loss_overrides_replace_only_what_they_name():
-    config = Config()
-    changed = LossOverrides(l1_child=0.5, top_level_beta=0.0).apply(config.hsae)
-    assert (changed.l1_child, changed.top_level_beta) == (0.5, 0.0)
-    assert changed.model_copy(update={"l1_child": 0.0, "top_level_beta": 0.1}) == config.hsae
-
-
 # -- files and schema
 
 
@@ -296,9 +276,8 @@ def test_packaged_configs_load_and_come_back_from_their_own_dump(name, load):
     assert config.run.name == name
 
 
-@pytest.mark.parametrize("name", [name for name in PACKAGED if name == "v2-focused"])
-def test_the_published_configuration(name):
-    config = load_config(name)
+def test_the_published_configuration():
+    config = load_config("v2-focused")
     hsae, training = config.hsae, config.training
     assert config.model.name == "google/gemma-2-2b"
     assert (hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim) == (80, 32, 96)
@@ -311,14 +290,6 @@ def test_the_published_configuration(name):
     assert set(training.teacher.stages[0].freeze) >= {"D", "G"}
     assert config.geometry.shrinkage == 0.05
     assert training.baseline.steps == training.teacher.steps == 10_000
-
-
-def test_dump_names_every_field():
-    tree = yaml.safe_load(dump_yaml(Config()))
-    assert list(tree) == list(Config.model_fields)
-    for name, block in tree.items():
-        if name != "arms":
-            assert list(block) == list(type(getattr(Config(), name)).model_fields)
 
 
 def test_every_field_has_a_description():
@@ -401,19 +372,3 @@ def test_what_a_phase_does_not_depend_on_does_not_matter(tmp_path):
     assert done(changed(teacher={"energy": 0.5})) == {**skipped, 3: "teacher.energy"}
     assert done(changed(hsae={"gram_lambda": 0.1})) == {**skipped, 2: "hsae.gram_lambda", 3: "hsae.gram_lambda"}
     assert done(changed(geometry={"shrinkage": 0.2})) == {**skipped, 1: "geometry.shrinkage"}
-
-
-def test_the_record_is_json_with_the_environment(tmp_path):
-    Provenance(tmp_path).record(1, Config(), {"corpus": "aa"}, "cpu", 3.21)
-    saved = json.loads((tmp_path / "provenance.json").read_text())["phases"]["phase1"]
-    assert saved["seconds"] == 3.2
-    assert saved["inputs"] == {"corpus": "aa"}
-    assert saved["config"] == dependencies(Config(), 1)
-    assert saved["environment"] == environment("cpu")
-    assert saved["environment"]["device"] == "cpu"
-    assert saved["environment"]["packages"]["torch"]
-
-
-def test_flatten():
-    tree = {"a": {"b": 1, "c": [2, {"d": None}]}, "e": [], "f": {}}
-    assert flatten(tree) == {"a.b": 1, "a.c.0": 2, "a.c.1.d": None, "e": [], "f": {}}

@@ -1,6 +1,5 @@
 """`hsae doctor`: every line follows from what is there."""
 
-import io
 import json
 import os
 import shutil
@@ -66,22 +65,6 @@ def test_a_package_that_cannot_be_imported(tmp_path):
     assert any(line.startswith("assets ") for line in lines)
 
 
-def test_extras(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", {"datasets": "3.1", "wandb": "0.17"}.get)
-    checks = {check.name: check for check in doctor.extras()}
-    assert list(checks) == ["extra data", "extra wordnet", "extra wandb", "extra tensorboard"]
-    assert checks["extra data"].found == "datasets 3.1, pyarrow missing"
-    assert checks["extra data"].advice == 'for hub datasets and Parquet files: pip install "polytope-hsae[data]"'
-    assert checks["extra wandb"] == Check("extra wandb", "wandb 0.17")
-
-
-def test_a_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-package")
-    (check,) = doctor.packages()
-    assert check.found == f"not installed, in {PACKAGE}"
-    assert str(PACKAGE.parent) in check.advice
-
-
 def test_damaged_assets(tmp_path, monkeypatch):
     shutil.copytree(PACKAGE / "assets", tmp_path / "assets")
     (tmp_path / "data").mkdir()
@@ -106,71 +89,26 @@ def test_all_packaged_data_has_a_checksum():
     assert recorded == packaged - {folder / "SHA256SUMS"} | set(PACKAGE.glob("data/*.gz"))
 
 
-def test_cpu(monkeypatch):
-    for cores, advice in ((1, "on fewer cores: --set run.threads=1"), (2, None), (8, "--set run.threads=8 uses all")):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        check = doctor.cpu()
-        assert check.found == f"{cores} cores"
-        assert check.advice is None if advice is None else advice in check.advice
-
-
-def test_memory(tmp_path):
-    def memory(total_kb: int, free_kb: int, limit: str) -> Check:
-        (tmp_path / "meminfo").write_text(f"MemTotal: {total_kb} kB\nMemFree: 1 kB\nMemAvailable: {free_kb} kB\n\n")
-        (tmp_path / "limit").write_text(limit)
-        return doctor.memory(tmp_path / "meminfo", tmp_path / "limit")
-
-    assert memory(8_000_000, 4_000_000, "max\n") == Check("memory", "8.2 GB, 4.1 GB free")
-    assert memory(8_000_000, 1_000_000, "max\n").advice == "the quickstart takes 1.5 GB"
-    limited = memory(8_000_000, 4_000_000, "1000000000\n")
-    assert limited == Check("memory", "8.2 GB, 4.1 GB free, limited to 1.0 GB", "the quickstart takes 1.5 GB")
-    assert doctor.memory(tmp_path / "none") == Check("memory", "unknown")
-
-
-def test_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
-    check = doctor.disk(tmp_path)
-    assert check.found == f"100 MB free of 1.0 TB in {tmp_path}"
-    assert "--out" in check.advice
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5e9, total=1e12))
-    assert doctor.disk(tmp_path).advice is None
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert "cannot be written" in doctor.disk(tmp_path).advice
-
-
 def test_cuda_devices(monkeypatch):
-    cards = [SimpleNamespace(name="New", major=9, minor=0), SimpleNamespace(name="Old", major=6, minor=1)]
+    card = SimpleNamespace(name="New", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (10e9, 80e9))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90a", "sm_75", "compute_120"])
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert list(doctor.accelerators()) == [
         Check("cuda:0", "New, 80 GB, 10 GB free, capability 9.0"),
-        Check(
-            "cuda:1",
-            "Old, 80 GB, 10 GB free, capability 6.1",
-            "this build of torch begins at sm_75: install one for older devices",
-        ),
         Check("triton", "not installed", "there is a CUDA device: pip install triton"),
     ]
 
 
 @pytest.mark.parametrize(
-    "driver, built_for, hidden, words",
-    [
-        (False, None, None, None),
-        (False, "13.0", "", None),
-        (True, None, None, "this build of torch is for CPUs"),
-        (True, "13.0", "", "CUDA_VISIBLE_DEVICES is ''"),
-        (True, "13.0", None, "may be too old"),
-    ],
+    "driver, hidden, words",
+    [(False, "", None), (True, None, "made for it?"), (True, "", "CUDA_VISIBLE_DEVICES= right?")],
 )
-def test_why_there_is_no_cuda_device(tmp_path, monkeypatch, driver, built_for, hidden, words):
+def test_advice_where_there_is_no_cuda_device(tmp_path, monkeypatch, driver, hidden, words):
     monkeypatch.setattr(doctor, "NVIDIA_DRIVER", Path(__file__) if driver else tmp_path / "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -179,20 +117,23 @@ def test_why_there_is_no_cuda_device(tmp_path, monkeypatch, driver, built_for, h
     assert cuda.advice is None if words is None else words in cuda.advice
 
 
-def test_terminal(monkeypatch):
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    assert doctor.terminal() == Check("terminal", "none: progress comes as lines, utf-8")
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert doctor.terminal().advice == "tables need UTF-8: set PYTHONIOENCODING=utf-8"
+def memory_of(folder: Path, free_kb: int, limit: str) -> Check:
+    (folder / "meminfo").write_text(f"MemTotal: 8000000 kB\nMemFree: 1 kB\nMemAvailable: {free_kb} kB\n\n")
+    (folder / "limit").write_text(limit)
+    return doctor.memory(folder / "meminfo", folder / "limit")
 
 
-def test_hub_cache(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert doctor.hub_cache() == Check("hub cache", f"{tmp_path}/hub, not there yet")
-    (tmp_path / "hub/models--one--two").mkdir(parents=True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    check = doctor.hub_cache()
-    assert check.found == f"{tmp_path}/hub, 1 repositories"
-    assert "HF_HUB_OFFLINE is set" in check.advice
+def test_advice_on_too_little_of_anything(tmp_path, monkeypatch):
+    assert memory_of(tmp_path, 4_000_000, "max\n") == Check("memory", "8.2 GB, 4.1 GB free")
+    assert memory_of(tmp_path, 1_000_000, "max\n").advice == "the quickstart takes 1.5 GB"
+    assert memory_of(tmp_path, 4_000_000, "1000000000\n").found == "8.2 GB, 4.1 GB free, limited to 1.0 GB"
+    for cores in (1, 8):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert f"--set run.threads={cores}" in doctor.cpu().advice
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
+    assert doctor.disk(tmp_path).found == f"100 MB free of 1.0 TB in {tmp_path}"
+    assert "--out" in doctor.disk(tmp_path).advice
+    monkeypatch.setattr(doctor, "_version", {"datasets": "3.1", "wandb": "0.17"}.get)
+    checks = {check.name: check for check in doctor.extras()}
+    assert checks["extra data"].advice == 'for hub datasets and Parquet files: pip install "polytope-hsae[data]"'
+    assert checks["extra wandb"] == Check("extra wandb", "wandb 0.17")

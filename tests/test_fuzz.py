@@ -43,9 +43,7 @@ from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.flat_arms import MODELS
-from polytope_hsae.phases.measure import SHOWN, metrics_table
 from polytope_hsae.provenance import Provenance
-from polytope_hsae.records import Evidence, Results, Train
 from polytope_hsae.teacher import Teacher
 from polytope_hsae.tracking import JsonlTracker
 from polytope_hsae.training.trainer import HSAETrainer
@@ -110,42 +108,6 @@ def read_provenance(folder: Path) -> None:
     record = Provenance(folder)
     record.is_done(2, Config(), {"a": "b"}, [], force=False)
     record.require(2, Config(), {})
-
-
-METRIC = {"value": 0.5, "ci95": [0.4, 0.6], "chance": None, "n": 3}
-ANGLES = {"estimator": "mean", "median_angle_deg": 90.0, "median_ci95": [89.0, 91.0]}
-RECORDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "train.json": (
-        Train,
-        {
-            "arm": "a", "identity": {"settings": "0"}, "steps": 3, "tokens": 9, "parameters": 7, "flops_per_row": 5,
-            "teacher_parents": [0, 1], "validation": {"val_ev": 0.5, "val_l0": 3.0},
-        },
-    ),
-    "evidence.json": (
-        Evidence,
-        {
-            "model": "m", "rows_of": "unembedding", "permutations": 100,
-            "shuffled_rows": {"angles": ANGLES}, "pseudo_parents": {"why": "few"},
-            "main": {"angles": ANGLES, "fraction_z_above_3": 1.0, "median_beta": None, "beta_ci95": None,
-                     "parents": {"name": ["p"], "z": [None]}, "children": {"name": ["c"], "beta": [0.5]}},
-        },
-    ),
-    "results.json": (
-        Results,
-        {
-            "model": "m", "hook": "h", "label": "belief", "split": "test",
-            "arms": {"a": dict.fromkeys(SHOWN, METRIC)},
-            "targets": [{"name": "t", "required": [None, 1], "measured": 0.5, "ci95": None, "n": 3, "verdict": "PASS"}],
-        },
-    ),
-}  # fmt: skip
-
-
-def read_record(folder: Path, name: str) -> None:
-    found = read_json(folder / name, RECORDS[name][0])
-    if name == "results.json":
-        Console(file=io.StringIO()).print(metrics_table(found["model"], found["arms"]))
 
 
 # -- tensors
@@ -300,9 +262,6 @@ for name in ("corpus.txt", "corpus.txt.gz", "corpus.txt.xz", "corpus.jsonl", "co
 for name in ("ontology.yaml", "ontology.json"):
     how = broken_yaml if name.endswith("yaml") else broken_json
     READERS[name] = Reader(name, how, partial(write_ontology, name=name), partial(read_ontology, name=name))
-for name, (_, whole) in RECORDS.items():
-    make = partial(lambda folder, name, whole: write_json(folder / name, whole), name=name, whole=whole)
-    READERS[name] = Reader(name, broken_json, make, partial(read_record, name=name))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -1,8 +1,7 @@
-"""The JAX fixture against plain NumPy with loops, and, where jax is installed, the code that wrote it."""
+"""The JAX fixture against plain NumPy with loops."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,6 @@ def stored() -> dict[str, np.ndarray]:
 def configs() -> dict[str, dict]:
     with safe_open(FIXTURE, "np") as file:
         return json.loads(file.metadata()["fixture"])["configs"]
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """The scripts can be imported; the test is skipped where JAX is not installed."""
-    for name in ("jax", "equinox", "optax"):
-        pytest.importorskip(name)
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
 
 
 def under(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -96,27 +87,18 @@ def test_first_step_agrees_with_loops(stored, configs, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_first_gradient_agrees_with_differences(stored, configs, variant):
-    leaves = {name: value.astype(np.float64) for name, value in under(stored, f"{variant}/start/").items()}
-    check_differences(
-        leaves,
-        stored[f"{variant}/inputs"][0],
-        configs[variant]["k"],
-        0.0,
-        under(stored, f"{variant}/float64/gradients/0/raw/"),
-    )
-
-
-def check_differences(leaves, h, k, warmup, gradient):
     """Two entries of every leaf: the largest of the gradient, and a random one."""
+    leaves = {name: value.astype(np.float64) for name, value in under(stored, f"{variant}/start/").items()}
+    gradient = under(stored, f"{variant}/float64/gradients/0/raw/")
     rng = np.random.default_rng(0)
-    x, step = rows_in_units(h), 1e-5
+    x, step = rows_in_units(stored[f"{variant}/inputs"][0]), 1e-5
     for name in LEAVES:
         for entry in (np.abs(gradient[name]).argmax(), rng.integers(gradient[name].size)):
             ends = []
             for sign in (1, -1):
                 moved = leaves[name].copy()
                 moved.flat[entry] += sign * step
-                ends.append(naive_total(leaves | {name: moved}, x, k, warmup))
+                ends.append(naive_total(leaves | {name: moved}, x, configs[variant]["k"], warmup=0))
             assert gradient[name].flat[entry] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-8), name
 
 
@@ -143,102 +125,10 @@ def test_projection_and_clipping(stored, variant, step):
             np.testing.assert_allclose(removed, along * rows, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_schedule_and_end(stored, configs, variant):
-    config = configs[variant]
-    for step, rate in enumerate(stored[f"{variant}/float64/lr"]):
-        t, warm, peak = step, config["warmup_steps"], config["peak_lr"]
-        share = (t - warm) / (config["decay_steps"] - warm)
-        cosine = peak * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
-        assert rate == pytest.approx(1e-11 + (peak - 1e-11) * t / warm if t < warm else cosine, rel=1e-7)
-    clipped = stored[f"{variant}/float64/grad_norm"] > 0.75
-    assert 3 <= clipped.sum() <= 17  # both kinds of step
-    for dtype, tolerance in (("float64", 1e-14), ("float32", 1e-6)):
-        assert stored[f"{variant}/{dtype}/margin"].min() > 1e-4
-        end = under(stored, f"{variant}/{dtype}/end/")
-        for name, axis in (("top_level_autoencoder.decoder", 0), ("decoder_weights", 1)):
-            np.testing.assert_allclose(np.linalg.norm(end[name], axis=axis), 1, atol=tolerance)
-        assert end["threshold"] == stored[f"{variant}/start/threshold"]
-        assert not end["bias"].any()
-
-
 def test_ties_go_to_the_lowest_index(stored):
     assert stored["ties/parents"].tolist() == [[1, 2, 3], [4, 5, 0], [0, 1, 2], [0, 1, 2], [0, 4, 5], [0, 1, 2]]
-    assert stored["ties/parent_codes"].tolist() == [
-        [1, 1, 1],
-        [0.75, 0.75, 0],
-        [0.5, 0.5, 0.5],
-        [0, 0, 0],
-        [1, 1, 1],
-        [1, 0, 0],
-    ]
+    codes = [[1, 1, 1], [0.75, 0.75, 0], [0.5, 0.5, 0.5], [0, 0, 0], [1, 1, 1], [1, 0, 0]]
+    assert stored["ties/parent_codes"].tolist() == codes
     assert stored["ties/children"][:, 0].tolist() == [0, 1, 0, 0, 1, 0]
     np.testing.assert_allclose(stored["ties/child_codes"][:, 0], [1, 0.75, 0.5, 0, 1, -0.01], rtol=1e-6)
     assert not stored["ties/child_codes"][stored["ties/parent_codes"] == 0].any()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_live_jax_agrees_with_loops_after_training(scripts, stored, configs, variant):
-    import jax.numpy as jnp
-
-    from polytope_hsae.bench import jax_hsae
-
-    config = jax_hsae.Config(**configs[variant] | {"gradient_steps": (0, 13)})
-    leaves, h = under(stored, f"{variant}/float64/end/"), stored[f"{variant}/inputs"][3][:16]
-    with jax_hsae.precision("float64"):
-        model = jax_hsae.with_leaves(jax_hsae.init(config, "float64"), leaves)
-        numbers, found = jax_hsae.gradients(model, jnp.array(rows_in_units(h)), 0.5)
-        gradient = jax_hsae.leaves(found["raw"])
-    parts, _ = naive_parts(leaves, rows_in_units(h), config.k)
-    for name, value in parts.items():
-        assert float(numbers[name]) == pytest.approx(value, abs=1e-12), name
-    check_differences(leaves, h, config.k, 0.5, gradient)
-    assert not gradient["threshold"].any()
-    assert not gradient["bias"].any()
-
-
-def test_live_training_repeats_the_fixture(scripts, stored):
-    from polytope_hsae.bench import jax_hsae
-
-    with jax_hsae.precision("float32"):
-        config = jax_hsae.Config(steps=3)
-        model = jax_hsae.init(config, "float32")
-        _, log, _ = jax_hsae.train(model, lambda _, step: stored["narrow/inputs"][step], config)
-    for name, values in jax_hsae.leaves(model).items():
-        np.testing.assert_array_equal(values, stored[f"narrow/start/{name}"])
-    for name, values in log.items():
-        np.testing.assert_allclose(values, stored[f"narrow/float32/{name}"][:3], rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def test_check_reports_differences(scripts, stored):
-    from make_jax_fixture import differences
-
-    assert differences(stored, dict(stored)) == []
-    changed = stored | {"narrow/float64/loss": stored["narrow/float64/loss"] + 1e-6, "ties/parents": np.zeros(3)}
-    del changed["wide/inputs"]
-    lines = differences(stored, changed)
-    assert [line.split(":")[0] for line in lines] == ["wide/inputs", "narrow/float64/loss", "ties/parents"]
-
-
-@pytest.mark.parametrize("layout, place", [("single", "."), ("manager", "60799/default"), ("zarr", ".")])
-def test_orbax_layouts_restore_to_one_tree(scripts, tmp_path, layout, place):
-    ocp = pytest.importorskip("orbax.checkpoint")
-    from make_orbax_checkpoint import save
-
-    from polytope_hsae.bench import jax_hsae
-
-    model = jax_hsae.init(jax_hsae.Config(), "float32")
-    save(model, tmp_path / "saved", layout)
-    tree = ocp.PyTreeCheckpointer().restore(tmp_path / "saved" / place)
-    router = tree.pop("top_level_autoencoder")
-    arrays = tree | {f"top_level_autoencoder.{name}": value for name, value in router.items()}
-    for name, value in jax_hsae.leaves(model).items():
-        np.testing.assert_array_equal(arrays.pop(name), value)
-    assert arrays == {
-        "use_bias": False,
-        "input_dim": 24,
-        "num_experts": 16,
-        "atoms_per_expert": 4,
-        "subspace_dim": 3,
-        "k": 4,
-    }

@@ -17,16 +17,10 @@ from polytope_hsae.geometry import controls
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.phases.arms import initial_model, initialize_teacher
+from polytope_hsae.phases.measure import SHOWN
 from polytope_hsae.training.trainer import HSAETrainer
 
 NAMES = [arm["name"] for arm in ARMS]
-METRICS = {
-    "ev", "fvu", "ev_all_rows", "fvu_all_rows", "ev_row_mean", "l0", "dead_parents", "dead_children", "ce_recovered",
-    "delta_ce", "kl", "ce_clean", "ce_ablated", "ce_spliced", "ce_recovered_massive_kept", "delta_ce_massive_kept",
-    "kl_massive_kept", "purity", "leakage", "recall", "steering_leakage", "sibling_kl", "steering_unreached",
-    "ev_causal", "ev_logit", "ev_dimension", "ev_dimension_q05", "split", "f1_best", "f1_best_few", "absorb",
-    "absorb_with_children", "probe_recall", "max_firing_rate", "entropy", "decoder_norm",
-}  # fmt: skip
 OF_CHILDREN = {
     "dead_children", "dead_children_routed", "atoms_in_use", "atom_norm", "edge_precision", "edge_recall",
     "parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75",
@@ -44,57 +38,19 @@ def folder_of(run: Path, arm: str) -> Path:
 # -- an uninterrupted run
 
 
-def test_every_artifact_is_there_and_nothing_else(finished):
-    steps = [f"checkpoints/step-{step:08d}.safetensors" for step in (16, 24)]
-    of_arm = [
-        "train.json",
-        "model/config.json",
-        "model/model.safetensors",
-        "model/card.json",
-        "checkpoints/identity.json",
-        *steps,
-    ]
-    shards = [shard["file"] for shard in read_json(finished / "activations/manifest.json")["shards"]]
-    expected = {"config.yaml", "provenance.json", "metrics.jsonl", "activations/manifest.json"}
-    expected |= {f"activations/{name}" for name in shards}
-    phase1 = ("concepts.json", "checks.json", "norms.json", "evidence.json")
-    phase1 += ("geometry.safetensors", "teacher.safetensors")
-    expected |= {f"phase1/{name}" for name in phase1}
-    expected |= {f"phase4/{name}.json" for name in ("results", "steering", "interventions", "ablations", "latents")}
-    for name in NAMES:
-        place = folder_of(finished, name).relative_to(finished).as_posix()
-        assert place.startswith("phase2" if name in ("baseline", "flat_topk") else "phase3")
-        expected |= {f"{place}/{file}" for file in of_arm}
-    drawings = {name for name in files(finished) if name.startswith("figures/") and name.endswith(".svg")}
-    assert drawings
-    assert set(files(finished)) == expected | drawings | {"report.html"}
-
-
-def test_phase_1_files_have_their_fields(finished):
+def test_phase_1_files_agree_with_each_other(finished):
     manifest = read_json(finished / "activations/manifest.json")
-    assert list(manifest) == [
-        "format", "model", "revision", "hook", "tokenizer_sha256", "documents_sha256", "start_id", "concepts_sha256",
-        "belief", "belief_threshold", "context_length", "batch_tokens", "shard_rows", "seed", "split", "dtype",
-        "n_documents", "rows", "width", "complete", "shards",
-    ]  # fmt: skip
     assert manifest["complete"] is True
-    assert {name: shards for name, shards in manifest["rows"].items() if shards < 1} == {}
+    assert min(manifest["rows"].values()) >= 1
     assert sum(shard["rows"] for shard in manifest["shards"]) == sum(manifest["rows"].values())
-    assert set(manifest["shards"][0]) == {"file", "split", "rows", "bytes", "sha256"}
-    columns, _ = read_tensors(finished / "activations/train-00000.safetensors")
-    labels = {"token", "next_token", "doc", "pos", "belief_concept", "belief_token", "belief_prob", "norm"}
-    assert set(columns) == {"acts"} | labels
 
     parents = read_json(finished / "phase1/concepts.json")["parents"]
     Q, R, d = len(parents), sum(len(parent["children"]) for parent in parents), manifest["width"]
-    assert set(parents[0]) == {"name", "synset", "children"}
-    assert set(parents[0]["children"][0]) == {"name", "synset", "words", "tokens"}
     assert set(parents[0]["children"][0]["words"]) == {"train", "val", "test"}
-    geometry, metadata = read_tensors(finished / "phase1/geometry.safetensors")
+    geometry, _ = read_tensors(finished / "phase1/geometry.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in geometry.items()} == {
         "sigma": (d, d), "sigma_sqrt": (d, d), "sigma_inv_sqrt": (d, d), "spectrum": (d,),
     }  # fmt: skip
-    assert set(metadata) == {"metric", "shrinkage", "literal"}
     teacher, metadata = read_tensors(finished / "phase1/teacher.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in teacher.items()} == {
         "parent.unified": (Q, d), "parent.read": (Q, d), "parent.write": (Q, d),
@@ -103,25 +59,13 @@ def test_phase_1_files_have_their_fields(finished):
     }  # fmt: skip
     assert json.loads(metadata["parent_names"]) == [parent["name"] for parent in parents]
     assert metadata["source"] == "tokens"
-    assert {"child_names", "form", "estimator", "metric", "shrinkage", "model", "hook", "folds"} <= set(metadata)
 
     evidence = read_json(finished / "phase1/evidence.json")
-    for part in ("main", *controls.CONTROLS, *controls.METRICS):
-        assert set(evidence[part]) >= {
-            "parents", "children", "fraction_z_above_3", "median_z", "fraction_q_below_05", "median_beta", "beta_ci95",
-            "beta_inside", "omega", "omega_ci95", "kappa", "kappa_ci95", "median_dealt_z", "fraction_delta_q_below_05",
-            "median_delta_z", "signal", "polytopes", "angles", "decision",
-        }, part  # fmt: skip
-    of_parents = ["name", "n_children", "s_p", "z", "p", "q", "dealt_z", "dealt_p", "dealt_q", "omega", "kappa",
-                  "auroc", "reliability", "gram_cv", "edge_cv", "barycentric_accuracy", "chance",
-                  "hull_auroc"]  # fmt: skip
-    of_children = ["name", "parent", "beta", "delta_squared", "delta_z", "delta_p", "delta_q", "auroc", "reliability",
-                   "angle_deg"]  # fmt: skip
+    assert {"main", *controls.CONTROLS, *controls.METRICS} <= set(evidence)
     assert evidence["matched_by"] == "corpus counts"
     assert evidence["residual_covariance"]["signal"]["child_auroc"]["median"] > 0.5
-    for table, fields, size in (("parents", of_parents, Q), ("children", of_children, R)):
-        columns = evidence["main"][table]
-        assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(fields, size)
+    for table, size in (("parents", Q), ("children", R)):
+        assert {len(column) for column in evidence["main"][table].values()} == {size}
     assert evidence["main"]["fraction_z_above_3"] >= 0.8
     assert evidence["shuffled_rows"]["fraction_z_above_3"] <= 0.1
     assert evidence["shuffled_rows"]["median_beta"] is None
@@ -133,7 +77,7 @@ def test_results_have_all_arms_and_all_five_targets(finished):
     assert list(results["arms"]) == NAMES
     assert results["seeds"] == [0]
     for name, metrics in results["arms"].items():
-        assert set(metrics) >= METRICS | OF_CHILDREN
+        assert set(metrics) >= {*SHOWN, *OF_CHILDREN}
         assert ("purity_own_slots" in metrics) == (name in [arm["name"] for arm in TEACHER_ARMS])
         for key, metric in metrics.items():
             assert set(metric) - {"why"} == {"value", "ci95", "chance", "n"}, key
@@ -154,27 +98,35 @@ def test_results_have_all_arms_and_all_five_targets(finished):
         assert target["measured"] is not None
         assert target["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE")
 
+
+def test_ablations_are_differences_of_the_results(finished):
+    values = {
+        name: {key: metric["value"] for key, metric in metrics.items()}
+        for name, metrics in read_json(finished / "phase4/results.json")["arms"].items()
+    }
     ablations = read_json(finished / "phase4/ablations.json")
     assert ablations["reference"] == "baseline"
     assert list(ablations["differences"]) == NAMES[1:]
-    for name, differences in ablations["differences"].items():
-        found = results["arms"][name]["ev"]["value"] - results["arms"]["baseline"]["ev"]["value"]
-        assert differences["ev"]["value"] == pytest.approx(found, abs=1e-9)
     assert set(ablations["against_teacher"]) == set(NAMES) - {"teacher"}
+    for name in NAMES[1:]:
+        found = ablations["differences"][name]["ev"]["value"]
+        assert found == pytest.approx(values[name]["ev"] - values["baseline"]["ev"], abs=1e-9)
     for name, differences in ablations["against_teacher"].items():  # the teacher minus the arm
         for key in ("ev", "purity"):
-            found = results["arms"]["teacher"][key]["value"] - results["arms"][name][key]["value"]
-            assert differences[key]["value"] == pytest.approx(found, abs=1e-9)
+            assert differences[key]["value"] == pytest.approx(values["teacher"][key] - values[name][key], abs=1e-9)
     for name, concepts in ablations["concepts"].items():
         purities = [concept["purity"] for concept in concepts]
-        assert sum(purities) / len(purities) == pytest.approx(results["arms"][name]["purity"]["value"])
+        assert sum(purities) / len(purities) == pytest.approx(values[name]["purity"])
         assert min(concept["rows"] for concept in concepts) >= 1
+
+
+def test_steering_reaches_its_dose(finished):
+    results = read_json(finished / "phase4/results.json")
     steering = read_json(finished / "phase4/steering.json")
     assert steering["target_nats"] == 0.3
-    measured = ("alpha", "effect", "steering_leakage", "sibling_kl")
+    assert set(steering["arms"]) == set(steering["children"]) == set(steering["grid"]) == set(NAMES)
     for records in steering["arms"].values():
         assert 0 < len(records) <= 6
-        assert set(records[0]) == {"parent", "latent", *measured, *(f"chance_{key}" for key in measured), "example"}
         for record in records:
             assert (record["example"] is None) == (record["alpha"] is None)
             for key in ("before", "after"):
@@ -183,15 +135,12 @@ def test_results_have_all_arms_and_all_five_targets(finished):
                 assert sum(shares) <= 1.001
         effects = [record["effect"] for record in records if record["effect"] is not None]
         assert effects == pytest.approx([0.3] * len(effects), abs=0.005)
-    assert set(steering["children"]) == set(steering["grid"]) == set(NAMES)
     for name, cells in steering["grid"].items():
         assert [(cell["level"], cell["form"]) for cell in cells] == [
             (level, form) for level in ("parent", "child") for form in ("inject", "override")
         ]
-        for cell in cells[:1]:
-            assert cell["steering_leakage"]["value"] == results["arms"][name]["steering_leakage"]["value"]
+        assert cells[0]["steering_leakage"]["value"] == results["arms"][name]["steering_leakage"]["value"]
     interventions = read_json(finished / "phase4/interventions.json")
-    assert interventions["source"] == "tokens"
     assert interventions["ratio_invariance"]["own"]["median"]["value"] < 0.1
     cosine = interventions["agreement"]["same_words"]
     assert cosine["cosine"]["value"] > cosine["other_parents"]["value"] > cosine["random"]["value"]
@@ -212,19 +161,14 @@ def test_metrics_jsonl_has_every_value(finished):
     for line in lines:
         assert line["tokens"] == 256 * line["step"]
         steps.setdefault((line["arm"], line["name"]), []).append(line["step"])
-    always = {
-        "loss", "recon", "lr", "penalty_warmup", "grad_norm", "active_parents_per_sample",
-        "active_children_per_sample", "router_temperature", "dead_parents", "encoder_norm",
-    }  # fmt: skip
-    hierarchical = {"recon_top", "dead_children", "projector_norm"}
+    always = ("loss", "recon", "lr", "grad_norm", "active_parents_per_sample", "dead_parents", "encoder_norm")
+    hierarchical = ("recon_top", "dead_children", "projector_norm")
     for name in NAMES:
-        for key in always | (hierarchical if name != "flat_topk" else set()):
+        for key in always if name == "flat_topk" else (*always, *hierarchical):
             assert steps[name, key] == [4, 8, 12, 16, 20, 24], (name, key)
         assert steps[name, "val_ev"] == [12, 24]
     assert steps["baseline", "causal_orth"] == [4, 8, 12, 16, 20, 24]
     assert steps["teacher", "causal_orth"] == [4, 8]  # its second stage turns it off
-    first, second = (line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "causal_orth"))
-    assert second < 0.9 * first
     assert {"l1_parent", "l1_child", "biorth_router", "biorth_child"} <= {key for arm, key in steps if arm == "frozen"}
     temperatures = [line["value"] for line in lines if (line["arm"], line["name"]) == ("teacher", "router_temperature")]
     assert temperatures == sorted(temperatures, reverse=True)
@@ -232,10 +176,6 @@ def test_metrics_jsonl_has_every_value(finished):
     trained = {name: read_json(folder_of(finished, name) / "train.json") for name in NAMES}
     assert last == {name: record["validation"]["val_ev"] for name, record in trained.items()}
     for name, record in trained.items():
-        assert list(record) == [
-            "arm", "identity", "steps", "tokens", "parameters", "flops_per_row", "teacher_parents", "config",
-            "validation", "match",
-        ]  # fmt: skip
         assert (record["arm"], record["steps"], record["tokens"]) == (name, 24, 24 * 256)
         assert bool(record["teacher_parents"]) == (name in [arm["name"] for arm in TEACHER_ARMS])
 
@@ -457,28 +397,14 @@ def test_force_makes_only_what_depends_on_the_change(finished, tmp_path):
     assert hsae("run", *changed, "--out", run).code == 0  # the folder is now this config's
     assert files(run) == after
 
-    def but_drawings(found):  # a drawing of other numbers may come out the same
-        return {name: state for name, state in found.items() if not name.startswith("figures/")}
-
-    before = but_drawings(after)
     answer = hsae("phase2", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
     assert answer.code == 0, answer.err
     answer = hsae("phase4", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
     refused(answer, "training.lr: found 0.001, but phase 3 was made with 0.003", "run phase 3 again first")
-    answer = hsae("run", *changed, "--set", "training.lr=0.001", "--out", run, "--force")
-    assert answer.code == 0, answer.err
-    after = files(run)
-    for name in before:
-        of_teacher = name == "phase4/interventions.json"  # it is about the teacher and the language model alone
-        kept = name.startswith(("activations", "phase1")) or name.endswith("model/config.json") or of_teacher
-        assert (after[name][0] == before[name][0]) == kept, name
-        assert not name.startswith(("activations", "phase1")) or after[name] == before[name]
-
-    before = but_drawings(after)
     config = [*changed, "--set", "training.lr=0.001", "--seed", "1"]
     assert hsae("run", *config, "--out", run, "--force", "--quiet").code == 0
-    after = files(run)
-    same = [name for name in before if after[name][0] == before[name][0]]
+    again = files(run)
+    same = [name for name in after if again[name][0] == after[name][0] and not name.startswith("figures/")]
     assert all(name.endswith(("model/config.json", "geometry.safetensors")) for name in same), same
     assert read_json(run / "phase4/results.json")["seeds"] == [1]
 
@@ -510,56 +436,6 @@ def test_settings_of_phases_that_have_not_begun_may_change(finished, tmp_path):
 # -- bad inputs
 
 
-@pytest.mark.parametrize("kind", ["altered", "truncated", "missing"])
-def test_a_broken_shard_is_named(finished, tmp_path, kind):
-    run = copy(finished, tmp_path / "run", phases=1)
-    shard = run / "activations/train-00001.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    if kind == "missing":
-        shard.unlink()
-    else:
-        shard.write_bytes(data if kind == "altered" else data[:-1])
-    before = contents(run)
-    refused(hsae("phase2", *SMOKE, "--out", run), "train-00001.safetensors")
-    assert contents(run) == before
-
-
-def test_truncated_tensors_are_named(finished, tmp_path):
-    run = copy(finished, tmp_path / "run", phases=3)
-    model = run / "phase3/teacher/model/model.safetensors"
-    model.write_bytes(model.read_bytes()[:-9])
-    line = "phase3/teacher/model/model.safetensors: not a complete safetensors file"
-    refused(hsae("phase4", *SMOKE, "--out", run), line)
-    assert not (run / "phase4").exists()
-
-    run = copy(finished, tmp_path / "again", phases=2)
-    teacher = run / "phase1/teacher.safetensors"
-    teacher.write_bytes(teacher.read_bytes()[:-9])
-    before = contents(run)
-    refused(hsae("phase3", *SMOKE, "--out", run), "phase1/teacher.safetensors", "not a complete safetensors file")
-    assert contents(run) == before
-
-    run = copy(finished, tmp_path / "finished")
-    teacher = run / "phase1/teacher.safetensors"
-    teacher.write_bytes(teacher.read_bytes()[:-9])
-    refused(hsae("phase3", *SMOKE, "--out", run), "phase1/teacher.safetensors: found '", "but phase 3")
-
-
-def test_a_batch_needs_as_many_rows(finished, tmp_path):
-    run = copy(finished, tmp_path / "run", phases=1)
-    command = ("phase2", *SMOKE, "--out", run)
-    rows = read_json(run / "activations/manifest.json")["rows"]["train"]
-    refused(
-        hsae(*command, "--set", "training.batch_size=100000"),
-        f"training.batch_size: found 100000, allowed: 1 to {rows} (the rows of train)",
-    )
-    assert not (run / "phase2").exists()
-    with pytest.MonkeyPatch.context() as patch:  # nothing holds the corrected command back
-        interrupt(patch, HSAETrainer, "train_step", 1, signal.SIGTERM)
-        assert hsae(*command).code == 130
-
-
 def test_phases_need_the_earlier_ones(finished, tmp_path):
     for phase in (2, 3, 4):
         answer = hsae(f"phase{phase}", "smoke", "--out", tmp_path / "new")
@@ -567,12 +443,6 @@ def test_phases_need_the_earlier_ones(finished, tmp_path):
     assert list(files(tmp_path / "new")) == ["config.yaml"]
     run = copy(finished, tmp_path / "run", phases=2)
     refused(hsae("phase4", *SMOKE, "--out", run), "phase3/teacher/model/model.safetensors: missing")
-
-
-def test_more_teacher_parents_than_the_model_has(tmp_path):
-    settings = ["--set", "hsae.n_parents=6", "--out", tmp_path / "run"]
-    refused(hsae("run", "smoke", *settings), "hsae.n_parents: found 6, allowed: at least the teacher's 8 parents")
-    assert list(files(tmp_path / "run")) == ["config.yaml"]  # found before the corpus is run
 
 
 def test_a_model_that_is_not_there(tmp_path):

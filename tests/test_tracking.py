@@ -60,9 +60,3 @@ def test_source_files_follow_the_bytes_of_corpus_and_ontology(tmp_path):
     text.write_text("two")
     assert set(before) == {"corpus.path"}
     assert source_files(config) != before
-
-
-def test_match_names_an_arm_trained_before(tmp_path):
-    arms = "arms=[{name: baseline}, {name: teacher, init: teacher}, {name: flat, kind: topk, match: {l0: teacher}}]"
-    with pytest.raises(ConfigError, match=r"arms\.flat\.match\.l0: found teacher, allowed: an arm with init random"):
-        load_config("smoke", [arms])

@@ -5,14 +5,14 @@
 """
 
 from .block import FOLDER_NAME, GROUPS, PACKAGE, Block, ConfigError, Whole, first_line
-from .evaluation import EvalConfig, LatentsConfig, SteeringConfig, TargetsConfig, TrackingConfig
+from .evaluation import LatentsConfig
 from .flat import FLAT_KINDS, BatchTopKConfig, FlatConfig, JumpReLUConfig, MatryoshkaConfig, TopKConfig
 from .hsae import HSAEConfig
 from .load import apply_override, dump_yaml, find_config, load_config, put
 from .places import local_paths, located
 from .run import ArmConfig, Config
-from .sources import ENDINGS, PACKAGED, ConceptsConfig, CorpusConfig, DataConfig, GeometryConfig, ModelConfig, RunConfig
-from .training import LossOverrides, PhaseStages, StageConfig, TeacherConfig, TrainingConfig
+from .sources import ENDINGS, PACKAGED, ConceptsConfig, CorpusConfig, RunConfig
+from .training import LossOverrides, StageConfig, TeacherConfig, TrainingConfig
 
 __all__ = [
     "ENDINGS",
@@ -28,24 +28,16 @@ __all__ = [
     "Config",
     "ConfigError",
     "CorpusConfig",
-    "DataConfig",
-    "EvalConfig",
     "FlatConfig",
-    "GeometryConfig",
     "HSAEConfig",
     "JumpReLUConfig",
     "LatentsConfig",
     "LossOverrides",
     "MatryoshkaConfig",
-    "ModelConfig",
-    "PhaseStages",
     "RunConfig",
     "StageConfig",
-    "SteeringConfig",
-    "TargetsConfig",
     "TeacherConfig",
     "TopKConfig",
-    "TrackingConfig",
     "TrainingConfig",
     "Whole",
     "apply_override",

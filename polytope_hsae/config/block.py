@@ -1,4 +1,4 @@
-"""What every block of a config shares: its base, bounds that fields have in common, and errors of one line."""
+"""The base of all config blocks, types that fields share, and errors of one line."""
 
 import warnings
 from pathlib import Path
@@ -34,8 +34,7 @@ class ConfigError(ValueError):
 class Block(BaseModel):
     """Base of all config blocks: unknown keys, NaN and infinities are refused; values never change.
 
-    Files of version 0.1 are read: a key that has another name since then with a warning, and a key that is gone where
-    it has its default.
+    Files of version 0.1 are read: a renamed key with a warning, a removed key only with its default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -49,7 +48,7 @@ class Block(BaseModel):
 
     @classmethod
     def modern(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Fields under their present names. Raises ValueError for one that is gone and has not its default."""
+        """Fields under their present names. Raises ValueError for a removed one that does not have its default."""
         for key in (key for key in cls.deleted if key in fields):
             require(key, fields[key], fields[key] == cls.deleted[key], f"{cls.deleted[key]}; {LAST_WITH}")
         for key in (key for key in cls.renamed if key in fields):

@@ -11,13 +11,13 @@ from .block import Block, Whole, require
 class FlatConfig(Block):
     """What every flat SAE has (docs/method.md section 1)."""
 
-    n_latents: Whole = Field(ge=1, description="P: latents.")
-    k: float = Field(gt=0, description="Active latents per row, on average.")
-    tied: bool = Field(False, description="One tensor encodes and decodes; false = equal at the start only.")
+    n_latents: Whole = Field(ge=1, description="P: number of latents.")
+    k: float = Field(gt=0, description="Active latents per row (L0), on average.")
+    tied: bool = Field(False, description="Tie encoder and decoder; false = equal at initialisation only.")
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
-    project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before a step.")
-    aux_weight: float = Field(0.0, ge=0, description="Weight of the error that dead latents rebuild.")
-    aux_k: Whole = Field(32, ge=1, description="Dead latents used per row, at most.")
+    project_gradient: bool = Field(False, description="Remove the gradient along decoder rows before each step.")
+    aux_weight: float = Field(0.0, ge=0, description="Weight of the auxiliary loss of dead latents; 0 = none.")
+    aux_k: Whole = Field(32, ge=1, description="Maximum dead latents per row in the auxiliary loss.")
 
     @property
     def total_l0(self) -> float:
@@ -40,7 +40,8 @@ class BatchTopKConfig(FlatConfig):
 
 class MatryoshkaConfig(BatchTopKConfig):
     fractions: tuple[float, ...] = Field(
-        (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), description="Prefixes that rebuild the row, as shares of the latents."
+        (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
+        description="Nested prefixes that rebuild the row, as shares of the latents.",
     )
 
     @model_validator(mode="after")
@@ -53,13 +54,13 @@ class MatryoshkaConfig(BatchTopKConfig):
 
 class JumpReLUConfig(FlatConfig):
     bandwidth: float = Field(
-        0.1, gt=0, description="Width of the rectangle around a threshold inside which it gets a gradient, units of x."
+        0.1, gt=0, description="Width of the window around a threshold in which it gets a gradient, in units of x."
     )
     l0_weight: float = Field(
-        3.0, ge=0, description="Weight of (L0/k - 1)^2, as a multiple of the error of an empty code."
+        3.0, ge=0, description="Weight of (L0/k - 1)^2, as a multiple of the error with no latent on."
     )
     initial_threshold: float | None = Field(
-        None, gt=0, description="Every latent's threshold at the start; null = where the bias sample's L0 is k."
+        None, gt=0, description="All thresholds at initialisation; null = such that L0 is k on a sample of train rows."
     )
 
 

@@ -1,153 +1,138 @@
-"""The hierarchical SAE's own options, part by part (docs/method.md sections 1, 2 and 6)."""
+"""The hierarchical SAE's own options (docs/method.md sections 1, 2 and 6)."""
 
 from itertools import pairwise
 from math import ceil
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .block import LAST_WITH, Block, Tie, Whole, require
 
 
-class RouterOptions(Block):
-    """Router: which parents a row meets, and with what codes."""
+class HSAEConfig(Block):
+    """Shape and losses of an H-SAE. Defaults: the form `recommended` of studies/win."""
 
-    n_parents: Whole = Field(1024, ge=1, description="P: parents (experts).")
-    gate: Literal["hard", "straight_through"] = Field("hard", description="Gradient of the choice.")
+    # Router
+    n_parents: Whole = Field(1024, ge=1, description="P: number of parents.")
+    gate: Literal["hard", "straight_through"] = Field(
+        "hard",
+        description="hard = no gradient through the choice of parents; straight_through = that of a softmax over the "
+        "logits, with Gumbel noise in training.",
+    )
     magnitude: Literal["relu", "binary", "leaky_offset"] = Field(
         "relu",
-        description="Size of a code: relu; binary = the gate alone; leaky_offset = the published JAX form's, the logit "
-        "from 1/sqrt(d) up, below that 0 for a parent and a hundredth of it for a child, with its L1 over all codes.",
+        description="Size of a code. relu; binary = 1 where on; leaky_offset = the published JAX code's: the logit "
+        "from 1/sqrt(d) up, below that 0 (parents) or 0.01 of it (children), and L1 over all codes.",
     )
     router_noise: Literal["relative", "absolute"] = Field(
-        "relative", description="Gumbel noise scaled by the row's logit deviation, or as it is."
+        "relative",
+        description="Gumbel noise of the straight-through gate. relative = times the standard deviation of the row's "
+        "logits; absolute = as drawn.",
     )
-    router_temp_start: float = Field(1.5, gt=0, description="Routing temperature at the first step.")
-    router_temp_end: float = Field(0.7, gt=0, description="Routing temperature that the last step approaches.")
-    use_tied_decoders_parent: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    router_temp_start: float = Field(1.5, gt=0, description="Straight-through temperature at the first step.")
+    router_temp_end: float = Field(0.7, gt=0, description="Straight-through temperature at the end.")
+    use_tied_decoders_parent: Tie = Field(
+        "init", description="E and D: tied (true), equal at initialisation (init), or not (false)."
+    )
 
-
-class ChildrenOptions(Block):
-    """Children: what they read and write."""
-
+    # Children
     n_children_per_parent: Whole = Field(7, ge=1, description="C: children per parent.")
     children: Literal["direct", "factored"] = Field(
-        "direct", description="A child reads and writes with rows of width d, or within a subspace of its parent."
+        "direct",
+        description="direct = a child's encoder and decoder rows have width d; factored = they lie in a subspace of "
+        "its parent.",
     )
-    subspace_dim: Whole = Field(16, ge=1, description="s: width of a parent's subspace, of factored children.")
+    subspace_dim: Whole = Field(16, ge=1, description="s: dimension of a parent's subspace; used by factored children.")
     child_input: Literal["input", "residual"] = Field(
-        "residual", description="What children read: the row, or what the parents leave of it."
+        "residual", description="What children encode. input = the row; residual = the row minus what parents rebuild."
     )
-    use_tied_decoders_child: Tie = Field(True, description="false, true (one tensor), init (equal at the start).")
-    tie_projectors: Tie = Field("init", description="false, true (one tensor), init (equal at the start).")
+    use_tied_decoders_child: Tie = Field(
+        True, description="F and G: tied (true), equal at initialisation (init), or not (false)."
+    )
+    tie_projectors: Tie = Field("init", description="Down and Up, likewise; for factored children.")
 
-
-class SparsityOptions(Block):
-    """Sparsity: how many codes a row has."""
-
-    topk_parent: Whole = Field(28, ge=1, description="k: active parents per row; a batch's mean where rows share them.")
+    # Sparsity
+    topk_parent: Whole = Field(28, ge=1, description="k: active parents per row; on average under batch and joint.")
     topk_child: Whole = Field(1, ge=1, description="k_c: active children per active parent.")
     topk_child_total: Whole | None = Field(
-        4,
-        ge=1,
-        description="K_c: children of a row under child_budget shared, on average under batch; null = k * k_c.",
+        4, ge=1, description="K_c: active children per row (child_budget batch: on average); null = k * k_c."
     )
     parent_budget: Literal["per_row", "batch", "joint"] = Field(
         "joint",
-        description="k parents for each row; B k for a batch of B rows; or B (k + K_c) for parents and children, which "
-        "share them so that the smallest code of both is the same.",
+        description="Active parents. per_row = k in each row; batch = B k in a batch of B rows; joint = B (k + K_c) "
+        "parents and children in a batch, chosen with one threshold for both.",
     )
     child_budget: Literal["per_parent", "shared", "batch"] = Field(
-        "batch", description="k_c children for each active parent, K_c for all of a row's, or B K_c for a batch."
+        "batch",
+        description="Active children. per_parent = k_c for each active parent; shared = K_c in each row; batch = B K_c "
+        "in a batch of B rows.",
     )
     budget_slots: float = Field(
-        2.0, ge=1, description="Codes that a row may have under a batch's budget, as a multiple of k, or of K_c."
+        2.0,
+        ge=1,
+        description="Maximum active parents (children) of one row under a batch budget, as a multiple of k (K_c).",
     )
 
-
-class BalanceOptions(Block):
-    """Balance: selection biases, which are added for the choice only, against firing rates."""
-
+    # Balance: selection biases, which are added for the choice of latents only, against uneven firing rates
     balance_rate: float = Field(
-        0.01, ge=0, description="Move of a selection bias per step, units of r; 0 = none, and no limits."
+        0.01, ge=0, description="Step size of the selection biases, in units of the logits; 0 = no cap and no floor."
     )
     rate_cap: float | None = Field(
         0.13,
         gt=0,
         le=1,
-        description="Largest firing rate: share of rows above which a parent's bias falls, from 0 down; null = none.",
+        description="Firing rate (share of rows) above which a parent's selection bias falls below 0; null = none.",
     )
     rate_cap_spread: float = Field(
         1.3,
         ge=1,
-        description="Times the mean firing rate that the largest one is at least, where rate_cap is below that. More "
-        "rebuilds more where the mean rate is high.",
+        description="The cap is at least this multiple of the mean firing rate. Raising it helps reconstruction.",
     )
     rate_floor: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="Smallest firing rate: share of the mean rate of parents (children) below which the bias of a "
-        "parent (a child) rises, from 0 up to the mean code, and after that the encoder's bias.",
+        description="Share of the mean firing rate of parents (children) below which a latent's selection bias rises, "
+        "from 0 up to the mean code; then its encoder bias does. 0 = none.",
     )
 
-
-class StartOptions(Block):
-    """Start: random parameters, and which of them there are."""
-
+    # Initialisation
     initial: Literal["unit", "he_uniform"] = Field(
-        "unit", description="Random start: unit rows and orthonormal subspaces, or He-uniform with D left unnormalised."
+        "unit",
+        description="unit = unit-norm rows and orthonormal subspaces; he_uniform = He-uniform, D not normalised.",
     )
-    use_encoder_bias: bool = Field(True, description="Learn b_E and b_F, started at 0.")
-    use_decoder_bias: bool = Field(True, description="Learn b_dec, started at the geometric median.")
+    use_encoder_bias: bool = Field(True, description="Learn b_E and b_F, which start at 0.")
+    use_decoder_bias: bool = Field(True, description="Learn b_dec, which starts at the geometric median of the rows.")
 
-
-class NormOptions(Block):
-    """Norms of decoder rows."""
-
+    # Norms of decoder rows
     normalize_decoder: bool = Field(True, description="Keep decoder rows and atoms at unit norm.")
-    normalize_child: Literal["atom", "decoder"] = Field("atom", description="What has unit norm: the atom or G's row.")
-    norm_metric: Literal["euclidean", "causal"] = Field("euclidean", description="Norm of the constraint.")
-    project_gradient: bool = Field(False, description="Remove the gradient along constrained rows before a step.")
+    normalize_child: Literal["atom", "decoder"] = Field(
+        "atom", description="What has unit norm: the atom (width d) or G's row."
+    )
+    norm_metric: Literal["euclidean", "causal"] = Field("euclidean", description="Metric of the unit norms.")
+    project_gradient: bool = Field(False, description="Remove the gradient along unit decoder rows before each step.")
 
-
-class LossOptions(Block):
-    """Losses."""
-
+    # Losses
     recon_reduction: Literal["sum", "mean"] = Field("sum", description="Squared error summed or averaged over d.")
-    top_level_beta: float = Field(0.1, ge=0, description="Weight of the parents-only reconstruction.")
+    top_level_beta: float = Field(0.1, ge=0, description="Weight of the reconstruction from parents alone.")
     parent_prefixes: tuple[float, ...] = Field(
         (),
-        description="The first parents that rebuild the row by themselves, as shares of P; each like top_level_beta.",
+        description="Rising shares of P. The first parents up to each also rebuild the row alone, with top_level_beta.",
     )
-    l1_parent: float = Field(0.0, ge=0, description="Weight of the parents' L1.")
-    l1_child: float = Field(0.0, ge=0, description="Weight of the children's L1.")
-    biorth_lambda: float = Field(0.0, ge=0, description="Weight of bi-orthogonality.")
+    l1_parent: float = Field(0.0, ge=0, description="Weight of the L1 of parents' codes.")
+    l1_child: float = Field(0.0, ge=0, description="Weight of the L1 of children's codes.")
+    biorth_lambda: float = Field(0.0, ge=0, description="Weight of the bi-orthogonality of encoder and decoder.")
     use_offdiag_biorth: Literal[False, True, "jax"] = Field(
         False,
-        description="false: |E D^T - I|^2; true: unit rows, off-diagonal entries only; jax: as in the published code.",
+        description="Form of bi-orthogonality. false = |E D^T - I|^2; true = off-diagonal entries of unit rows; jax = "
+        "as in the published code.",
     )
     gram_lambda: float = Field(0.0, ge=0, description="Weight of the overlap of decoder rows with each other.")
-    causal_ortho_lambda: float = Field(0.0, ge=0, description="Weight of parent-child causal orthogonality.")
-    causal_orth_form: Literal["atom", "literal"] = Field("atom", description="Atom itself, or atom minus parent.")
+    causal_ortho_lambda: float = Field(0.0, ge=0, description="Weight of causal orthogonality of children to parents.")
+    causal_orth_form: Literal["atom", "literal"] = Field(
+        "atom", description="What is orthogonal: the atom, or atom minus parent."
+    )
 
-
-PARTS = (RouterOptions, ChildrenOptions, SparsityOptions, BalanceOptions, StartOptions, NormOptions, LossOptions)
-
-
-def _name_parts(schema: dict[str, Any]) -> None:
-    """Write beside every field of a JSON schema which part it belongs to."""
-    for part in PARTS:
-        for name in part.model_fields:
-            schema["properties"][name]["part"] = (part.__doc__ or "").partition(":")[0].rstrip(".")
-
-
-class HSAEConfig(  # pydantic lists the fields of the last base first
-    LossOptions, NormOptions, StartOptions, BalanceOptions, SparsityOptions, ChildrenOptions, RouterOptions
-):
-    """Shape and losses of an H-SAE. Defaults: the form `recommended` of studies/win."""
-
-    model_config = ConfigDict(json_schema_extra=_name_parts)
     renamed: ClassVar[dict[str, str]] = {
         "router_balance_rate": "balance_rate",
         "router_load_max": "rate_cap",
@@ -241,36 +226,42 @@ class HSAEConfig(  # pydantic lists the fields of the last base first
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        k, C, P = self.topk_parent, self.n_children_per_parent, self.n_parents
-        require("topk_parent", k, k <= P, f"at most n_parents = {P}")
-        require("topk_child", self.topk_child, self.topk_child <= C, f"at most n_children_per_parent = {C}")
-        if self.topk_child_total is not None:
-            found, own = self.topk_child_total, self.child_budget != "per_parent"
-            require("topk_child_total", found, own, "null unless child_budget is shared or batch")
-            require("topk_child_total", found, found <= k * C, f"at most k * C = {k * C}")
-        prefixes = list(self.parent_prefixes)
-        rising = all(a < b for a, b in pairwise((0.0, *prefixes, 1.0)))
-        require("parent_prefixes", prefixes, rising, "rising shares above 0 and below 1")
-        tied = self.children == "factored" or self.tie_projectors is not True
-        require("tie_projectors", "true", tied, "false or init unless children is factored")
-        for field, others in (("parent_budget", "per_row"), ("child_budget", "per_parent or shared")):
-            found = getattr(self, field)
-            relu = found not in ("batch", "joint") or self.magnitude == "relu"
-            require(field, found, relu, f"{others} unless magnitude is relu")
-        hard = self.parent_budget == "per_row" or self.gate == "hard"
-        require("parent_budget", self.parent_budget, hard, "per_row unless gate is hard")
-        hard = self.magnitude != "leaky_offset" or self.gate == "hard"
-        require("gate", self.gate, hard, "hard under magnitude leaky_offset")
-        both = self.parent_budget != "joint" or self.child_budget == "batch"
-        require("parent_budget", "joint", both, "per_row or batch unless child_budget is batch")
-        for field, off in (("rate_cap", None), ("rate_floor", 0)):
-            found = getattr(self, field)
-            allowed = f"{'null' if off is None else off} unless balance_rate is above 0"
-            require(field, found, found == off or self.balance_rate > 0, allowed)
+        k, C, P, total = self.topk_parent, self.n_children_per_parent, self.n_parents, self.topk_child_total
+        relu, hard, balanced = self.magnitude == "relu", self.gate == "hard", self.balance_rate > 0
+        rising = all(a < b for a, b in pairwise((0.0, *self.parent_prefixes, 1.0)))
         limited = self.rate_cap is not None or self.rate_floor > 0
-        require(
-            "balance_rate", self.balance_rate, limited or self.balance_rate == 0, "0 without rate_cap or rate_floor"
-        )
         usual = self.rate_cap_spread == type(self).model_fields["rate_cap_spread"].default
-        require("rate_cap_spread", self.rate_cap_spread, usual or self.rate_cap is not None, "1.3 without rate_cap")
+        rules = (  # field, what has to hold, what is allowed where it does not
+            ("topk_parent", k <= P, f"at most n_parents = {P}"),
+            ("topk_child", self.topk_child <= C, f"at most n_children_per_parent = {C}"),
+            (
+                "topk_child_total",
+                total is None or self.child_budget != "per_parent",
+                "null unless child_budget is shared or batch",
+            ),
+            ("topk_child_total", total is None or total <= k * C, f"at most k * C = {k * C}"),
+            ("parent_prefixes", rising, "rising shares above 0 and below 1"),
+            (
+                "tie_projectors",
+                self.children == "factored" or self.tie_projectors is not True,
+                "false or init unless children is factored",
+            ),
+            ("parent_budget", self.parent_budget == "per_row" or relu, "per_row unless magnitude is relu"),
+            ("child_budget", self.child_budget != "batch" or relu, "per_parent or shared unless magnitude is relu"),
+            ("parent_budget", self.parent_budget == "per_row" or hard, "per_row unless gate is hard"),
+            ("gate", self.magnitude != "leaky_offset" or hard, "hard under magnitude leaky_offset"),
+            (
+                "parent_budget",
+                self.parent_budget != "joint" or self.child_budget == "batch",
+                "per_row or batch unless child_budget is batch",
+            ),
+            ("rate_cap", self.rate_cap is None or balanced, "null unless balance_rate is above 0"),
+            ("rate_floor", self.rate_floor == 0 or balanced, "0 unless balance_rate is above 0"),
+            ("balance_rate", limited or not balanced, "0 without rate_cap or rate_floor"),
+            ("rate_cap_spread", usual or self.rate_cap is not None, "1.3 without rate_cap"),
+        )
+        for field, holds, allowed in rules:
+            found = getattr(self, field)
+            shown = "true" if found is True else list(found) if isinstance(found, tuple) else found
+            require(field, shown, holds, allowed)
         return self

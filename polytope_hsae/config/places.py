@@ -1,7 +1,4 @@
-"""The fields of a config that may name a file or folder: which of them do, and where that lies.
-
-A relative path means the working directory of the command that reads the config, in a file as after --set.
-"""
+"""Paths in a config. A relative path is relative to the working directory, in a file as after --set."""
 
 import os
 from pathlib import Path
@@ -21,7 +18,7 @@ FIELDS: dict[str, str | None] = {  # that may name a file or folder, and the val
 
 
 def local_paths(config: Config) -> dict[str, str]:
-    """The paths that a config names, by field; names of the hub and of what is packaged are none."""
+    """The local paths that a config names, by field; not names on the hub or of packaged data."""
     found = {}
     for field, name in FIELDS.items():
         value = _value(config, field)
@@ -32,7 +29,7 @@ def local_paths(config: Config) -> dict[str, str]:
 
 
 def located(config: Config) -> Config:
-    """The config with absolute paths and the kind of a corpus at a path, so that it says the same in any folder."""
+    """The config with absolute paths and an explicit kind of corpus, so that it means the same in any folder."""
     if config.corpus.path is not None:
         config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"source": config.corpus.kind})})
     for field, path in local_paths(config).items():
@@ -49,5 +46,5 @@ def _value(config: Config, field: str) -> str | None:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether model.name is a folder, or can be nothing else; a folder comes before a hub id of the same name."""
+    """Whether model.name is a folder; a folder wins over a hub id of the same name."""
     return name.startswith(("/", ".", "~")) or Path(name).is_dir()

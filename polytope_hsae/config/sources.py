@@ -18,21 +18,21 @@ PACKAGED = "packaged"
 
 
 class RunConfig(Block):
-    name: str = Field("run", description="Folder name of the run below runs/.", pattern=FOLDER_NAME)
-    seed: Whole = Field(0, ge=0, description="Seed of everything random in the run.")
+    name: str = Field("run", description="Name of the run; its folder is runs/NAME.", pattern=FOLDER_NAME)
+    seed: Whole = Field(0, ge=0, description="Seed of the whole run.")
     device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda or cuda:N.")
-    threads: int = Field(2, ge=1, le=1024, description="CPU threads; part of what makes a CPU run repeatable.")
+    threads: int = Field(2, ge=1, le=1024, description="CPU threads. Another number rounds differently.")
     deterministic: bool = Field(True, description="Ask PyTorch for deterministic algorithms.")
 
 
 class ModelConfig(Block):
-    name: str = Field("textbook-lm-9m", description="Hub id, folder, or the packaged textbook-lm-9m.")
-    revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision the language model runs in.")
+    name: str = Field("textbook-lm-9m", description="Hugging Face id, folder, or the packaged textbook-lm-9m.")
+    revision: str | None = Field(None, description="Hub revision: commit, tag or branch; null = the default branch.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the language model.")
     hook: str = Field(
         "final_residual_pre_unembed",
-        description="final_residual_pre_unembed (after the final norm), layers.N (N-th block, negative from the end), "
-        "or any module name, e.g. model.layers.2.",
+        description="Where activations are read: final_residual_pre_unembed (after the final norm), layers.N (block N; "
+        "-1 = last), or a module, e.g. model.layers.2.",
     )
 
     @property
@@ -42,33 +42,30 @@ class ModelConfig(Block):
 
 
 class CorpusConfig(Block):
-    source: Source | None = Field(None, description="Kind of corpus; null = by the ending of path.")
-    path: str | None = Field(
-        None, description="File, folder, pattern of files, or hub dataset; null = the packaged sampled tokens."
-    )
+    source: Source | None = Field(None, description="Kind of corpus; null = by the file ending of path.")
+    path: str | None = Field(None, description="File, folder, glob or hub dataset; null = the packaged tokens.")
     documents: Literal["packed", "blank", "line", "file"] = Field(
         "packed",
-        description="A document of a text file: paragraphs packed up to one context, a block between blank lines, "
-        "a line, or the file.",
+        description="What is one document in a text file: paragraphs packed up to one context, a block between blank "
+        "lines, a line, or the file.",
     )
-    text_field: str = Field("text", min_length=1, description="The field of the text in JSONL, Parquet and the hub.")
+    text_field: str = Field("text", min_length=1, description="Field that holds the text (JSONL, Parquet, hub).")
     document_start: str = Field(
-        "auto", description="Token that starts a document: auto (docs/method.md section 3), none, bos, eos or its text."
+        "auto",
+        description="Token before each document: auto (docs/method.md section 3), none, bos, eos, or a token's text.",
     )
     split: tuple[Fraction, Fraction, Fraction] = Field(
         (0.80, 0.05, 0.15), description="Shares of documents for train, val and test; unused with heldout_path."
     )
     heldout_path: str | None = Field(
-        None, description="Files of the same kind: half of the documents are val, half test; null = path is split."
+        None, description="Held-out files of the same kind, half val, half test; null = split path."
     )
-    max_tokens: Whole = Field(600_000, ge=256, description="Tokens read at most.")
-    heldout_tokens: Whole = Field(600_000, ge=256, description="Tokens of heldout_path read at most.")
+    max_tokens: Whole = Field(600_000, ge=256, description="Maximum tokens to read.")
+    heldout_tokens: Whole = Field(600_000, ge=256, description="Maximum tokens to read of heldout_path.")
     heldout_document_tokens: Whole | None = Field(
-        None,
-        ge=3,
-        description="Tokens used of each val and test document at most, so that no book outweighs the rest.",
+        None, ge=3, description="Maximum tokens of each val and test document, so that no book dominates; null = all."
     )
-    context_length: Whole = Field(256, ge=8, description="Tokens of one context at most.")
+    context_length: Whole = Field(256, ge=8, description="Maximum tokens per context.")
 
     @property
     def kind(self) -> Source:
@@ -91,37 +88,38 @@ class CorpusConfig(Block):
 
 
 class ConceptsConfig(Block):
-    ontology: str = Field("wordnet", description="wordnet, or a YAML/JSON tree {parent: {child: [words]}}.")
+    ontology: str = Field("wordnet", description="wordnet, or a YAML or JSON file {parent: {child: [words]}}.")
     parts_of_speech: list[Literal["noun", "verb"]] = Field(
         ["noun"],
         min_length=1,
-        description="Words of WordNet that are taken; one that is both goes to the first. How a file's words inflect.",
+        description="WordNet's words to use; a word that is both counts as the first. Also how a file's words inflect.",
     )
     wordnet: Literal["embedded", "nltk", "auto"] = Field(
-        "embedded", description="WordNet 3.0 in the package, nltk's (extra wordnet), or nltk's where it is there."
+        "embedded", description="Packaged WordNet 3.0, nltk's (extra wordnet), or nltk's if installed (auto)."
     )
-    nltk_data: str | None = Field(None, description="nltk's data folder; null = where nltk looks itself.")
+    nltk_data: str | None = Field(None, description="nltk's data folder; null = nltk's search path.")
     prompts: str | None = Field(
         None,
-        description="Sentences for parents with fewer than min_test_rows natural contexts: packaged, or a YAML/JSON "
-        "file {noun: [sentences with {word}]}; null = none.",
+        description="Template sentences for parents with fewer than min_test_rows natural contexts: packaged, or a "
+        "YAML or JSON file {noun: [sentences with {word}]}; null = none.",
     )
     exclude: str | list[str] = Field(
         PACKAGED,
-        description="Words and WordNet's synsets (with all below them) that are left out: a list, a file with one a "
-        "line, or packaged (slurs and demeaning words); [] = none.",
+        description="Words and WordNet synsets (with their hyponyms) to leave out: a list, a file with one per line, "
+        "or packaged (slurs and demeaning words); [] = none.",
     )
-    max_parents: Whole = Field(80, ge=2, description="Parents kept at most.")
-    max_children_per_parent: Whole = Field(32, ge=2, description="Children kept per parent at most.")
+    max_parents: Whole = Field(80, ge=2, description="Maximum number of parents.")
+    max_children_per_parent: Whole = Field(32, ge=2, description="Maximum children per parent.")
     min_children: Whole = Field(3, ge=2, description="Parents with fewer children are dropped.")
     min_words_per_child: Whole = Field(3, ge=3, description="Children with fewer words are dropped.")
-    min_test_rows: Whole = Field(20, ge=1, description="Concept metrics cover parents with this many test rows.")
+    min_test_rows: Whole = Field(20, ge=1, description="Concept metrics need this many held-out rows per parent.")
     label: Literal["belief", "next_token", "current_token"] = Field(
-        "belief", description="Which concept a row carries: what the model believes comes next, what comes, what is."
+        "belief",
+        description="What labels a row: the next token as predicted, the actual next token, or the current token.",
     )
-    belief_threshold: float = Field(0.3, gt=0, lt=1, description="Probability mass from which a belief is a label.")
+    belief_threshold: float = Field(0.3, gt=0, lt=1, description="Minimum probability of a concept for a belief label.")
     split: tuple[Fraction, Fraction, Fraction] = Field(
-        (0.70, 0.15, 0.15), description="Shares of words for train, val and test."
+        (0.70, 0.15, 0.15), description="Shares of each child's words for train, val and test."
     )
 
     @model_validator(mode="after")
@@ -136,27 +134,27 @@ class ConceptsConfig(Block):
 
 
 class DataConfig(Block):
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Stored activations.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of stored activations.")
     shard_rows: Whole = Field(65_536, ge=256, description="Rows per shard file.")
     batch_tokens: Whole = Field(8_192, ge=64, description="Tokens per forward pass of the language model.")
     max_norm_multiple: float | None = Field(
         10.0,
         gt=1,
-        description="Rows whose norm is above this multiple of the train rows' median are left out of training and of "
-        "pooled metrics, and counted; null = none is left out.",
+        description="Rows with a norm above this multiple of the median train norm are left out of training and pooled "
+        "metrics; null = keep all.",
     )
     normalize: Literal["rms", "unit_row", "none"] = Field(
-        "rms", description="rms: (h - mean)/scale so that E|x|^2 = d; unit_row: h/|h|; none."
+        "rms", description="rms = (h - mean)/scale with E|x|^2 = d; unit_row = h/|h|; none."
     )
     bias_rows: Whole | None = Field(
-        4096, ge=1, description="Train rows whose geometric median starts b_dec; null = all of them, read as a stream."
+        4096, ge=1, description="Train rows for the geometric median at which b_dec starts; null = all."
     )
 
 
 class GeometryConfig(Block):
     metric: Literal["causal", "identity", "diagonal", "random"] = Field(
-        "causal", description="Metric of the unembedding's rows; causal = their covariance, the rest to compare with."
+        "causal", description="Metric of the unembedding's rows. causal = by their covariance; the others are controls."
     )
-    shrinkage: float = Field(0.05, ge=0, lt=1, description="Relative shrinkage of the covariance to its mean.")
-    estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector from its tokens.")
-    permutations: Whole = Field(1000, ge=100, description="Draws of every permutation null.")
+    shrinkage: float = Field(0.05, ge=0, lt=1, description="Shrinkage of the covariance to a multiple of I.")
+    estimator: Literal["mean", "lda"] = Field("mean", description="Concept vector: mean of its tokens, or LDA.")
+    permutations: Whole = Field(1000, ge=100, description="Permutations per test.")

@@ -9,37 +9,40 @@ from .hsae import HSAEConfig
 
 
 class TeacherConfig(Block):
-    init: Literal["dual", "literal"] = Field("literal", description="Read and write directions apart, or one for both.")
-    energy: float = Field(0.85, gt=0, le=1, description="Share of the deltas' squared singular values a basis keeps.")
-    anchor: Literal["none", "frozen", "pull", "slow"] = Field(
-        "none", description="What holds the teacher's rows of E and D, in every stage; b_E is held by threshold alone."
+    init: Literal["dual", "literal"] = Field(
+        "literal", description="Separate read and write directions, or one for both."
     )
-    anchor_weight: float = Field(100.0, ge=0, description="Weight of the pull penalty, 1 - cos to the teacher.")
-    anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Share of each update that slow rows take.")
+    energy: float = Field(0.85, gt=0, le=1, description="Share of the children's variance that a subspace keeps.")
+    anchor: Literal["none", "frozen", "pull", "slow"] = Field(
+        "none",
+        description="How E and D stay near the teacher: not, frozen, by a penalty (pull), by small updates (slow).",
+    )
+    anchor_weight: float = Field(100.0, ge=0, description="Weight of anchor pull's penalty, 1 - cos to the teacher.")
+    anchor_lr_mult: float = Field(0.05, ge=0, le=1, description="Fraction of each update that anchor slow applies.")
     means: Literal["rows", "balanced"] = Field(
         "rows",
-        description="Concept means over rows, seen from the mean of all rows; balanced: every train token counts "
-        "alike, and a parent is seen from the mean of all parents.",
+        description="rows = concept means over rows, minus the mean of all rows; balanced = every train token counts "
+        "alike, minus the mean of all parents.",
     )
     threshold: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Where the teacher's parents begin to be on, from the mean logit of the other concepts' train "
-        "tokens (0) to that of their own (1): sets and holds their b_E; null = b_E starts at 0 and is free.",
+        description="Sets and freezes b_E of the teacher's parents: they turn on this far from the mean logit of other "
+        "concepts' train tokens (0) to that of their own (1); null = b_E is learned from 0.",
     )
     metric: Literal["causal", "identity", "diagonal", "random"] | None = Field(
         None,
-        description="Metric that this teacher is estimated in (identity: Euclidean); at an inner hook causal is the "
-        "inverse of the within-class covariance, and diagonal and random are made of that; null = phase 1's teacher.",
+        description="Metric of the teacher (identity = Euclidean); null = phase 1's teacher. At an inner hook causal "
+        "is the inverse within-class covariance; diagonal and random derive from it.",
     )
     rotate_deg: float = Field(
-        0.0, ge=0, le=180, description="Rotation of the whole teacher, degrees: angles within it stay; width even."
+        0.0, ge=0, le=180, description="Ablation: rotate the whole teacher, degrees. Needs an even width."
     )
     noise_deg: float = Field(
-        0.0, ge=0, le=180, description="Rotation of every teacher vector in a random direction of its own, degrees."
+        0.0, ge=0, le=180, description="Ablation: rotate every teacher vector in its own random direction, degrees."
     )
-    seed_parent: bool = Field(True, description="Initialise router rows from the teacher.")
+    seed_parent: bool = Field(True, description="Initialise parents from the teacher.")
     seed_child: bool = Field(True, description="Initialise children from the teacher's differences.")
     seed_projectors: bool = Field(True, description="Initialise projectors from the teacher's subspaces.")
 
@@ -53,9 +56,7 @@ class LossOverrides(Block):
     gram_lambda: float | None = Field(None, ge=0, description="See hsae.gram_lambda.")
     causal_ortho_lambda: float | None = Field(None, ge=0, description="See hsae.causal_ortho_lambda.")
     top_level_beta: float | None = Field(None, ge=0, description="See hsae.top_level_beta.")
-    aux_weight: float | None = Field(
-        None, ge=0, description="Flat arms: weight of the error that dead latents rebuild."
-    )
+    aux_weight: float | None = Field(None, ge=0, description="Flat arms: see FlatConfig.aux_weight.")
 
     def apply(self, hsae: HSAEConfig) -> HSAEConfig:
         """The model's config with this stage's weights."""
@@ -65,12 +66,12 @@ class LossOverrides(Block):
 class StageConfig(Block):
     name: str = Field(description="Name of the stage in logs.")
     steps: Whole = Field(ge=1, description="Optimiser steps.")
-    freeze: list[TensorName] = Field([], description="Tensors that do not change in this stage.")
+    freeze: list[TensorName] = Field([], description="Tensors that this stage does not train.")
     loss: LossOverrides = Field(default_factory=LossOverrides, description="Loss weights of this stage.")
     lr_mult: dict[TensorName | TensorGroup, Annotated[float, Field(ge=0)]] = Field(
         {},
-        description="Rate multipliers by tensor or group (router: E, b_E; decoders: D, G; projectors: Down, Up; "
-        "children: F, b_F); a tensor's own entry goes before its group's.",
+        description="Learning rate multipliers by tensor, or by group (router: E, b_E; decoders: D, G; projectors: "
+        "Down, Up; children: F, b_F). A tensor's own entry wins.",
     )
 
 
@@ -88,33 +89,33 @@ class TrainingConfig(Block):
     accumulate: Whole = Field(1, ge=1, description="Micro-batches per optimiser step.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
-    lr_start: float | None = Field(None, ge=0, description="Rate of step 0 of the warm-up; null = lr / warmup_steps.")
-    lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Cosine ends at this share of lr.")
-    schedule_steps: Whole | None = Field(None, ge=1, description="Step at which the cosine ends; null = the last one.")
+    lr_start: float | None = Field(None, ge=0, description="Learning rate of step 0; null = lr / warmup_steps.")
+    lr_end_fraction: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a share of lr.")
+    schedule_steps: Whole | None = Field(None, ge=1, description="Step at which the cosine ends; null = the last step.")
     warmup_steps: Whole = Field(50, ge=0, description="Linear warm-up of the learning rate, steps.")
     penalty_warmup_steps: Whole = Field(
         100,
         ge=0,
-        description="Linear warm-up of L1, biorth_lambda and gram_lambda, steps; causal_ortho_lambda has none.",
+        description="Linear warm-up of L1, biorth_lambda and gram_lambda (not causal_ortho_lambda), steps.",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    grad_clip: float | None = Field(1.0, gt=0, description="Global gradient norm at most; null = no clipping.")
+    grad_clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null = no clipping.")
     precision: Literal["bf16", "tf32", "float32"] | None = Field(
-        None, description="Matrix products on a GPU; null = bf16. Weights, sums and a CPU are always float32."
+        None, description="Precision of matrix products on a GPU; null = bf16. Weights, sums and the CPU use float32."
     )
     cuda_graph: bool = Field(
         False,
-        description="On a GPU, replay a step's work as one CUDA graph: pays where a step takes a few ms. Kinds whose "
-        "step waits for the GPU (batchtopk, matryoshka, jumprelu) train without.",
+        description="Replay each training step as one CUDA graph: faster where a step takes a few ms. No effect on a "
+        "CPU, batchtopk, matryoshka and jumprelu.",
     )
-    dead_after: Whole = Field(100_000, ge=1, description="Tokens without selection after which a parent is dead.")
+    dead_after: Whole = Field(100_000, ge=1, description="Tokens without firing after which a parent is dead.")
     dead_after_routed: Whole = Field(
-        2_000, ge=1, description="Routed tokens without firing after which a child is dead."
+        2_000, ge=1, description="Tokens of its parent without firing after which a child is dead."
     )
     log_every: Whole = Field(10, ge=1, description="Steps between metric lines.")
     checkpoint_every: Whole = Field(200, ge=1, description="Steps between checkpoints.")
     val_every: Whole = Field(200, ge=1, description="Steps between validation passes.")
-    val_rows: Whole = Field(16_384, ge=1, description="Validation rows at most.")
+    val_rows: Whole = Field(16_384, ge=1, description="Maximum rows of a validation pass.")
     baseline: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms with random initialisation.")
     teacher: PhaseStages = Field(default_factory=PhaseStages, description="Stages of arms initialised by a teacher.")
-    allow_unequal_budget: bool = Field(False, description="Allow arms with different numbers of steps.")
+    allow_unequal_budget: bool = Field(False, description="Allow arms that train for different numbers of steps.")

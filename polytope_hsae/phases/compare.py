@@ -17,8 +17,8 @@ def compare_models(run: Run, folders: list[Path], split: str | None = None) -> d
     """Measure saved models as phase 4 measures a run's arms; nothing is written.
 
     `split` is val or test, by default the config's. Returns {"run": {model, hook, label, split, seed}, "models": {name:
-    {path, architecture, parameters, metrics: {METRIC: {value, ci95, chance, n}}}}}; a name is the end of the model's
-    path, as short as tells the models apart.
+    {path, architecture, parameters, metrics: {METRIC: {value, ci95, chance, n}}}}}; a name is the
+    shortest end of the model's path that no other model has.
 
     Raises ValueError (one line) for a folder without a model, one given twice, a model of another width than the
     activations, and another split; ConfigError when the run's phase 1 is not finished.
@@ -58,7 +58,7 @@ def format_comparison(result: dict[str, Any]) -> Table:
 
 
 def _display_names(folders: list[Path]) -> list[str]:
-    """The last parts of every path, as many as it takes for all names to differ."""
+    """The shortest ends of the paths that all differ."""
     if not folders:
         raise ValueError("models: found none, allowed: one folder or more")
     for place, folder in enumerate(folders):

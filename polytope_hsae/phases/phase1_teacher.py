@@ -27,20 +27,15 @@ from ..teacher import Teacher, concept_words, extract_activation_teacher, extrac
 from .preflight import check_model, check_text
 from .run import Run
 
+OUTPUTS = (
+    "concepts.json", "checks.json", "norms.json", "geometry.safetensors", "teacher.safetensors", "evidence.json",
+)  # fmt: skip
+
 
 def run_phase1(run: Run) -> None:
     """Make phase1/ and activations/, unless they are there already."""
-    folder = run.phase(1)
-    names = (
-        "concepts.json",
-        "checks.json",
-        "norms.json",
-        "geometry.safetensors",
-        "teacher.safetensors",
-        "evidence.json",
-    )
-    outputs = [run.activations / "manifest.json", *(folder / name for name in names)]
-    inputs = run.sources
+    folder, inputs = run.phase(1), run.sources
+    outputs = [run.activations / "manifest.json", *(folder / name for name in OUTPUTS)]
     if run.provenance.is_done(1, run.config, inputs, outputs, run.force):
         run.say("phase 1: done before")
         return
@@ -56,7 +51,9 @@ def run_phase1(run: Run) -> None:
     check_text(run, width, concepts, documents, members, templates)
     if checks["warnings"]:
         run.say(f"phase 1: {len(checks['warnings'])} warnings on the concepts in checks.json; hsae concepts shows them")
-    make_activations(run, concepts, documents)  # before anything is written: the model may refuse the corpus
+    held_out = members if run.config.corpus.heldout_path is not None else None
+    # before anything is written: the model may refuse the corpus
+    make_activations(run, concepts, documents, run.activations, held_out)
     if templates is not None:
         harvest_templates(run, concepts, templates)
     write_json(folder / "concepts.json", concepts.to_json())
@@ -78,7 +75,7 @@ def run_phase1(run: Run) -> None:
 
 
 def say_what_stands_in(run: Run) -> None:
-    """Which label stands in for the one that was asked for, and how many rows of U stand for no token."""
+    """Say which label replaces the one asked for, and how many rows of the unembedding no token names."""
     asked, lm = run.config.concepts.label, run.lm
     if run.label != asked:
         run.say(f"phase 1: labels are {run.label}, not {asked}: {lm.name} does not predict the next token")
@@ -137,15 +134,9 @@ def make_checks(
     return checks, templates
 
 
-def make_activations(run: Run, concepts: Concepts, documents: Documents) -> ActivationStore:
-    """Run the language model over the corpus; continues a harvest that was interrupted."""
-    members = run.documents[1] if run.config.corpus.heldout_path is not None else None
-    return _harvest(run, concepts, documents, run.activations, members)
-
-
 def harvest_templates(run: Run, concepts: Concepts, templates: TemplateDocuments) -> None:
-    """The same for documents from templates, into a store of their own."""
-    _harvest(run, concepts, templates.documents, run.templates, templates.members)
+    """Run the language model over documents from templates, into a store of their own."""
+    make_activations(run, concepts, templates.documents, run.templates, templates.members)
     parents = len(set(templates.parent_D))
     run.say(
         f"phase 1: {templates.documents.n_documents:,} sentences from templates for {parents} parents, kept apart in "
@@ -153,15 +144,19 @@ def harvest_templates(run: Run, concepts: Concepts, templates: TemplateDocuments
     )
 
 
-def _harvest(
+def make_activations(
     run: Run, concepts: Concepts, documents: Documents, folder: Path, members: dict[str, Tensor] | None
-) -> ActivationStore:
+) -> None:
+    """Run the language model over documents, into a store in `folder`; continues a harvest that was interrupted.
+
+    members: the documents of each split; None = by corpus.split.
+    """
     config = run.config
     if run.force and (folder / "manifest.json").exists():
         for path in folder.iterdir():
             path.unlink()
     with run.progress("harvest", "rows") as ticker:
-        return harvest(
+        harvest(
             run.lm,
             documents,
             concepts,

@@ -1,4 +1,4 @@
-"""Phase 4: measure every arm on held-out documents and words, say what its latents say, and judge the targets."""
+"""Phase 4: measure every arm on held-out documents and words, describe its latents, and judge the targets."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import ArmConfig
 from ..evaluation.agreement import teacher_agreement
-from ..evaluation.bootstrap import Evaluation, Metric, Units, paired
+from ..evaluation.bootstrap import Evaluation, Metric, paired
 from ..evaluation.interventions import evaluate_interventions
 from ..evaluation.latents import Names, describe_latents
 from ..evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets
@@ -65,13 +65,11 @@ def run_phase4(run: Run) -> None:
 
 def steering_file(run: Run, measured: Mapping[str, Measured]) -> dict[str, Any]:
     """The object of steering.json."""
-    steering = {name: found.steering for name, found in measured.items()}
-    return {
-        "target_nats": run.config.eval.steering.target_nats,
-        "arms": {name: found.records for name, found in steering.items()},
-        "children": {name: found.children for name, found in steering.items()},
-        "grid": {name: found.grid for name, found in steering.items()},
+    parts = {"arms": "records", "children": "children", "grid": "grid"}
+    found = {
+        part: {name: getattr(arm.steering, field) for name, arm in measured.items()} for part, field in parts.items()
     }
+    return {"target_nats": run.config.eval.steering.target_nats, **found}
 
 
 def interventions(run: Run) -> dict[str, Any]:
@@ -136,10 +134,7 @@ def latents(
 def names_of(
     run: Run, arm: ArmConfig, sae: SparseAutoencoder, measured: Measured, teacher_parents: Sequence[int]
 ) -> Names:
-    """Concepts of an arm's latents: mapped ones first; then the slots that the real teacher filled.
-
-    The controls of the teacher fill slots too, but not with what the concepts' names say.
-    """
+    """Concepts of an arm's latents: mapped ones, then those that the real teacher (not a control) initialised."""
     latent_P = measured.concepts.latent_P.tolist()
     of_concept = {record["parent"]: record for record in measured.concepts.to_json()}
     parents = {
@@ -161,10 +156,9 @@ def _named(concept: int, mapped: bool, record: Mapping[str, Any]) -> dict[str, A
 
 
 def differences(arms: Mapping[str, Evaluation], resamples: int, seed: int) -> dict[str, Any]:
-    """Two comparisons, metric by metric, each on the same resamples of documents or concepts.
+    """Paired differences of every metric, on the same resamples of documents or concepts.
 
-    `differences`: each arm minus the first one. `against_teacher`: the arm named teacher minus each other arm, so that
-    a positive number is what the teacher has more; empty without that arm.
+    `differences`: each arm minus the first. `against_teacher`: the arm named teacher minus each other arm, or empty.
     """
 
     def minus(arm: str, other: str) -> dict[str, Any]:
@@ -185,24 +179,14 @@ def differences(arms: Mapping[str, Evaluation], resamples: int, seed: int) -> di
 def results(run: Run, arms: Mapping[str, Evaluation], few: str) -> dict[str, Any]:
     """The object of results.json; it holds no times, paths or host names. few: why there are not more concepts."""
     config = run.config
-    limits = config.eval.targets
-    thresholds = Thresholds(
-        limits.angle_deg,
-        limits.purity_gain_pp,
-        limits.leakage_reduction,
-        limits.steering_leakage_reduction,
-        limits.reconstruction_parity,
-    )
+    limits = config.eval.targets.model_dump()
     evidence = read_json(run.phase(1) / "evidence.json", Evidence)
     angles = evidence["main"]["angles"]
     angle = Metric(angles["median_angle_deg"], tuple(angles["median_ci95"]), 90.0, run.concepts.n_parents)
-    empty: dict[str, Units] = {}
-    units = {name: arms[name].units if name in arms else empty for name in ("baseline", "teacher")}
     targets = assess_targets(
         angle,
-        units["baseline"],
-        units["teacher"],
-        thresholds=thresholds,
+        *(arms[name].units if name in arms else {} for name in ("baseline", "teacher")),
+        thresholds=Thresholds(limits.pop("angle_deg"), **limits),
         few=few,
         bootstrap=config.eval.bootstrap,
         seed=config.run.seed,
@@ -235,5 +219,7 @@ def print_results(run: Run) -> None:
     run.console.print(format_targets(found["targets"]))
     angles = found["targets"][0].get("controls", {})
     controls = " and ".join(f"{angle:.1f} with {name}" for name, angle in angles.items() if angle is not None)
-    run.say(f"The angle proves nothing alone: it is {controls.replace('_', ' ')}. phase1/evidence.json has what does.")
+    run.say(
+        f"The angle alone proves nothing: it is {controls.replace('_', ' ')}. See phase1/evidence.json for evidence."
+    )
     run.say(f"everything is in {run.folder}")

@@ -1,7 +1,7 @@
-"""Do a config, a language model and a text go together? What does not is said in one line, before the work.
+"""Whether a config, a language model and a text go together: one line for what does not, before any work.
 
-`check_model` needs no text and comes first in phase 1; `check_text` comes before the harvest. Phases 2 to 4, run alone,
-ask again what concerns them: `check_arms`, `check_rows`, `check_contexts`, `check_layers`.
+Phase 1 calls `check_model` first and `check_text` before the harvest. Phases 2 to 4 repeat the checks that concern
+them: `check_arms`, `check_rows`, `check_contexts`, `check_layers`.
 """
 
 import os

@@ -5,10 +5,9 @@ import time
 from ..report.build import write_report
 from ..units import duration, size
 from .phase1_teacher import run_phase1
-from .phase2_baseline import run_phase2
-from .phase3_teacher_init import run_phase3
 from .phase4_evaluate import run_phase4
 from .run import Run
+from .training_phases import run_phase2, run_phase3
 
 PHASES = {1: run_phase1, 2: run_phase2, 3: run_phase3, 4: run_phase4}
 

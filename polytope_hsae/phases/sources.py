@@ -1,4 +1,4 @@
-"""What a config names outside the run folder, by its content: two paths to the same bytes are the same input."""
+"""Hashes of the files that a config names: two paths to the same bytes are the same input."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ..lm_loading import folder_sha256
 
 
 def source_files(config: Config) -> dict[str, str]:
-    """sha256 by field of the files that are there: corpus, ontology, templates; the model's folder; nltk's WordNet."""
+    """sha256 by config field of the corpus, ontology, templates, model folder and WordNet of nltk that exist."""
     found: dict[str, str | None] = {}
     for field, path in local_paths(config).items():
         if field == "model.name" and Path(path).is_dir():

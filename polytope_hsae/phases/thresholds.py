@@ -1,4 +1,4 @@
-"""Where a teacher's parents begin to be on, read off train rows (docs/method.md section 4).
+"""Set the encoder biases of a teacher's parents from train rows (docs/method.md section 4).
 
 Shapes: N labelled rows, T distinct tokens of them, P concepts, Q of them in the teacher: the model's first parents.
 """
@@ -23,7 +23,7 @@ def set_thresholds(
     """Set b_E of the first parents, `names` by concept: r = 0 at `share` of the way from the mean logit of the other
     concepts to that of their own. A concept without train rows keeps its b_E.
 
-    concepts: whose train words label the rows; those of a permuted teacher are its own.
+    concepts: their train words label the rows; a permuted teacher has its own.
     """
     assert model.b_E is not None
     mean_PQ = mean_logits(run, concepts, len(names), model, store)
