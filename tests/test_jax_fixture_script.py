@@ -33,7 +33,7 @@ def scripts(monkeypatch):
     """The scripts can be imported; the test is skipped where JAX is not installed."""
     for name in ("jax", "equinox", "optax"):
         pytest.importorskip(name)
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), str(ROOT / "benchmarks"), *sys.path])
 
 
 def under(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -180,8 +180,7 @@ def test_ties_go_to_the_lowest_index(stored):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_live_jax_agrees_with_loops_after_training(scripts, stored, configs, variant):
     import jax.numpy as jnp
-
-    from polytope_hsae.bench import jax_hsae
+    import jax_hsae
 
     config = jax_hsae.Config(**configs[variant] | {"gradient_steps": (0, 13)})
     leaves, h = under(stored, f"{variant}/float64/end/"), stored[f"{variant}/inputs"][3][:16]
@@ -198,7 +197,7 @@ def test_live_jax_agrees_with_loops_after_training(scripts, stored, configs, var
 
 
 def test_live_training_repeats_the_fixture(scripts, stored):
-    from polytope_hsae.bench import jax_hsae
+    import jax_hsae
 
     with jax_hsae.precision("float32"):
         config = jax_hsae.Config(steps=3)
@@ -223,9 +222,8 @@ def test_check_reports_differences(scripts, stored):
 @pytest.mark.parametrize("layout, place", [("single", "."), ("manager", "60799/default"), ("zarr", ".")])
 def test_orbax_layouts_restore_to_one_tree(scripts, tmp_path, layout, place):
     ocp = pytest.importorskip("orbax.checkpoint")
+    import jax_hsae
     from make_orbax_checkpoint import save
-
-    from polytope_hsae.bench import jax_hsae
 
     model = jax_hsae.init(jax_hsae.Config(), "float32")
     save(model, tmp_path / "saved", layout)

@@ -54,7 +54,10 @@ class NaiveHSAE(nn.Module):
     def __init__(self, model: HierarchicalSAE, loss: LossOverrides):
         super().__init__()
         self.model, self.config, self.loss, self.E = model.train(), model.config, loss, model.E
-        self.project_gradients, self.normalize_decoder_weights = model.project_gradients, model.normalize_decoder_weights
+        self.project_gradients, self.normalize_decoder_weights = (
+            model.project_gradients,
+            model.normalize_decoder_weights,
+        )
         for part in model.modules():
             if isinstance(part, Part):
                 part.ops = NAIVE._replace(on_host=model.E.device.type == "cpu")

@@ -51,8 +51,8 @@ def markdown(document: dict[str, Any]) -> str:
 
 NOTES = (
     "Rows per second count forward, backward, constraints and Adam, median of the steps. TB/s and TFLOP/s are what the",
-    "shape needs (`floor` in the JSON), per second. Peaks include three batches of rows. What needs more memory than the",
-    "GPU has is measured at the largest half, quarter, ... of the batch that fits, which its name then says.",
+    "shape needs (`floor` in the JSON), per second. Peaks include three batches of rows. What needs more memory than",
+    "the GPU has is measured at the largest half, quarter, ... of the batch that fits, which its name then says.",
 )
 
 
