@@ -1,28 +1,30 @@
-"""Do rows come as fast as a GPU trains on them? Milliseconds of a training step by the way that its rows take.
+"""Do rows come as fast as a GPU trains on them? Milliseconds of a training step, by the way its rows take.
 
     python benchmarks/loader.py --out FOLDER [--shape jax-compat] [--rows 1000000] [--steps 200] [--device auto]
 
-`given`: one batch that is there already, the time to reach. `resident`, `prefetch`: the two ways of data/feed.py.
-`blocking`: read and copied when the step asks for it. Rows are random, in bfloat16, in FOLDER/rows, and come from the
-system's file cache. First all ways must give the same batches. On a GPU a step that waits for it is an error, with all
-tensors trained and with D and G frozen (`blocking` has to wait), and the exit code is 1. Writes loader.json, loader.md.
+`given`: batches that lie on the device, the time to reach. `resident`, `prefetch`: the two ways of data/feed.py.
+`blocking`: each step reads and copies its batch. Rows are random, in bfloat16, read from FOLDER through the system's
+file cache; every way must give the same batches. On a GPU a step that waits for it is an error, except for `blocking`,
+with all tensors trained and with D and G frozen; the exit code is then 1. Writes loader.json and loader.md.
 """
 
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from polytope_hsae.bench.measure import Rows, deterministic, wait
 from polytope_hsae.bench.run import device_of
 from polytope_hsae.bench.shapes import Shape, load_shape
+from polytope_hsae.bench.table import machine, table, write
+from polytope_hsae.config import StageConfig
 from polytope_hsae.data.feed import Prefetch
 from polytope_hsae.data.store import FORMAT, ActivationStore, Manifest, ResidentStore, Shard
 from polytope_hsae.data.stream import RowStream
-from polytope_hsae.fileio import write_json, write_tensors, write_text
+from polytope_hsae.fileio import write_tensors
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.provenance import environment
 from polytope_hsae.training.trainer import HSAETrainer
@@ -32,19 +34,8 @@ WARM_UP = 10
 COMPARED = 5  # batches
 
 
-class Given(RowStream):
-    """A stream whose every batch is the first one, on the device."""
-
-    def __init__(self, stream: RowStream, device: str):
-        super().__init__(stream.store, stream.split, stream.batch_size, stream.seed)
-        self.rows_Bd = stream.next().to(device)
-
-    def next(self) -> Tensor:
-        return self.rows_Bd
-
-
-def make_store(folder: Path, rows: int, width: int) -> Manifest:
-    """Random train rows as a harvest stores them, without labels; shards that are there already are kept."""
+def make_store(folder: Path, rows: int, width: int) -> ActivationStore:
+    """Random train rows as a harvest stores them, without labels; existing shards are kept."""
     generator, shards = torch.Generator().manual_seed(0), list[Shard]()
     for number, first in enumerate(range(0, rows, SHARD_ROWS)):
         file, n = f"train-{number:05d}.safetensors", min(SHARD_ROWS, rows - first)
@@ -52,40 +43,30 @@ def make_store(folder: Path, rows: int, width: int) -> Manifest:
             write_tensors(folder / file, {"acts": torch.randn(n, width, generator=generator).bfloat16()})
         size = (folder / file).stat().st_size
         shards.append({"file": file, "split": "train", "rows": n, "bytes": size, "sha256": ""})
-    made: Manifest = {
-        "format": FORMAT,
-        "dtype": "bfloat16",
-        "rows": {"train": rows},
-        "width": width,
-        "complete": True,
-        "shards": shards,
-    }
-    return made
+    made = Manifest(format=FORMAT, dtype="bfloat16", rows={"train": rows}, width=width, complete=True, shards=shards)
+    return ActivationStore(folder, made)
 
 
-def steps_ms(
-    shape: Shape, stream: RowStream | Prefetch, device: str, steps: int, freeze: list[str], wait: bool
+def step_ms(
+    shape: Shape, stage: StageConfig, stream: RowStream | Prefetch | Rows, device: str, steps: int, may_wait: bool
 ) -> float:
-    """Milliseconds of a step; unless `wait`, RuntimeError if one waits for the GPU."""
-    stage = shape.stage.model_copy(update={"freeze": freeze})
+    """Milliseconds of a step, a mean; unless it may wait, RuntimeError if one waits for the GPU."""
     model = HierarchicalSAE(shape.hsae, shape.width, shape.normalize, seed=0).to(device)
-    trainer = HSAETrainer(model, stream, [stage], shape.training)
-    model.freeze(freeze)
+    trainer = HSAETrainer(model, stream, [stage], shape.training)  # type: ignore[arg-type]
+    model.freeze(stage.freeze)
     for _ in range(WARM_UP):
         trainer.train_step(stage)
-    cuda = device == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("default" if wait else "error")
+    wait(device)
+    if device == "cuda" and not may_wait:
+        torch.cuda.set_sync_debug_mode("error")
     started = time.perf_counter()
     try:
         for _ in range(steps):
             trainer.train_step(stage)
     finally:
-        if cuda:
+        if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    if cuda:
-        torch.cuda.synchronize()
+    wait(device)
     return 1e3 * (time.perf_counter() - started) / steps
 
 
@@ -99,44 +80,37 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     device, shape = device_of(options.device), load_shape(options.shape, options.overrides)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as in a run
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    folder = options.out / f"rows-{options.rows}-{shape.width}"
-    manifest = make_store(folder, options.rows, shape.width)
-    stored = ActivationStore(folder, manifest)
-    resident = ResidentStore(stored, device)
-
-    def stream(way: str) -> RowStream | Prefetch:
-        plain = RowStream(resident if way == "resident" else stored, "train", shape.training.batch_size, seed=0)
-        if way == "given":
-            return Given(plain, device)
-        return Prefetch(plain, torch.device(device)) if way == "prefetch" else plain
-
-    found: dict[str, Any] = {}
-    failed = False
-    for way in ("given", "resident", "prefetch", "blocking"):
-        for name, freeze in (("all", list[str]()), ("D and G frozen", ["D", "G"])):
-            rows, again = stream(way), stream("blocking")
-            for _ in range(0 if way == "given" else COMPARED):
-                if not torch.equal(rows.next().cpu(), again.next()):
-                    raise SystemExit(f"{way}: other rows than the store's")
-            try:
-                ms = steps_ms(shape, rows, device, options.steps, freeze, wait=way == "blocking")
-                found[f"{way}, {name}"] = round(ms, 3)
-            except RuntimeError as error:
-                found[f"{way}, {name}"] = str(error).splitlines()[0]
-                failed = True
-            finally:
-                if isinstance(rows, Prefetch):
-                    rows.close()
     batch = shape.training.batch_size
-    document = {"environment": environment(device), "shape": shape.name, "overrides": options.overrides} | {
-        "rows": options.rows, "width": shape.width, "batch": batch, "steps": options.steps, "ms_per_step": found
+    stored = make_store(options.out / f"rows-{options.rows}-{shape.width}", options.rows, shape.width)
+    resident = ResidentStore(stored, device)
+    found: dict[str, float | str] = {}
+    failed = False
+    for way, freeze in product(("given", "resident", "prefetch", "blocking"), ([], ["D", "G"])):
+        plain = RowStream(resident if way == "resident" else stored, "train", batch, seed=0)
+        rows = Prefetch(plain, torch.device(device)) if way == "prefetch" else plain
+        again = RowStream(stored, "train", batch, seed=0)
+        for _ in range(COMPARED):
+            if not torch.equal(rows.next().cpu(), again.next()):
+                sys.exit(f"{way}: other rows than the store's")
+        stage = shape.stage.model_copy(update={"freeze": freeze})
+        given = Rows(rows.next().to(device), batch)
+        name = f"{way}, {'D and G frozen' if freeze else 'all'}"
+        try:
+            with deterministic():  # as in a run
+                ms = step_ms(shape, stage, given if way == "given" else rows, device, options.steps, way == "blocking")
+            found[name] = round(ms, 3)
+        except RuntimeError as error:
+            found[name], failed = str(error).splitlines()[0], True
+        finally:
+            if isinstance(rows, Prefetch):
+                rows.close()
+    document = {
+        "environment": environment(device), "shape": shape.name, "overrides": options.overrides, "rows": options.rows,
+        "width": shape.width, "batch": batch, "steps": options.steps, "ms_per_step": found,
     }  # fmt: skip
-    write_json(options.out / "loader.json", document)
-    lines = [f"{document['environment']['device']}, {shape.name}, batches of {batch} rows of {shape.width}.", ""]
-    lines += ["| rows, trained | ms per step |", "| --- | --- |", *(f"| {way} | {ms} |" for way, ms in found.items())]
-    write_text(options.out / "loader.md", "\n".join(lines) + "\n")
+    lines = [f"{shape.name}, batches of {batch} rows of {shape.width}.", ""]
+    lines += [*table(("rows, trained", "ms per step"), list(found.items())), machine(environment(device)), ""]
+    write(options.out, "loader", document, "\n".join(lines))
     print("\n".join(lines))
     sys.exit(failed)
 

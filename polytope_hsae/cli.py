@@ -250,17 +250,16 @@ def bench_command(
     overrides: SetOption = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of which a time is the median.")] = 20,
-    peers: Annotated[str, typer.Option("--peers", help="all, none, or some of flat,loop,jax.")] = "all",
+    peers: Annotated[str, typer.Option("--peers", help="all, none, or some of flat,naive.")] = "all",
     routing: Annotated[str, typer.Option("--routing", help="uniform, zipf or both.")] = "both",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and bench.md.")] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time a training step, ours and others', beside what this machine can do at best."""
+    """Time a training step of ours and of plain PyTorch peers, beside this machine's ceilings."""
     from .bench.run import PEERS, ROUTINGS, Options, bench, chosen, device_of
     from .bench.shapes import load_shape
-    from .bench.table import markdown
-    from .fileio import write_json, write_text
+    from .bench.table import markdown, write
 
     which = chosen(peers, PEERS, "--peers", {"all": PEERS, "none": ()})
     routings = chosen(routing, ROUTINGS, "--routing", {"both": ROUTINGS})
@@ -271,8 +270,7 @@ def bench_command(
 
     def save(document: dict[str, Any]) -> None:
         if out is not None:
-            write_json(out / "bench.json", document)
-            write_text(out / "bench.md", markdown(document))
+            write(out, "bench", document, markdown(document))
 
     options = Options(place, steps, which, routings)
     document = bench(asked, options, lambda line: console.print(line, markup=False), save)

@@ -1,9 +1,9 @@
 """Numbers of the published JAX H-SAE that the PyTorch one is tested against. Needs jax, equinox and optax.
 
-    python scripts/make_jax_fixture.py tests/data/jax_hsae.safetensors
-    python scripts/make_jax_fixture.py --check tests/data/jax_hsae.safetensors
+    PYTHONPATH=benchmarks python scripts/make_jax_fixture.py tests/data/jax_hsae.safetensors
+    PYTHONPATH=benchmarks python scripts/make_jax_fixture.py --check tests/data/jax_hsae.safetensors
 
-What lies in the file (leaf: a dotted name of the published tree, see bench/jax_hsae.py; variants:
+What lies in the file (leaf: a dotted name of the published tree, see benchmarks/jax_hsae.py; variants:
 `narrow` has P < d, `wide` has P > d):
 
 - `{variant}/start/{leaf}` and `{variant}/inputs` [steps, B, d], raw rows: float32, where both precisions start;
@@ -29,9 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
-
-from polytope_hsae.bench.jax_hsae import (
+from jax_hsae import (
     HSAE,
     L1,
     MAX_NORM,
@@ -47,6 +45,7 @@ from polytope_hsae.bench.jax_hsae import (
     unit_rows,
     with_leaves,
 )
+from safetensors.numpy import load_file, save_file
 
 VARIANTS = {"narrow": Config(), "wide": Config(P=40, k=8, seed=1)}
 MIN_MARGIN = 1e-4

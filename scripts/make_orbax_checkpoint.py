@@ -1,6 +1,6 @@
 """Write a small H-SAE as the published weights are stored: an orbax checkpoint of the parameter tree.
 
-    python scripts/make_orbax_checkpoint.py FOLDER [--layout single|manager|zarr]
+    PYTHONPATH=benchmarks python scripts/make_orbax_checkpoint.py FOLDER [--layout single|manager|zarr]
 
 Needs jax, equinox, optax and orbax-checkpoint. The layouts differ on disk and restore to the same nested dict:
 
@@ -13,8 +13,7 @@ import argparse
 from pathlib import Path
 
 import orbax.checkpoint as ocp
-
-from polytope_hsae.bench.jax_hsae import HSAE, Config, init
+from jax_hsae import HSAE, Config, init
 
 STEP = 60_799
 

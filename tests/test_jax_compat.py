@@ -235,12 +235,13 @@ def scripts(monkeypatch):
     """The JAX implementation and the orbax writer can be imported; the tests are skipped where JAX is missing."""
     for module in ("jax", "equinox", "optax", "orbax.checkpoint"):
         pytest.importorskip(module)
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    for folder in ("benchmarks", "scripts"):
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / folder))
 
 
 @both
 def test_live_jax_from_another_start(fixture, scripts, dtype):
-    from polytope_hsae.bench import jax_hsae
+    import jax_hsae
 
     config = jax_hsae.Config(P=30, k=5, seed=11, steps=8, gradient_steps=())
     rows = torch.randn(8, config.B, config.d, generator=torch.Generator().manual_seed(3))
@@ -262,9 +263,8 @@ def test_live_jax_from_another_start(fixture, scripts, dtype):
 
 @pytest.mark.parametrize("layout", ["single", "manager", "zarr"])
 def test_published_weights_become_a_model_of_this_package(fixture, scripts, tmp_path, layout):
+    import jax_hsae
     import make_orbax_checkpoint
-
-    from polytope_hsae.bench import jax_hsae
 
     made = jax_hsae.init(jax_hsae.Config(seed=4), "float32")
     make_orbax_checkpoint.save(made, tmp_path / "checkpoint", layout)
@@ -286,9 +286,8 @@ def test_published_weights_become_a_model_of_this_package(fixture, scripts, tmp_
 
 
 def test_checkpoints_that_are_none(scripts, tmp_path):
+    import jax_hsae
     import make_orbax_checkpoint
-
-    from polytope_hsae.bench import jax_hsae
 
     with pytest.raises(ValueError, match="found no checkpoint, allowed"):
         import_jax(tmp_path, tmp_path / "out")

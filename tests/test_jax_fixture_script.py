@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def stored() -> dict[str, np.ndarray]:
 def configs() -> dict[str, dict]:
     with safe_open(FIXTURE, "np") as file:
         return json.loads(file.metadata()["fixture"])["configs"]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts can be imported; the test is skipped where JAX is not installed."""
+    for name in ("jax", "equinox", "optax"):
+        pytest.importorskip(name)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), str(ROOT / "benchmarks"), *sys.path])
 
 
 def under(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -132,3 +141,16 @@ def test_ties_go_to_the_lowest_index(stored):
     assert stored["ties/children"][:, 0].tolist() == [0, 1, 0, 0, 1, 0]
     np.testing.assert_allclose(stored["ties/child_codes"][:, 0], [1, 0.75, 0.5, 0, 1, -0.01], rtol=1e-6)
     assert not stored["ties/child_codes"][stored["ties/parent_codes"] == 0].any()
+
+
+def test_live_training_repeats_the_fixture(scripts, stored):
+    import jax_hsae
+
+    with jax_hsae.precision("float32"):
+        config = jax_hsae.Config(steps=3)
+        model = jax_hsae.init(config, "float32")
+        _, log, _ = jax_hsae.train(model, lambda _, step: stored["narrow/inputs"][step], config)
+    for name, values in jax_hsae.leaves(model).items():
+        np.testing.assert_array_equal(values, stored[f"narrow/start/{name}"])
+    for name, values in log.items():
+        np.testing.assert_allclose(values, stored[f"narrow/float32/{name}"][:3], rtol=1e-5, atol=1e-6, err_msg=name)

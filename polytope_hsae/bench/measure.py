@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -49,7 +50,7 @@ def times(work: Callable[[], object], device: str, steps: int, *, warm_up: int =
     for _ in range(warm_up):
         started = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         took = time.perf_counter() - started
         if time.perf_counter() - began > seconds / 2:
             break
@@ -72,7 +73,8 @@ def times(work: Callable[[], object], device: str, steps: int, *, warm_up: int =
     return found
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -97,7 +99,7 @@ def parts(work: Callable[[], object], device: str) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
         for _ in range(PROFILED):
             work()
-        _wait(device)
+        wait(device)
     for event in seen.key_averages():
         names = GPU_PARTS if cuda else CPU_PARTS
         part = next((part for part, keys in names.items() if any(key in event.key for key in keys)), OTHER)
@@ -109,7 +111,10 @@ def parts(work: Callable[[], object], device: str) -> dict[str, float]:
 def ceilings(device: str, steps: int) -> Ceilings:
     """Copies and large products, as fast as PyTorch does them here."""
     cuda = device == "cuda"
-    copied = _copy_tb_per_s(2**29 if cuda else 2**25, device, steps)
+    source = torch.randn(2**29 if cuda else 2**25, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / median(times(partial(target.copy_, source), device, steps)) / 1e9
+    del source, target
     rows, width, columns = (32_512, 2_304, 16_384) if cuda else (1_024, 1_024, 1_024)
     x, E = torch.randn(rows, width, device=device), torch.randn(columns, width, device=device)
 
@@ -124,12 +129,6 @@ def ceilings(device: str, steps: int) -> Ceilings:
         torch.backends.cuda.matmul.allow_tf32 = before
         products["bf16"] = tflop_per_s(x.bfloat16(), E.bfloat16())
     return Ceilings(copied, products)
-
-
-def _copy_tb_per_s(numbers: int, device: str, steps: int) -> float:
-    source = torch.randn(numbers, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median(times(lambda: target.copy_(source), device, steps)) / 1e9
 
 
 class Rows:

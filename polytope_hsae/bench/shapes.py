@@ -1,12 +1,12 @@
 """What is measured: the H-SAE and the training of a config, with the width that its language model has."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import ConfigError, HSAEConfig, StageConfig, TrainingConfig, load_config
 
 WIDTHS = {"jax-compat": 2304, "v2-focused": 2304, "factored": 256, "smoke": 256}
 NEVER = 10**6  # steps of a stage that is not finished
-MEASURED = {  # options of which the floor, the peers and a start on the device know these values alone
+MEASURED = {  # the floor and the start on the device know these values alone
     "children": ("factored",),
     "parent_budget": ("per_row",),
     "child_budget": ("per_parent", "shared"),
@@ -32,6 +32,20 @@ class Shape(NamedTuple):
     def losses(self) -> HSAEConfig:
         """The H-SAE's config with the weights of that stage's loss."""
         return self.stage.loss.apply(self.hsae)
+
+    def precision(self, device: str) -> str:
+        """Of matrix products: float32 on a CPU; on a GPU the config's, bf16 where it names none."""
+        return self.training.precision or "bf16" if device == "cuda" else "float32"
+
+    def record(self) -> dict[str, Any]:
+        """Name, sizes, losses and training, for a JSON file."""
+        return {
+            "name": self.name,
+            "width": self.width,
+            "normalize": self.normalize,
+            "hsae": self.losses.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json", exclude={"baseline", "teacher"}),
+        }
 
     def with_training(self, **fields: object) -> "Shape":
         """The same with other fields of `training`."""

@@ -1,8 +1,31 @@
-"""The document of `hsae bench` as Markdown."""
+"""Results as files: a JSON document and its Markdown tables."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..fileio import write_json, write_text
+
 HEAD = ("what", "routing", "ms", "rows/s", "peak GiB", "TB/s", "TFLOP/s", "x floor", "of ours", "max firing rate")
+
+
+def write(folder: Path, name: str, document: dict[str, Any], text: str) -> None:
+    """NAME.json and NAME.md in a folder."""
+    write_json(folder / f"{name}.json", document)
+    write_text(folder / f"{name}.md", text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A Markdown table as lines, an empty one last."""
+    return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Device, platform, threads and versions in one line."""
+    extra = {name: environment[name] for name in ("cuda", "triton", "jax") if name in environment}
+    versions = {"python": environment["python"], **environment["packages"], **extra}
+    shown = ", ".join(f"{name} {found}" for name, found in versions.items() if found is not None)
+    return f"{environment['device']}, {environment['platform']}, {environment['threads']} threads; {shown}."
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -10,7 +33,7 @@ def markdown(document: dict[str, Any]) -> str:
     lines: list[str] = []
     for shape in document["shapes"]:
         lines += [f"## {shape['name']}", "", _sizes(shape), ""]
-        lines += _table(HEAD, [_cells(one, shape["training"]["batch_size"]) for one in shape["measured"]])
+        lines += table(HEAD, [_cells(one, shape["training"]["batch_size"]) for one in shape["measured"]])
         lines += [
             f"- {one['what']}, {one['routing']}: no numbers: {one['why']}." for one in shape["measured"] if "why" in one
         ]
@@ -22,18 +45,14 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"Ceilings: copy {limits['copy_tb_per_s']:.3g} TB/s; products: {products}.",
     ]
-    here = document["environment"]
-    versions = {"python": here["python"], **here["packages"], "triton": here["triton"], "jax": here["jax"]}
-    shown = ", ".join(f"{name} {found}" for name, found in versions.items() if found is not None)
-    lines += ["", f"{here['device']}, {here['platform']}, {here['threads']} threads, CUDA {document['cuda']}; {shown}."]
+    lines += ["", machine({**document["environment"], "cuda": document["cuda"]})]
     return "\n".join([*lines, "", *NOTES, ""])
 
 
 NOTES = (
     "Rows per second count forward, backward, constraints and Adam, median of the steps. TB/s and TFLOP/s are what the",
-    "shape needs (`floor` in the JSON), per second. Peaks include three batches of rows. A peer that needs more memory",
-    "than the GPU has is measured at the largest half, quarter, ... of the batch that fits, which its name then says.",
-    "The JAX code computes the published losses in float32 arrays with JAX's default products.",
+    "shape needs (`floor` in the JSON), per second. Peaks include three batches of rows. What needs more memory than",
+    "the GPU has is measured at the largest half, quarter, ... of the batch that fits, which its name then says.",
 )
 
 
@@ -56,11 +75,6 @@ def _cells(one: dict[str, Any], batch: int) -> list[str]:
     return [name, one["routing"], *("-" if one[key] is None else f"{one[key]:{form}}" for key, form in forms.items())]
 
 
-def _table(head: tuple[str, ...] | list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
-
-
 def _by_part(shape: dict[str, Any]) -> list[str]:
     """Parts down, measurements across; what was not taken apart is left out."""
     taken = [one for one in shape["measured"] if one.get("parts")]
@@ -68,7 +82,7 @@ def _by_part(shape: dict[str, Any]) -> list[str]:
         return []
     names = list(dict.fromkeys(name for one in taken for name in one["parts"]))
     rows = [[name, *(f"{one['parts'].get(name, 0):.2f}" for one in taken)] for name in names]
-    return _table(["ms by part", *(f"{one['what']}, {one['routing']}" for one in taken)], rows)
+    return table(["ms by part", *(f"{one['what']}, {one['routing']}" for one in taken)], rows)
 
 
 def _floor(shape: dict[str, Any]) -> list[str]:
@@ -78,4 +92,4 @@ def _floor(shape: dict[str, Any]) -> list[str]:
         for part in floor["parts"]
     ]
     rows.append(["together", f"{floor['ms']:.3g}", f"{floor['bytes'] / 1e9:.3g}", f"{floor['flops'] / 1e12:.3g}"])
-    return _table(["floor", "ms", "GB", "TFLOP"], rows)
+    return table(["floor", "ms", "GB", "TFLOP"], rows)

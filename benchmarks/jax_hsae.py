@@ -1,9 +1,9 @@
 """The published JAX H-SAE, written again from section 6 of docs/method.md.
 
-Needs jax, equinox and optax, which the rest of the package does not use. It shares no code with that, so that a
-misreading on one side shows as a difference: scripts/make_jax_fixture.py writes the tests' fixture with it, and
-`hsae bench` measures its training step. Shapes: B rows, d width, P parents, C children per parent, s subspace width,
-k active parents. Tensors have the names and the layout of the published parameter tree: decoders transposed.
+Needs jax, equinox and optax. It shares no code with the package, so that a misreading on one side shows as a
+difference: scripts/make_jax_fixture.py writes the tests' fixture with it, and jax_peer.py times its training step.
+Tensors have the names and the layout of the published parameter tree, whose decoders are transposed. Shapes: B rows,
+d width, P parents, C children per parent, s subspace width, k active parents.
 
     with precision("float64"):
         model, log, gradients = train(init(config, "float64"), lambda model, step: rows[step], config)
@@ -81,15 +81,15 @@ def init(config: Config, dtype: str) -> HSAE:
         limit = math.sqrt(6 / shape[-1])
         return rng.uniform(-limit, limit, shape)
 
-    def of_unit_norm(rows: np.ndarray) -> np.ndarray:
+    def unit(rows: np.ndarray) -> np.ndarray:
         return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
     def array(values: np.ndarray) -> jax.Array:
         return jnp.array(values.astype(np.float32), dtype)
 
     encoder = he_uniform(config.P, config.d)
-    down = of_unit_norm(he_uniform(config.P, config.s, config.d))
-    child = of_unit_norm(he_uniform(config.P, config.C, config.s))
+    down = unit(he_uniform(config.P, config.s, config.d))
+    child = unit(he_uniform(config.P, config.C, config.s))
     return HSAE(
         TopLevelAutoencoder(array(encoder), array(encoder.T)),
         W_down=array(down),
