@@ -49,14 +49,9 @@ class RunFiles:
         found = self.results["arms"].get(arm, {}).get(name)
         return None if found is None or found["value"] is None else found
 
-    def difference(self, arm: str, name: str) -> dict[str, Any] | None:
-        """The arm minus the first one; None where that has no value."""
-        found = self.ablations["differences"].get(arm, {}).get(name)
-        return None if found is None or found["value"] is None else found
-
-    def lead(self, arm: str | None, name: str) -> dict[str, Any] | None:
+    def lead(self, arm: str, name: str) -> dict[str, Any] | None:
         """The teacher minus the arm, on the same resamples; None where that has no value."""
-        found = self.ablations["against_teacher"].get(arm or "", {}).get(name)
+        found = self.ablations["against_teacher"].get(arm, {}).get(name)
         return None if found is None or found["value"] is None else found
 
     def target(self, name: str) -> dict[str, Any]:
