@@ -26,20 +26,12 @@ Series = dict[str, tuple[Any, Any]]  # by arm: x and y
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-class Curve(NamedTuple):
-    """A figure of what training logged; several names are added up."""
-
-    name: str
-    logged: tuple[str, ...]
-    title: str
-    label: str
-
-
+# name of the figure, what training logged (several are added up), title, label
 CURVES = (
-    Curve("val_ev", ("val_ev",), "Explained variance on validation rows", "explained variance"),
-    Curve("loss", ("loss",), "Training loss", "loss per row (log scale)"),
-    Curve("l0", ("active_parents_per_sample", "active_children_per_sample"), "L0", "L0, parents and children"),
-    Curve("dead", ("dead_parents",), "Dead parents in training", "dead parents, share"),
+    ("val_ev", ("val_ev",), "Explained variance on validation rows", "explained variance"),
+    ("loss", ("loss",), "Training loss", "loss per row (log scale)"),
+    ("l0", ("active_parents_per_sample", "active_children_per_sample"), "L0", "L0, parents and children"),
+    ("dead", ("dead_parents",), "Dead parents in training", "dead parents, share"),
 )
 
 
@@ -65,7 +57,7 @@ def figures(run: RunFiles) -> dict[str, Drawing]:
     )
     drawn = [
         *(_metric(run, metric) for metric in ("ev", "purity", "leakage", "recall")),
-        *(_curve(run, curve) for curve in CURVES),
+        *(_curve(run, *curve) for curve in CURVES),
         *(_distribution(run, plan) for plan in distributions),
         _firing_rates(run),
     ]
@@ -116,26 +108,26 @@ def curves(run: RunFiles, *names: str) -> Series:
     return {arm: (list(found[arm]), list(found[arm].values())) for arm in run.arms if arm in found}
 
 
-def _curve(run: RunFiles, curve: Curve) -> Drawing | None:
+def _curve(run: RunFiles, name: str, logged: tuple[str, ...], title: str, label: str) -> Drawing | None:
     """A training curve of all arms over optimiser steps."""
-    found = curves(run, *curve.logged)
+    found = curves(run, *logged)
     everything = [value for _, values in found.values() for value in values]
     if not any(everything):
         return None
 
     def paint(axes: Axes) -> None:
-        _lines(axes, run, found, marker="o" if curve.name == "val_ev" else None)
-        if curve.name == "loss" and min(everything) > 0:
+        _lines(axes, run, found, marker="o" if name == "val_ev" else None)
+        if name == "loss" and min(everything) > 0:
             axes.set_yscale("log")
             _plain_numbers(axes)
-        elif curve.name in ("l0", "dead"):
+        elif name in ("l0", "dead"):
             axes.set_ylim(-0.01 * max(everything), max(1.15 * max(everything), 0.1))
         axes.grid(axis="y")
         axes.set_xlabel("optimiser step")
-        axes.set_title(curve.label)
+        axes.set_title(label)
 
     described = "; ".join(f"{arm_title(arm)} ends at {number(values[-1])}" for arm, (_, values) in found.items())
-    return draw(f"curve-{curve.name}", curve.title, described, _frame_with_legend(len(found)), paint)
+    return draw(f"curve-{name}", title, described, _frame_with_legend(len(found)), paint)
 
 
 def _firing_rates(run: RunFiles) -> Drawing | None:

@@ -35,16 +35,17 @@ def summary(run: RunFiles) -> list[str]:
     ]
     if leads:
         sentences.append(f"The teacher's lead in purity, paired by concept: {listed(leads)}.")
-    if explained := _of_arms(run, "ev"):
-        sentences.append(f"Explained variance: {explained}.")
+    explained = [f"{number(ev['value'])} ({arm_title(arm)})" for arm in run.key_arms if (ev := run.metric(arm, "ev"))]
+    if explained:
+        sentences.append(f"Explained variance: {listed(explained)}.")
     seeds = listed([str(seed) for seed in run.results["seeds"]])
     sentences.append(f"Seed {seeds}: the intervals are over concepts and documents, not over training runs.")
     return sentences
 
 
 def hierarchy(run: RunFiles) -> list[str]:
-    """Whether siblings share a direction, whether they differ at right angles, and whether trained children follow."""
-    return [*_siblings(run), *_decision(run), *_trained(run)]
+    """Whether a hierarchy with orthogonal differences is shown, and how many trained children follow it."""
+    return [*_decision(run), *_trained(run)]
 
 
 def massive_rows(run: RunFiles) -> list[str]:
@@ -64,20 +65,13 @@ def massive_rows(run: RunFiles) -> list[str]:
         f"{'a line break' if token.strip(' ') == chr(10) else f'“{token}”'} ({count:,})" for token, count in tokens
     ]
     share = percent(max(one["share_of_squared_deviation"] for one in found.values()))
-    with_them = _of_arms(run, "ev_all_rows") if norms["limit"] else ""
     return [
         f"{listed(counts)} have a norm above {times} the median of {median}, up to {largest}. "
         f"Most frequent tokens: {listed(words or [DASH])}.",
         f"They hold {share} of the squared deviation from the mean, so explained variance with them says little "
-        f"about all other rows{f': with them it would be {with_them}' if with_them else ''}.",
+        "about all other rows.",
         LEFT_OUT if norms["limit"] else LEFT_IN,
     ]
-
-
-def _of_arms(run: RunFiles, metric: str) -> str:
-    """'0.858 (baseline) and 0.855 (teacher)'; empty where no arm has the metric."""
-    found = {arm: measured for arm in run.key_arms if (measured := run.metric(arm, metric))}
-    return listed([f"{number(one['value'], 3)} ({arm_title(arm)})" for arm, one in found.items()]) if found else ""
 
 
 def _verdict_sentence(run: RunFiles) -> str:
@@ -102,22 +96,6 @@ def _over(target: dict[str, Any]) -> str:
     """'gain of purity over 16 concepts'."""
     name = TARGETS[target["name"]].name
     return f"{name[0].lower()}{name[1:]} over {counted_units(target['name'], target['n'])}"
-
-
-def _siblings(run: RunFiles) -> list[str]:
-    main = run.evidence["main"]
-    if main["fraction_z_above_3"] is None:
-        return []
-    count = sum(value is not None for value in main["parents"]["z"])
-    shares = {
-        name: run.evidence[key]["fraction_z_above_3"]
-        for key, name in (("pseudo_parents", "of pseudo-parents"), ("shuffled_rows", "with shuffled rows"))
-    }
-    controls = listed([f"{percent(share)} {name}" for name, share in shares.items() if share is not None] or [DASH])
-    return [
-        f"In the {run.evidence['rows_of']}, the children of {percent(main['fraction_z_above_3'])} of {count} parents "
-        f"share a direction beyond what random nouns share (z above 3). Controls: {controls}."
-    ]
 
 
 def _decision(run: RunFiles) -> list[str]:

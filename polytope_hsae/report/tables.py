@@ -1,6 +1,6 @@
 """The tables of the page: each function turns a run's files into one `Table`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ class Table(NamedTuple):
     heads: list[str]
     groups: dict[str, list[Row]]
     caption: str = ""
-    notes: list[str] = []
+    notes: Sequence[str] = ()
     open: bool = False
 
 
@@ -98,12 +98,12 @@ def metric_groups(run: RunFiles, found: Iterable[dict[str, Any]]) -> dict[str, d
 
 
 def difference_tables(run: RunFiles) -> list[Table]:
-    """The teacher minus each arm, and each arm minus the first one, without tables that are empty or the same."""
+    """The teacher minus each arm, unless the teacher comes first, and each arm minus the first one."""
     reference = run.ablations["reference"]
     tables = [_differences(run, f"Each arm minus {arm_title(reference)}", run.ablations["differences"])]
     if reference != "teacher":
         tables.insert(0, _differences(run, "The teacher minus each arm", run.ablations["against_teacher"]))
-    return [table for table in tables if table.groups]
+    return tables
 
 
 def _differences(run: RunFiles, title: str, by_arm: dict[str, dict[str, Any]]) -> Table:
@@ -173,7 +173,7 @@ def concepts_table(run: RunFiles) -> Table:
         rows.append(Row(run.parent_name(p), list(map(Cell, [*values, f"{concept['rows']:,}", f"{words:,}"]))))
     caption = "Purity in every arm, and the rows and held-out words that each concept is measured on."
     heads = ["Concept", *map(arm_title, run.arms), "rows", "words"]
-    return Table("Purity, concept by concept", heads, {"": rows} if rows else {}, caption)
+    return Table("Purity, concept by concept", heads, {"": rows}, caption)
 
 
 def steering_table(run: RunFiles) -> Table:
@@ -191,8 +191,7 @@ def steering_table(run: RunFiles) -> Table:
         "Shift of other words in nats; in brackets along another concept's direction. Then the concepts whose "
         "log-odds did not rise by the dose."
     )
-    heads = ["Steered", *map(arm_title, grid)]
-    return Table("Steering by level, form and dose", heads, {"": rows} if rows else {}, caption)
+    return Table("Steering by level, form and dose", ["Steered", *map(arm_title, grid)], {"": rows}, caption)
 
 
 def _steering_cell(cell: dict[str, Any] | None) -> Cell:
@@ -218,21 +217,23 @@ def interventions_table(run: RunFiles) -> Table:
             moved = f"{level}: shift relative to {others}, median ratio"
             rows.append(Row(moved, [_value(one["median_ratio"]) for one in along]))
             rows.append(Row(f"{level}: share with a ratio of {targeting['threshold']:g} or more", shares))
-        rows.append(
-            Row("children not reached", [_missed(targeting["children"][along], "median_ratio") for along in ALONG])
-        )
+        children = targeting["children"]
+        rows.append(Row("children not reached", [_missed(children[name], "median_ratio") for name in ALONG]))
     for words, title in (("same_words", "the teacher's words"), ("other_words", "held-out words")):
         if words in found["agreement"]:
             cosines = [_value(found["agreement"][words][name]) for name in ("cosine", "other_parents", "random")]
             rows.append(Row(f"cosine of a parent's mean activation with the direction, {title}", cosines))
     dose = f"at a dose of +{found['target_nats']:g} nats" if "target_nats" in found else found["why"]
     caption = f"Before any training: {dose}. Intervals are 95\u00a0%."
-    title = "Concept directions in the language model"
-    return Table(title, ["Measured", *ALONG.values()], {"": rows} if rows else {}, caption)
+    return Table("Concept directions in the language model", ["Measured", *ALONG.values()], {"": rows}, caption)
 
 
 def _value(found: dict[str, Any]) -> Cell:
-    return Cell(number(found["value"]), interval(found["ci95"]) if found["ci95"] else None)
+    return _with_interval(found["value"], found["ci95"], 3)
+
+
+def _with_interval(value: float | None, ci95: list[float] | None, digits: int) -> Cell:
+    return Cell(number(value, digits), interval(ci95, digits) if ci95 else None)
 
 
 def _missed(found: dict[str, Any], name: str) -> Cell:
@@ -248,12 +249,11 @@ def evidence_table(run: RunFiles) -> Table:
             continue
         found = run.evidence[key]
         angles = found.get("angles") or {"median_angle_deg": None, "median_ci95": None}
+        beta = _with_interval(found["median_beta"], found.get("beta_ci95"), 2)
         cells = [
             Cell(percent(found["fraction_z_above_3"])),
             Cell(number(found["median_z"], 2)),
-            _with_interval(found["median_beta"], found.get("beta_ci95"), 2)._replace(
-                note=_note(notes, found.get("why"))
-            ),
+            beta._replace(note=_note(notes, found.get("why"))),
             _with_interval(found["omega"], found.get("omega_ci95"), 3),
             _with_interval(angles["median_angle_deg"], angles["median_ci95"], 1),
         ]
@@ -263,10 +263,6 @@ def evidence_table(run: RunFiles) -> Table:
         f"Intervals are 95\u00a0% over parents. z rests on {run.evidence['permutations']:,} draws of random nouns."
     )
     return Table("The concepts beside their controls", heads, {"": rows}, caption, notes)
-
-
-def _with_interval(value: float | None, ci95: list[float] | None, digits: int) -> Cell:
-    return Cell(number(value, digits), interval(ci95, digits) if ci95 else None)
 
 
 def parents_table(run: RunFiles) -> Table:

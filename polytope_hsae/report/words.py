@@ -29,9 +29,9 @@ def interval(ci95: list[float] | None, digits: int = 3, factor: float = 1.0, uni
     return f"{number(ci95[0] * factor, digits)} to {number(ci95[1] * factor, digits)}{unit}"
 
 
-def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
+def percent(share: float | None, digits: int = 0) -> str:
     """A share as percent, or a dash."""
-    return DASH if share is None else f"{number(100 * share, digits, sign)}{PERCENT}"
+    return DASH if share is None else f"{number(100 * share, digits)}{PERCENT}"
 
 
 def listed(items: list[str]) -> str:
