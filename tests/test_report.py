@@ -72,7 +72,7 @@ def test_steering_is_compared_where_both_arms_reach(files):
     assert steering_means(run, "teacher") == (0.4, 0.1)  # the baseline's 0.2 has no counterpart
     assert steering_means(run, "permuted_teacher") is None
     files["phase4/steering.json"]["arms"]["permuted_teacher"] = files["phase4/steering.json"]["arms"]["teacher"]
-    rows = {row["key"]: row["bar"]["controls"] for row in target_rows(run)}
+    rows = {row["key"]: row["bar"]["controls"] for row in target_rows(run_files(files))}
     assert [(name, value) for name, _, value in rows["steering_leakage_reduction"]] == [
         ("permuted teacher", "75.0\u00a0%")
     ]
@@ -205,16 +205,15 @@ def rows_of(tables, group):
 
 
 def test_arm_tables_have_chance_once_where_it_is_the_same_and_reasons_once(files):
-    del files["phase4/results.json"]["arms"]["baseline"]["dead_children"]
+    del files["phase4/results.json"]["arms"]["baseline"]["fvu"]
     tables = arm_tables(run_files(files))
     rows = rows_of(tables, "")
     *cells, chance, n = rows["Purity ↑"]
     assert (chance.value, n.value, [cell.chance for cell in cells]) == ("0.250", "4", [None] * 4)
     *cells, chance, _ = rows["Recall ↑"]
     assert (chance.value, [cell.chance for cell in cells]) == (DASH, ["0.000", "0.100", "0.200", "0.300"])
-    baseline, flat, *_ = rows["Dead children ↓"]
-    assert (baseline.value, baseline.note) == (DASH, None)  # the baseline has no such metric
-    assert (flat.value, flat.note) == (DASH, 1)
+    assert rows["Unexplained variance ↓"][0][:4] == (DASH, None, None, None)  # the baseline has no such metric
+    assert rows["Dead children ↓"][1][:4] == (DASH, None, None, 1)
     assert {reason for table in tables for reason in table.notes} == {"a flat model has no children"}
 
 
