@@ -2,11 +2,13 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from polytope_hsae.config import Config, dump_yaml, load_config
-from polytope_hsae.report.read import RunFiles
+from polytope_hsae.report.read import RunFiles, read_run
 
 ARMS = ("baseline", "flat_topk", "teacher", "permuted_teacher")
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -31,31 +33,20 @@ def target(name: str, required: list, measured: float | None, ci95: list | None,
     return {"name": name, "required": required, "measured": measured, "ci95": ci95, "n": 16, "verdict": verdict, **more}
 
 
-def statistics(z: list[float | None], beta: list[float | None], **more: Any) -> dict[str, Any]:
+def statistics(z: list[float], beta: list[float] | None) -> dict[str, Any]:
     """One variant of evidence.json: two parents with two children each."""
-    known = [value for value in z if value is not None]
-    has_beta = any(value is not None for value in beta)
+    parents = {"name": ["animal", "tool"], "n_children": [2, 2], "s_p": [1.0, 2.0], "z": z, "q": [0.02, 0.5]}
+    children = {"parent": [0, 0, 1, 1], "beta": beta or [None] * 4, "angle_deg": [88.0, 90.0, 92.0, 94.0]}
+    found = {"median_beta": 1.0, "beta_ci95": [0.9, 1.1], "omega": 0.1, "omega_ci95": [0.05, 0.15]}
+    if beta is None:
+        found = {**dict.fromkeys(found), "why": "no parent with at least 3 children has z > 3"}
     return {
-        "parents": {
-            "name": ["animal", "tool"],
-            "n_children": [2, 2],
-            "s_p": [1.0, 2.0],
-            "z": z,
-            "p": [0.01, 0.5],
-            "q": [0.02, 0.5],
-            "omega": [0.1, None],
-        },
-        "children": {"parent": [0, 0, 1, 1], "beta": beta, "angle_deg": [88.0, 90.0, 92.0, 94.0]},
-        "fraction_z_above_3": sum(value > 3 for value in known) / len(known),
-        "median_z": sorted(known)[0],
-        "fraction_q_below_05": 0.5,
-        "median_beta": 1.0 if has_beta else None,
-        "beta_ci95": [0.9, 1.1] if has_beta else None,
-        "omega": 0.1 if has_beta else None,
-        "omega_ci95": [0.05, 0.15] if has_beta else None,
+        "parents": {**parents, "omega": [0.1, None]},
+        "children": children,
+        "fraction_z_above_3": sum(value > 3 for value in z) / len(z),
+        "median_z": min(z),
         "angles": {"estimator": "mean", "median_angle_deg": 91.0, "median_ci95": [89.0, 93.0]},
-        **({} if has_beta else {"why": "no parent with at least 3 children has z > 3"}),
-        **more,
+        **found,
     }
 
 
@@ -146,45 +137,33 @@ def hand_made() -> dict[str, Any]:
     ]
     arms = {}
     for place, arm in enumerate(ARMS):
-        found = {name: metric(values[place], chance=CHANCE[name]) for name, values in OWN.items()}
-        found["fvu"] = metric(round(1 - OWN["ev"][place], 9), chance=1.0)
-        found["l0"] = metric(8.0, 0.0)
-        found["ce_recovered"] = metric(0.8, chance=0.0)
-        found["dead_parents"] = metric(0.0, 0.0)
-        for name in OF_CHILDREN:
-            found[name] = metric(0.0, 0.0)
-        found["recall"] = metric(0.5, chance=0.1 * place)
-        found["steering_leakage"] = metric(0.4, chance=0.5)
-        for name in OTHERS:
-            found[name] = metric(0.1, chance=0.05)
-        found["steering_unreached"] = metric(0.0, 0.0)
-        arms[arm] = found
+        arms[arm] = {
+            **{name: metric(0.1, chance=0.05) for name in OTHERS},
+            **{name: metric(0.0, 0.0) for name in (*OF_CHILDREN, "dead_parents")},
+            **{name: metric(values[place], chance=CHANCE[name]) for name, values in OWN.items()},
+            "fvu": metric(round(1 - OWN["ev"][place], 9), chance=1.0),
+            "l0": metric(8.0, 0.0),
+            "ce_recovered": metric(0.8, chance=0.0),
+            "recall": metric(0.5, chance=0.1 * place),
+            "steering_leakage": metric(0.4, chance=0.5),
+        }
     for name in OF_CHILDREN:
         arms["flat_topk"][name] = {**metric(None), "n": 0, "why": "a flat model has no children"}
-    differences = {
-        arm: {name: metric(round(values[place] - values[0], 9), 0.02) for name, values in OWN.items()}
-        for place, arm in enumerate(ARMS)
-        if place
-    }
-    against_teacher = {
-        arm: {name: metric(round(values[2] - values[place], 9), 0.02) for name, values in OWN.items()}
-        for place, arm in enumerate(ARMS)
-        if arm != "teacher"
-    }
+    differences, against_teacher = (
+        {
+            arm: {name: metric(round(sign * (v[place] - v[first]), 9), 0.02) for name, v in OWN.items()}
+            for place, arm in enumerate(ARMS)
+            if place != first
+        }
+        for first, sign in ((0, 1), (2, -1))
+    )
     measured = {
         arm: [{"parent": 0, "rows": 30, "purity": purity}, {"parent": 1, "rows": 20, "purity": 0.25}]
         for arm, purity in zip(ARMS, (0.2, 0.6, 0.5, 0.1), strict=True)
     }
+    controls = {"shuffled_rows": 90.0, "pseudo_parents": 92.0}
     targets = [
-        target(
-            "median_angle_deg",
-            [80.0, 100.0],
-            91.0,
-            [89.0, 93.0],
-            "PASS",
-            of="unembedding",
-            controls={"shuffled_rows": 90.0, "pseudo_parents": 92.0},
-        ),
+        target("median_angle_deg", [80.0, 100.0], 91.0, [89.0, 93.0], "PASS", controls=controls),
         target("purity_gain_pp", [10.0, None], 30.0, [20.0, 40.0], "PASS"),
         target("leakage_reduction", [0.2, None], 0.5, [0.4, 0.6], "PASS"),
         target("steering_leakage_reduction", [0.2, None], 0.5, [0.4, 0.6], "PASS"),
@@ -195,8 +174,8 @@ def hand_made() -> dict[str, Any]:
         "rows_of": "unembedding",
         "permutations": 100,
         "main": statistics([5.0, 1.0], [0.9, 1.1, None, None]),
-        "shuffled_rows": statistics([0.5, -0.5], [None] * 4),
-        "pseudo_parents": statistics([1.0, 0.0], [None] * 4),
+        "shuffled_rows": statistics([0.5, -0.5], None),
+        "pseudo_parents": statistics([1.0, 0.0], None),
     }
     tokens = [" dog", HOSTILE, "ing"]
     described = {
@@ -224,14 +203,8 @@ def hand_made() -> dict[str, Any]:
             ("dead_parents", 0.0),
         )
     ]
-    environment = {
-        "python": "3.11.0",
-        "packages": {"torch": "2.0"},
-        "platform": "p",
-        "commit": None,
-        "device": "cpu",
-        "threads": 1,
-    }
+    environment = {"python": "3.11.0", "packages": {"torch": "2.0"}, "platform": "p", "commit": None}
+    environment |= {"device": "cpu", "threads": 1}
     phase = {"config": {}, "inputs": {"a": "0" * 64}, "environment": environment, "seconds": 1.5}
     files = {
         "config.yaml": dump_yaml(config()),
@@ -305,45 +278,10 @@ def norms(limit: float | None = 10.0, massive: int = 12) -> dict[str, Any]:
     return {"median_norm": 151.0, "limit": limit, "splits": splits}
 
 
-def keep_arms(files: dict[str, Any], kept: dict[str, str], arms: str) -> None:
-    """Replace the arms by those of the YAML list `arms`: by new name the arm of this run whose numbers it gets."""
-    text = files["config.yaml"]
-    files["config.yaml"] = f"{text[: text.index('arms:')]}arms: {arms}\n{text[text.index('eval:') :]}"
-    for name, key in (
-        ("phase4/results.json", "arms"),
-        ("phase4/steering.json", "arms"),
-        ("phase4/steering.json", "grid"),
-        ("phase4/latents.json", "arms"),
-        ("phase4/ablations.json", "concepts"),
-    ):
-        files[name][key] = {new: copy.deepcopy(files[name][key][old]) for new, old in kept.items()}
-    files["phase4/ablations.json"].update(reference=next(iter(kept)), differences={}, against_teacher={})
-    for arm in ARMS:
-        del files[f"phase{3 if 'teacher' in arm else 2}/{arm}/train.json"]
-    for new in kept:
-        files[f"phase{3 if 'teacher' in new else 2}/{new}/train.json"] = train(new)
-    for found in files["phase4/results.json"]["targets"][1:]:
-        found.update(measured=None, ci95=None, n=0, verdict="INCONCLUSIVE", why="there is no baseline arm")
-
-
 def run_files(files: dict[str, Any], *overrides: str) -> RunFiles:
-    """The same without a folder; `overrides` of its config."""
-    return RunFiles(
-        config=config(*overrides),
-        config_text=files["config.yaml"],
-        provenance=files["provenance.json"],
-        metrics=[json.loads(line) for line in files["metrics.jsonl"].splitlines()],
-        train={arm: train(arm) for arm in ARMS},
-        concepts=files["phase1/concepts.json"],
-        evidence=files["phase1/evidence.json"],
-        results=files["phase4/results.json"],
-        steering=files["phase4/steering.json"],
-        interventions=files["phase4/interventions.json"],
-        ablations=files["phase4/ablations.json"],
-        latents=files["phase4/latents.json"],
-        store=files.get("activations/manifest.json"),
-        norms=files.get("phase1/norms.json"),
-    )
+    """The files as the report reads them; `overrides` of the run's config."""
+    with TemporaryDirectory() as folder:
+        return replace(read_run(write(Path(folder), files)), config=config(*overrides))
 
 
 def set_target(files: dict[str, Any], name: str, **fields: Any) -> None:

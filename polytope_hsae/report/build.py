@@ -11,17 +11,26 @@ from markupsafe import Markup
 
 from ..fileio import update_text
 from . import tables
-from .advice import advise, longer
 from .figures import figures
-from .hierarchy import answers
 from .palette import arm_styles, css_variables
 from .read import RunFiles, read_run
-from .steering import interventions_table, steering_grid
-from .summary import massive_rows, summary
+from .summary import hierarchy, massive_rows, summary
 from .svg import Drawing
 from .targets import informative_passes, target_rows
 from .tree import tree_data
-from .words import arm_meaning, arm_title, corpus_meaning, hsae_size, label_meaning, listed, model_meaning, number
+from .words import LABELS, arm_meaning, arm_title, corpus_meaning, counted, model_meaning
+
+# id and heading, in the page's order
+SECTIONS = {
+    "summary": "Summary",
+    "targets": "Targets",
+    "tree": "Parents and children",
+    "arms": "Arms",
+    "training": "Training curves",
+    "hierarchy": "Is there a hierarchy?",
+    "config": "Config and provenance",
+    "glossary": "Glossary",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -58,82 +67,63 @@ def _template(name: str) -> str:
 
 def view(run: RunFiles, drawn: dict[str, Drawing]) -> dict[str, Any]:
     """Everything that the template shows."""
-    styles = arm_styles(run.config)
-    tree = tree_data(run)
-    config = run.config
-    budgets = {name: budget(run, name) for name in run.arms}
+    config, tree = run.config, tree_data(run)
+    details = [tables.concepts_table(run), tables.steering_table(run), *tables.difference_tables(run)]
+    evidence = [tables.interventions_table(run), tables.parents_table(run)]
     return {
+        "sections": SECTIONS,
         "name": config.run.name,
         "results": run.results,
-        "model_meaning": model_meaning(config),
-        "corpus_meaning": corpus_meaning(config),
-        "label_meaning": label_meaning(run.results["label"]),
-        "arms": [
-            {
-                "title": arm_title(name),
-                "meaning": arm_meaning(config, name),
-                "colour": styles[name][0],
-                "budget": budgets[name],
-                "parameters": run.train[name]["parameters"],
-            }
-            for name in run.arms
-        ],
-        "budgets": sorted(set(budgets.values())),
-        "sizes": sizes(run),
+        "evidence": run.evidence,
+        "latents": run.latents,
+        "facts": facts(run),
+        "arms": [arm_facts(run, name) for name in run.arms],
         "massive_rows": massive_rows(run),
         "summary": summary(run),
         "targets": target_rows(run),
         "verdicts": Counter(target["verdict"] for target in run.results["targets"]),
         "informative": informative_passes(run),
-        "advice": advise(run),
-        "longer": longer(run),
-        "anchor": config.teacher.anchor,
         "min_rows": config.concepts.min_test_rows,
-        "q_floor": number(1 / (run.evidence["permutations"] + 1), 3),
         "schedule": config.training.schedule,
-        "arms_table": tables.arms_table(run),
-        "reference": arm_title(run.ablations["reference"]),
-        "differences": tables.differences_table(run, run.ablations["differences"]),
-        "leads": tables.differences_table(run, run.ablations["against_teacher"]),
-        "concepts": tables.concepts_table(run),
-        "figures": {name: Markup(drawing.inline) for name, drawing in drawn.items()},
-        "evidence": run.evidence,
+        "arm_tables": tables.arm_tables(run),
+        "detail_tables": [table for table in details if any(table.groups.values())],
+        "hierarchy": hierarchy(run),
         "has_hierarchy": run.has_hierarchy,
-        "answers": answers(run),
-        "interventions": interventions_table(run),
-        "steering_grid": steering_grid(run),
-        "evidence_table": tables.evidence_summary(run),
-        "parents": tables.parents_table(run),
-        "n_children": len(run.evidence["main"]["children"]["parent"]),
-        "latents": run.latents,
+        "evidence_table": tables.evidence_table(run),
+        "evidence_details": [table for table in evidence if any(table.groups.values())],
+        "figures": {name: Markup(drawing.inline) for name, drawing in drawn.items()},
         "tree_json": htmlsafe_json_dumps(tree, separators=(",", ":")),
         "tree_arms": [(name, arm_title(name)) for name, found in tree["arms"].items() if found["parents"]],
         "phases": tables.phases_table(run),
-        "commits": tables.mixed_commits(run),
         "versions": tables.versions(run),
         "config_text": run.config_text,
         "theme": {"light": Markup(css_variables(0)), "dark": Markup(css_variables(1))},
     }
 
 
-def sizes(run: RunFiles) -> list[tuple[str, str]]:
-    """(arms, their size) for every size that there is."""
-    found: dict[str, list[str]] = {}
-    for name in run.arms:
-        said = f"{run.latents['arms'][name]['n_parents']:,} latents"
-        if l0 := run.metric(name, "l0"):
-            said += f", on average {number(l0['value'], 1)} active in a row"
-        if name not in run.flat_arms:
-            said = hsae_size(run.config.arm_hsae(run.config.arm(name)))
-        found.setdefault(said, []).append(arm_title(name))
-    return [(listed(names), said) for said, names in found.items()]
+def facts(run: RunFiles) -> list[tuple[str, str]]:
+    """What was measured, and on what."""
+    children = len(run.evidence["main"]["children"]["parent"])
+    return [
+        ("Language model", model_meaning(run.config)),
+        ("Text", corpus_meaning(run.config)),
+        ("Label of a row", f"{LABELS[run.results['label']]} ({run.results['label']})"),
+        ("Measured on", f"{run.results['split']} split, {run.latents['n_rows']:,} rows"),
+        ("Concepts", f"{len(run.concepts['parents'])} parents, {children} children"),
+    ]
 
 
-def budget(run: RunFiles, arm: str) -> str:
-    """What an arm was trained on: steps, rows shown, and how many distinct rows those are where that is known."""
-    record = run.train[arm]
-    shown = f"{record['steps']:,} steps, {record['tokens']:,} rows shown"
-    if run.store is None:
-        return shown
-    distinct = run.store["rows"]["train"]
-    return f"{shown} (the {distinct:,} rows of the train split, {record['tokens'] / distinct:.1f} times each)"
+def arm_facts(run: RunFiles, arm: str) -> dict[str, str]:
+    """An arm's name, colour, how it was made, its size, and the rows it was trained on."""
+    record, found = run.train[arm], run.latents["arms"][arm]
+    n, children = found["n_parents"], found["n_children"]
+    latents = f"{counted(n, 'parent')} with {children:,} children each" if children else counted(n, "latent")
+    trained = f"{record['steps']:,} steps, {record['tokens']:,} rows"
+    if run.store is not None:
+        trained += f" ({record['tokens'] / run.store['rows']['train']:.1f} epochs)"
+    return {
+        "title": arm_title(arm),
+        "colour": arm_styles(run.config)[arm][0],
+        "meaning": arm_meaning(run.config, arm),
+        "size": f"{latents}, {counted(record['parameters'], 'parameter')}; {trained}",
+    }

@@ -49,14 +49,9 @@ class RunFiles:
         found = self.results["arms"].get(arm, {}).get(name)
         return None if found is None or found["value"] is None else found
 
-    def difference(self, arm: str, name: str) -> dict[str, Any] | None:
-        """The arm minus the first one; None where that has no value."""
-        found = self.ablations["differences"].get(arm, {}).get(name)
-        return None if found is None or found["value"] is None else found
-
-    def lead(self, arm: str | None, name: str) -> dict[str, Any] | None:
+    def lead(self, arm: str, name: str) -> dict[str, Any] | None:
         """The teacher minus the arm, on the same resamples; None where that has no value."""
-        found = self.ablations["against_teacher"].get(arm or "", {}).get(name)
+        found = self.ablations["against_teacher"].get(arm, {}).get(name)
         return None if found is None or found["value"] is None else found
 
     def target(self, name: str) -> dict[str, Any]:
@@ -78,11 +73,6 @@ class RunFiles:
         return [arm.name for arm in self.config.arms if arm.name in self.results["arms"]]
 
     @cached_property
-    def flat_arms(self) -> list[str]:
-        """Those without a hierarchy, of every kind."""
-        return [arm for arm in self.arms if self.config.arm(arm).kind != "hsae"]
-
-    @cached_property
     def permuted(self) -> str | None:
         """The first arm that starts from a teacher of the wrong words, if there is one."""
         return next((arm for arm in self.arms if self.config.arm(arm).init == "permuted_teacher"), None)
@@ -95,7 +85,8 @@ class RunFiles:
     @cached_property
     def key_arms(self) -> list[str]:
         """The judged arms, the control and the flat arms; without any of them the first arm."""
-        return [arm for arm in self.arms if arm in (*self.judged, self.permuted, *self.flat_arms)] or self.arms[:1]
+        flat = [arm for arm in self.arms if self.config.arm(arm).kind != "hsae"]
+        return [arm for arm in self.arms if arm in (*self.judged, self.permuted, *flat)] or self.arms[:1]
 
     @cached_property
     def leaves_rows_out(self) -> bool:

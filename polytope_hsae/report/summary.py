@@ -1,4 +1,4 @@
-"""The header's paragraph: what the run found, computed from its results."""
+"""Sentences computed from a run's results: the header's, those on massive activations, those on the hierarchy."""
 
 from typing import Any
 
@@ -9,64 +9,47 @@ from .targets import informative_passes
 from .words import DASH, TARGETS, arm_title, interval, listed, number, percent
 
 WORDS = 5  # of the tokens of massive rows
-LINE_BREAK = "\n"
 LEFT_OUT = (
-    "They are left out of training and of every metric below, but for those marked “all rows”. In the language model "
-    "their reconstruction is put in place like any other's, but where “massive rows kept” is said."
+    "Training and every metric below leave them out, except metrics marked “all rows”. In the language model their "
+    "reconstruction is spliced in like any other's, except where “massive rows kept” is said."
 )
 LEFT_IN = (
-    "This run trains on them and counts them, so explained variance rests on a handful of rows (“explained variance of "
-    f"a row” does not). data.max_norm_multiple={MASSIVE:g} leaves them out."
+    "This run trains on them and counts them, so explained variance rests on a handful of rows (“EV, mean over rows” "
+    f"does not). data.max_norm_multiple={MASSIVE:g} leaves them out."
 )
+GREEK = {"omega": "ω", "kappa": "κ", "beta": "β"}
 
 
 def summary(run: RunFiles) -> list[str]:
     """The header's sentences, the verdicts first; a sentence without its numbers is left out."""
-    sentences = [_verdict_sentence(run)]
-    angle = run.target("median_angle_deg")
-    controls = [value for value in angle["controls"].values() if value is not None]
-    if controls and all(angle["required"][0] <= value <= angle["required"][1] for value in controls):
-        sentences.append("The angle decides nothing: its controls, in which there is no hierarchy, are in range too.")
-    main = run.evidence["main"]
-    if main["fraction_z_above_3"] is not None:
-        count = sum(value is not None for value in main["parents"]["z"])
-        shares = {
-            name: run.evidence[key]["fraction_z_above_3"]
-            for key, name in (("pseudo_parents", "of made-up parents"), ("shuffled_rows", "after shuffling the rows"))
-        }
-        elsewhere = listed([f"{percent(share)} {name}" for name, share in shares.items() if share is not None] or ["–"])
-        share = percent(main["fraction_z_above_3"])
-        sentences.append(
-            f"In the {run.evidence['rows_of']}, the children of {share} of {count} parents share a direction beyond "
-            f"what random nouns share (z above 3); the same holds for {elsewhere}."
-        )
+    sentences = [_verdict_sentence(run), *_decision(run)]
     purity = {arm: found for arm in run.key_arms if (found := run.metric(arm, "purity"))}
     if purity:
         known = [f"{number(found['value'], 2)} ({arm_title(arm)})" for arm, found in purity.items()]
         chance = next(iter(purity.values()))["chance"]
-        sentences.append(f"On held-out words, purity is {listed(known)}; chance is {number(chance, 2)}.")
+        sentences.append(f"Purity on held-out words: {listed(known)}; chance level {number(chance, 2)}.")
     leads = [
         f"{number(100 * found['value'], 1, sign=True)} points over {arm_title(arm)} ({interval(found['ci95'], 1, 100)})"
         for arm in run.key_arms
         if arm not in run.judged and (found := run.lead(arm, "purity"))
     ]
     if leads:
-        sentences.append(f"Paired by concept, the teacher's lead in purity is {listed(leads)}.")
-    if explained := _of_arms(run, "ev"):
-        sentences.append(f"Explained variance: {explained}.")
+        sentences.append(f"The teacher's lead in purity, paired by concept: {listed(leads)}.")
+    explained = [f"{number(ev['value'])} ({arm_title(arm)})" for arm in run.key_arms if (ev := run.metric(arm, "ev"))]
+    if explained:
+        sentences.append(f"Explained variance: {listed(explained)}.")
     seeds = listed([str(seed) for seed in run.results["seeds"]])
     sentences.append(f"Seed {seeds}: the intervals are over concepts and documents, not over training runs.")
     return sentences
 
 
-def _of_arms(run: RunFiles, metric: str) -> str:
-    """'0.858 (baseline) and 0.855 (teacher)'; empty where no arm has the metric."""
-    found = {arm: measured for arm in run.key_arms if (measured := run.metric(arm, metric))}
-    return listed([f"{number(one['value'], 3)} ({arm_title(arm)})" for arm, one in found.items()]) if found else ""
+def hierarchy(run: RunFiles) -> list[str]:
+    """Whether a hierarchy with orthogonal differences is shown, and how many trained children follow it."""
+    return [*_decision(run), *_trained(run)]
 
 
 def massive_rows(run: RunFiles) -> list[str]:
-    """What rows of massive norm there are and what they do to the numbers; empty where there are none."""
+    """How many rows have a massive norm and what they do to the numbers; empty where there are none."""
     norms = run.norms
     found = {} if norms is None else {name: one for name, one in norms["splits"].items() if one["massive"]}
     if norms is None or not found:
@@ -79,16 +62,14 @@ def massive_rows(run: RunFiles) -> list[str]:
     largest = number(max(one["largest_norm"] for one in found.values()), 0)
     tokens = next(iter(found.values()))["tokens"][:WORDS]
     words = [
-        f"{'a line break' if token.strip(' ') == LINE_BREAK else f'“{token}”'} ({count:,})" for token, count in tokens
+        f"{'a line break' if token.strip(' ') == chr(10) else f'“{token}”'} ({count:,})" for token, count in tokens
     ]
     share = percent(max(one["share_of_squared_deviation"] for one in found.values()))
-    with_them = _of_arms(run, "ev_all_rows") if norms["limit"] else ""
     return [
-        f"{listed(counts)} have a norm above {times} the median of {median}, up to {largest}. In language models these "
-        "are usually a text's first tokens and its first commas, full stops and line breaks (“massive activations”); "
-        f"here most often {listed(words or [DASH])}.",
-        f"They hold {share} of the squared deviation from the mean, so an explained variance with them says little "
-        f"about all other rows{f': with them it would be {with_them}' if with_them else ''}.",
+        f"{listed(counts)} have a norm above {times} the median of {median}, up to {largest}. "
+        f"Most frequent tokens: {listed(words or [DASH])}.",
+        f"They hold {share} of the squared deviation from the mean, so explained variance with them says little "
+        "about all other rows.",
         LEFT_OUT if norms["limit"] else LEFT_IN,
     ]
 
@@ -99,14 +80,14 @@ def _verdict_sentence(run: RunFiles) -> str:
     for verdict, one, several in (
         ("PASS", "passes", "pass"),
         ("FAIL", "fails", "fail"),
-        ("INCONCLUSIVE", "is undecided", "are undecided"),
+        ("INCONCLUSIVE", "is inconclusive", "are inconclusive"),
     ):
         names = [_over(target) for target in targets if target["verdict"] == verdict]
         if names:
             parts.append(f"{len(names)} {one if len(names) == 1 else several} ({listed(names)})")
     said = f"Of {len(targets)} targets, {listed(parts)}."
     if any(target["n"] < MIN_UNITS for target in targets):
-        said += f" Fewer than {MIN_UNITS} decide nothing."
+        said += f" Fewer than {MIN_UNITS} units give no verdict."
     passes, informative = (sum(target["verdict"] == "PASS" for target in targets), informative_passes(run))
     return said if informative == passes else f"{said} Informative: {informative} of the {passes} that pass."
 
@@ -115,3 +96,31 @@ def _over(target: dict[str, Any]) -> str:
     """'gain of purity over 16 concepts'."""
     name = TARGETS[target["name"]].name
     return f"{name[0].lower()}{name[1:]} over {counted_units(target['name'], target['n'])}"
+
+
+def _decision(run: RunFiles) -> list[str]:
+    """The decision at a stated level, all tests of which must pass; runs of earlier versions have none."""
+    found = run.evidence["main"].get("decision")
+    if found is None:
+        return []
+    said = f"A hierarchy with orthogonal differences is {'' if found['hierarchy'] else 'not '}shown at level"
+    said += f" {found['alpha']:g}."
+    for verb, passes in (("Passed", True), ("Not passed", False)):
+        names = [
+            GREEK.get(name, name.replace("_", " ")) for name, test in found["tests"].items() if test["passes"] is passes
+        ]
+        if names:
+            said += f" {verb}: {listed(names)}."
+    return [said + (f" Not tested: {found['why']}." if "why" in found else "")]
+
+
+def _trained(run: RunFiles) -> list[str]:
+    found = {arm: one for arm in run.arms if (one := run.metric(arm, "edge_recall"))}
+    if not found:
+        return []
+    shares = listed([f"{percent(one['value'])} ({arm_title(arm)})" for arm, one in found.items()])
+    chance = percent(next(iter(found.values()))["chance"])
+    return [
+        "After training, child concepts whose best latent is a child of their parent's latent: "
+        f"{shares}; chance level {chance}."
+    ]

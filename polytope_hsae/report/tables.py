@@ -1,12 +1,11 @@
-"""Tables of the page: arms with intervals and chance, paired differences, evidence, provenance."""
+"""The tables of the page: each function turns a run's files into one `Table`."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .read import RunFiles
-from .target_evidence import n_words
 from .words import (
     DASH,
     METRIC_GROUPS,
@@ -17,7 +16,6 @@ from .words import (
     MetricWords,
     arm_title,
     interval,
-    listed,
     number,
     percent,
 )
@@ -26,8 +24,6 @@ VARIANTS = {
     "main": ("the concepts", "WordNet's parents and children, or those of the given tree"),
     "pseudo_parents": ("pseudo-parents", "made-up parents, whose children come from different real ones"),
     "shuffled_rows": ("shuffled rows", "the same words with the rows of the unembedding permuted"),
-}
-MORE_VARIANTS = {
     "permuted_words": ("permuted words", "all words dealt out to the children at random"),
     "random_parent": ("random parent", "every child with another concept's parent"),
     "gaussian": ("Gaussian rows", "random numbers in place of the unembedding"),
@@ -36,19 +32,63 @@ MORE_VARIANTS = {
     "random": ("random metric", "the concepts with the causal metric's spectrum in a random basis"),
     "residual_covariance": ("covariance of activations", "the concepts in the metric of the final residual"),
 }
-
-
 PHASES = {
     "phase1": "activations, concepts, evidence",
-    "phase2": "arms with a random start",
+    "phase2": "arms with random initialisation",
     "phase3": "arms with a teacher",
-    "phase4": "measurement",
+    "phase4": "evaluation",
 }
 OPEN_GROUPS = ("Reconstruction", "Concepts on held-out documents and words")
+FORMS = {"inject": "direction added", "override": "code set"}
+ALONG = {"own": "its own direction", "other": "another concept's", "random": "a random one"}
+
+
+class Cell(NamedTuple):
+    """A value, with its interval and chance level below it; `note` is the number of a footnote, from 1."""
+
+    value: str
+    interval: str | None = None
+    chance: str | None = None
+    note: int | None = None
+    bold: bool = False
+
+
+class Row(NamedTuple):
+    name: str
+    cells: list[Cell]
+    meaning: str = ""
+
+
+class Table(NamedTuple):
+    """`heads` begins with that of the rows' names; the group "" has no heading; `notes` are footnotes."""
+
+    title: str
+    heads: list[str]
+    groups: dict[str, list[Row]]
+    caption: str = ""
+    notes: Sequence[str] = ()
+    open: bool = False
+
+
+def arm_tables(run: RunFiles) -> list[Table]:
+    """A table for each group of metrics: columns are arms, then the chance level where all arms share it, and n."""
+    arms, tables = run.results["arms"], []
+    for title, group in metric_groups(run, arms.values()).items():
+        rows: list[Row] = []
+        notes: list[str] = []
+        for key, words in group.items():
+            found = [arms[arm].get(key) for arm in run.arms]
+            chances = {number(one["chance"], words.digits) for one in found if one and one["chance"] is not None}
+            common = chances.pop() if len(chances) == 1 else None
+            cells = [metric_cell(one, words.digits, notes, with_chance=common is None) for one in found]
+            rows.append(Row(_name(words), [*cells, Cell(common or DASH), Cell(_units(found))], words.meaning))
+        heads = ["Metric", *map(arm_title, run.arms), "chance level", "n"]
+        tables.append(Table(title, heads, {"": rows}, notes=notes, open=title in OPEN_GROUPS))
+    return tables
 
 
 def metric_groups(run: RunFiles, found: Iterable[dict[str, Any]]) -> dict[str, dict[str, MetricWords]]:
-    """The groups of a table, only metrics that an arm in `found` has and that say something; own slots last."""
+    """The groups of a table with the metrics that an arm in `found` has; those of the teacher's slots come last."""
     names = {name for metrics in found for name in metrics} - set(() if run.leaves_rows_out else OF_MASSIVE_ROWS)
     own = {key + OWN_SLOTS_SUFFIX: words for key, words in METRICS.items() if key + OWN_SLOTS_SUFFIX in names}
     groups = {
@@ -57,88 +97,59 @@ def metric_groups(run: RunFiles, found: Iterable[dict[str, Any]]) -> dict[str, d
     return {title: group for title, group in (groups | {OWN_SLOTS: own}).items() if group}
 
 
-class Footnotes:
-    """Reasons for missing values, each listed once."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
-
-    def mark(self, reason: str) -> int:
-        """Number of the footnote, from 1."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-        return self.reasons.index(reason) + 1
+def difference_tables(run: RunFiles) -> list[Table]:
+    """The teacher minus each arm, unless the teacher comes first, and each arm minus the first one."""
+    reference = run.ablations["reference"]
+    tables = [_differences(run, f"Each arm minus {arm_title(reference)}", run.ablations["differences"])]
+    if reference != "teacher":
+        tables.insert(0, _differences(run, "The teacher minus each arm", run.ablations["against_teacher"]))
+    return tables
 
 
-def arms_table(run: RunFiles) -> dict[str, Any]:
-    """Columns are arms, rows metrics in groups; a missing value is a dash with its reason as a footnote."""
-    notes = Footnotes()
-    arms = run.results["arms"]
-    groups = []
-    for title, group in metric_groups(run, arms.values()).items():
+def _differences(run: RunFiles, title: str, by_arm: dict[str, dict[str, Any]]) -> Table:
+    groups, notes = {}, list[str]()
+    for name, group in metric_groups(run, by_arm.values()).items():
         rows = []
         for key, words in group.items():
-            found = [arms[arm].get(key) for arm in run.arms]
-            chances = {number(one["chance"], words.digits) for one in found if one and one["chance"] is not None}
-            common = chances.pop() if len(chances) == 1 else None
-            cells = [_cell(one, words.digits, notes, with_chance=common is None) for one in found]
-            rows.append({"words": words, "cells": cells, "chance": common, "n": _units(found)})
-        groups.append({"title": title, "rows": rows, "open": title in OPEN_GROUPS})
-    return {"arms": [arm_title(arm) for arm in run.arms], "groups": groups, "notes": notes.reasons}
-
-
-def differences_table(run: RunFiles, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`table` of paired differences on the same resamples; `excludes_zero` where the interval leaves out 0."""
-    notes = Footnotes()
-    groups = []
-    for title, group in metric_groups(run, table.values()).items():
-        rows = []
-        for key, words in group.items():
-            found = [metrics.get(key) for metrics in table.values()]
+            found = [metrics.get(key) for metrics in by_arm.values()]
             if all(one is None or one["ci95"] in (None, [0.0, 0.0]) for one in found):
                 continue  # the same in every arm by construction
-            cells = [_cell(one, words.digits, notes, sign=True) for one in found]
-            rows.append({"words": words, "cells": cells})
+            rows.append(Row(_name(words), [metric_cell(one, words.digits, notes, sign=True) for one in found]))
         if rows:
-            groups.append({"title": title, "rows": rows})
-    return {"arms": [arm_title(arm) for arm in table], "groups": groups, "notes": notes.reasons}
+            groups[name] = rows
+    caption = "Paired on the same resamples, with 95\u00a0% intervals. Bold: the interval excludes 0."
+    return Table(title, ["Metric", *map(arm_title, by_arm)], groups, caption, notes)
 
 
-def concepts_table(run: RunFiles) -> dict[str, Any]:
-    """Purity of every measured concept in every arm, with its rows and held-out words; the teacher's purest first."""
-    arms, first = run.arms, "teacher" if "teacher" in run.arms else run.arms[0]
-    # Fewer than two concepts have no purity.
-    found = {arm: run.ablations["concepts"][arm] for arm in arms}
-    purity = {arm: {one["parent"]: one.get("purity") for one in concepts} for arm, concepts in found.items()}
-    concepts = sorted(run.in_use, key=lambda concept: -(purity[first].get(concept["parent"]) or 0.0))
-    rows = [
-        {
-            "name": run.parent_name(concept["parent"]),
-            "rows": concept["rows"],
-            "n_words": n_words(run, concept["parent"]),
-            "purity": [number(purity[arm].get(concept["parent"]), 2) for arm in arms],
-        }
-        for concept in concepts
-    ]
-    return {"arms": [arm_title(arm) for arm in arms], "rows": rows}
+def _name(words: MetricWords) -> str:
+    return f"{words.name} {words.better}".strip()
 
 
-def _cell(
-    found: dict[str, Any] | None, digits: int, notes: Footnotes, *, sign: bool = False, with_chance: bool = False
-) -> dict[str, Any]:
+def metric_cell(
+    found: dict[str, Any] | None, digits: int, notes: list[str], *, sign: bool = False, with_chance: bool = False
+) -> Cell:
+    """A metric of results.json; a missing value is a dash with its reason in `notes`. Bold: a difference from 0."""
     if found is None:
-        return {"value": None, "note": None, "excludes_zero": False}
+        return Cell(DASH)
     if found["value"] is None:
-        why = found.get("why", "no reason was recorded")
-        return {"value": None, "note": notes.mark(why), "excludes_zero": False}
+        return Cell(DASH, note=_note(notes, found.get("why", "no reason was recorded")))
     ci95 = found["ci95"]
-    return {
-        "value": number(found["value"], digits, sign),
-        "interval": interval(ci95, digits) if ci95 else None,
-        "note": notes.mark(found["why"]) if "why" in found else None,
-        "chance": number(found["chance"], digits) if with_chance and found["chance"] is not None else None,
-        "excludes_zero": bool(ci95) and not ci95[0] <= 0 <= ci95[1],  # not "clear": a template finds the dict's method
-    }
+    return Cell(
+        number(found["value"], digits, sign),
+        interval(ci95, digits) if ci95 else None,
+        number(found["chance"], digits) if with_chance and found["chance"] is not None else None,
+        _note(notes, found.get("why")),
+        bold=sign and bool(ci95) and not ci95[0] <= 0 <= ci95[1],
+    )
+
+
+def _note(notes: list[str], reason: str | None) -> int | None:
+    """Number of the footnote with this reason, which is listed once."""
+    if reason is None:
+        return None
+    if reason not in notes:
+        notes.append(reason)
+    return notes.index(reason) + 1
 
 
 def _units(found: list[dict[str, Any] | None]) -> str:
@@ -149,83 +160,144 @@ def _units(found: list[dict[str, Any] | None]) -> str:
     return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
-def evidence_summary(run: RunFiles) -> dict[str, Any]:
-    """The statistics of the concepts beside their controls."""
-    notes = Footnotes()
+def concepts_table(run: RunFiles) -> Table:
+    """Purity of every measured concept in every arm, with its rows and held-out words; the teacher's purest first."""
+    first = "teacher" if "teacher" in run.arms else run.arms[0]
+    # A single concept has no purity.
+    purity = {arm: {one["parent"]: one.get("purity") for one in run.ablations["concepts"][arm]} for arm in run.arms}
     rows = []
-    for key, (title, meaning) in (VARIANTS | MORE_VARIANTS).items():
+    for concept in sorted(run.in_use, key=lambda concept: -(purity[first].get(concept["parent"]) or 0.0)):
+        p = concept["parent"]
+        words = sum(len(child["words"][run.results["split"]]) for child in run.concepts["parents"][p]["children"])
+        values = [number(purity[arm].get(p), 2) for arm in run.arms]
+        rows.append(Row(run.parent_name(p), list(map(Cell, [*values, f"{concept['rows']:,}", f"{words:,}"]))))
+    caption = "Purity in every arm, and the rows and held-out words that each concept is measured on."
+    heads = ["Concept", *map(arm_title, run.arms), "rows", "words"]
+    return Table("Purity, concept by concept", heads, {"": rows}, caption)
+
+
+def steering_table(run: RunFiles) -> Table:
+    """Side effects of every arm by level, form, hook and dose."""
+    grid = {arm: cells for arm in run.arms if (cells := run.steering["grid"].get(arm))}
+    key = ("level", "form", "hook", "target_nats")
+    found = {arm: {tuple(cell[name] for name in key): cell for cell in cells} for arm, cells in grid.items()}
+    rows = []
+    for place in dict.fromkeys(place for cells in found.values() for place in cells):
+        level, form, hook, nats = place
+        elsewhere = "" if hook == run.results["hook"] else f" at {hook}"
+        name = f"{level}, {FORMS[form]}{elsewhere}, +{nats:g} nats"
+        rows.append(Row(name, [_steering_cell(cells.get(place)) for cells in found.values()]))
+    caption = (
+        "Shift of other words in nats; in brackets along another concept's direction. Then the concepts whose "
+        "log-odds did not rise by the dose."
+    )
+    return Table("Steering by level, form and dose", ["Steered", *map(arm_title, grid)], {"": rows}, caption)
+
+
+def _steering_cell(cell: dict[str, Any] | None) -> Cell:
+    if cell is None:
+        return Cell(DASH)
+    leakage = cell["steering_leakage"]
+    value = f"{number(leakage['value'])} ({number(leakage['chance'])})"
+    return Cell(value, f"{cell['unreached']} of {cell['concepts']} not reached")
+
+
+def interventions_table(run: RunFiles) -> Table:
+    """The teacher's directions in the language model beside other directions at the same effect."""
+    found, rows = run.interventions, list[Row]()
+    if "ratio_invariance" in found:
+        ratio, targeting = found["ratio_invariance"], found["targeting"]
+        for key, said in (("median", "median"), ("p90", "90th percentile")):
+            name = f"KL among a parent's words, {said} (published: below {ratio['thresholds'][key]:g})"
+            rows.append(Row(name, [_value(ratio[along][key]) for along in ALONG]))
+        rows.append(Row("parents not reached", [_missed(ratio[along], "median") for along in ALONG]))
+        for level, others in (("parents", "other parents"), ("children", "siblings")):
+            along = [targeting[level][name] for name in ALONG]
+            shares = [Cell(percent(one["share_above_threshold"]["value"])) for one in along]
+            moved = f"{level}: shift relative to {others}, median ratio"
+            rows.append(Row(moved, [_value(one["median_ratio"]) for one in along]))
+            rows.append(Row(f"{level}: share with a ratio of {targeting['threshold']:g} or more", shares))
+        children = targeting["children"]
+        rows.append(Row("children not reached", [_missed(children[name], "median_ratio") for name in ALONG]))
+    for words, title in (("same_words", "the teacher's words"), ("other_words", "held-out words")):
+        if words in found["agreement"]:
+            cosines = [_value(found["agreement"][words][name]) for name in ("cosine", "other_parents", "random")]
+            rows.append(Row(f"cosine of a parent's mean activation with the direction, {title}", cosines))
+    dose = f"at a dose of +{found['target_nats']:g} nats" if "target_nats" in found else found["why"]
+    caption = f"Before any training: {dose}. Intervals are 95\u00a0%."
+    return Table("Concept directions in the language model", ["Measured", *ALONG.values()], {"": rows}, caption)
+
+
+def _value(found: dict[str, Any]) -> Cell:
+    return _with_interval(found["value"], found["ci95"], 3)
+
+
+def _with_interval(value: float | None, ci95: list[float] | None, digits: int) -> Cell:
+    return Cell(number(value, digits), interval(ci95, digits) if ci95 else None)
+
+
+def _missed(found: dict[str, Any], name: str) -> Cell:
+    return Cell(f"{found['unreached']} of {found['unreached'] + found[name]['n']}")
+
+
+def evidence_table(run: RunFiles) -> Table:
+    """The statistics of the concepts beside their controls."""
+    notes: list[str] = []
+    rows = []
+    for key, (title, meaning) in VARIANTS.items():
         if key not in run.evidence:
             continue
         found = run.evidence[key]
-        angles = found.get("angles")
-        why = found.get("why")
-        rows.append(
-            {
-                "title": title,
-                "meaning": meaning,
-                "share": percent(found["fraction_z_above_3"]),
-                "median_z": number(found["median_z"], 2),
-                "beta": number(found["median_beta"], 2),
-                "beta_interval": interval(found["beta_ci95"], 2) if found.get("beta_ci95") else None,
-                "omega": number(found["omega"], 3),
-                "omega_interval": interval(found["omega_ci95"], 3) if found.get("omega_ci95") else None,
-                "angle": DASH if angles is None else f"{number(angles['median_angle_deg'], 1)}°",
-                "angle_interval": None if angles is None else interval(angles["median_ci95"], 1, unit="°"),
-                "note": notes.mark(why) if why else None,
-            }
-        )
-    return {"rows": rows, "notes": notes.reasons}
+        angles = found.get("angles") or {"median_angle_deg": None, "median_ci95": None}
+        beta = _with_interval(found["median_beta"], found.get("beta_ci95"), 2)
+        cells = [
+            Cell(percent(found["fraction_z_above_3"])),
+            Cell(number(found["median_z"], 2)),
+            beta._replace(note=_note(notes, found.get("why"))),
+            _with_interval(found["omega"], found.get("omega_ci95"), 3),
+            _with_interval(angles["median_angle_deg"], angles["median_ci95"], 1),
+        ]
+        rows.append(Row(title, cells, meaning))
+    heads = ["Measured on", "parents with z above 3", "median z", "median β", "ω", "median angle, °"]
+    caption = (
+        f"Intervals are 95\u00a0% over parents. z rests on {run.evidence['permutations']:,} draws of random nouns."
+    )
+    return Table("The concepts beside their controls", heads, {"": rows}, caption, notes)
 
 
-def parents_table(run: RunFiles) -> list[dict[str, Any]]:
-    """One row per parent concept: what its children share, and the medians over its children."""
-    main = run.evidence["main"]
-    parents, children = main["parents"], main["children"]
+def parents_table(run: RunFiles) -> Table:
+    """One row per parent concept, the largest z first: what its children share, and medians over its children."""
+    parents, children = run.evidence["main"]["parents"], run.evidence["main"]["children"]
     owner = np.asarray(children["parent"])
     rows = []
-    for p, name in enumerate(parents["name"]):
+    for p in sorted(range(len(parents["name"])), key=lambda p: -(parents["z"][p] or 0.0)):
         own = np.flatnonzero(owner == p)
         betas = [children["beta"][r] for r in own if children["beta"][r] is not None]
-        angle = float(np.median([children["angle_deg"][r] for r in own]))
-        values = {
-            "n_children": parents["n_children"][p],
-            "s_p": parents["s_p"][p],
-            "z": parents["z"][p],
-            "q": parents["q"][p],
-            "beta": float(np.median(betas)) if betas else None,
-            "omega": parents["omega"][p],
-            "angle": angle,
-        }
-        digits = {"n_children": 0, "s_p": 2, "z": 2, "q": 3, "beta": 2, "omega": 3, "angle": 1}
-        cells = [(value, number(value, digits[key])) for key, value in values.items()]
-        rows.append({"name": name, "cells": cells, "above": parents["z"][p] is not None and parents["z"][p] > 3})
-    return rows
+        z = parents["z"][p]
+        cells = [
+            Cell(number(parents["n_children"][p], 0)),
+            Cell(number(parents["s_p"][p], 2)),
+            Cell(number(z, 2), bold=z is not None and z > 3),
+            Cell(number(parents["q"][p], 3)),
+            Cell(number(float(np.median(betas)) if betas else None, 2)),
+            Cell(number(parents["omega"][p], 3)),
+            Cell(number(float(np.median([children["angle_deg"][r] for r in own])), 1)),
+        ]
+        rows.append(Row(parents["name"][p], cells))
+    heads = ["Parent", "children", "s", "z", "q", "β", "ω", "angle, °"]
+    caption = "s is the mean inner product of two children; β and angle are medians over the parent's children."
+    return Table(f"Every parent ({len(rows)} rows)", heads, {"": rows}, caption)
 
 
-def phases_table(run: RunFiles) -> list[dict[str, Any]]:
+def phases_table(run: RunFiles) -> Table:
     """What each phase ran on, and how long it took."""
     rows = []
     for name, phase in sorted(run.provenance["phases"].items()):
         environment = phase["environment"]
-        rows.append(
-            {
-                "name": name.replace("phase", "phase "),
-                "does": PHASES[name],
-                "seconds": phase["seconds"],
-                "device": environment["device"],
-                "threads": environment["threads"],
-                "commit": (environment["commit"] or DASH)[:12],
-            }
-        )
-    return rows
-
-
-def mixed_commits(run: RunFiles) -> list[str]:
-    """'6a8e1956d36a (phase 1, phase 2)' for every commit, where the phases ran at more than one."""
-    found: dict[str, list[str]] = {}
-    for row in phases_table(run):
-        found.setdefault(row["commit"], []).append(row["name"])
-    return [f"{commit} ({listed(names)})" for commit, names in found.items()] if len(found) > 1 else []
+        commit = (environment["commit"] or DASH)[:12]
+        cells = (phase["seconds"], environment["device"], environment["threads"], commit)
+        rows.append(Row(name.replace("phase", "phase "), [Cell(str(value)) for value in cells], PHASES[name]))
+    return Table("Phases", ["Phase", "seconds", "device", "threads", "commit"], {"": rows})
 
 
 def versions(run: RunFiles) -> list[tuple[str, str]]:

@@ -1,14 +1,15 @@
-"""The five targets as the page shows them: required, measured, interval bar, verdict, and the evidence behind each."""
+"""The five targets as the page shows them: required, measured, interval bar, verdict, and what a control gets."""
 
 from typing import Any
 
+import numpy as np
+
 from ..evaluation.targets import counted_units
 from .read import RunFiles
-from .steering import steering_means, steering_table
-from .target_evidence import ANGLE_CONTROLS, EVIDENCE
 from .words import TARGETS, TargetWords, arm_title, interval, number
 
-VERDICTS = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "undecided"}
+VERDICTS = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "inconclusive"}
+ANGLE_CONTROLS = {"shuffled_rows": "shuffled rows", "pseudo_parents": "pseudo-parents"}
 PAD = 0.08  # of the axis, left free at both ends of a bar
 LABEL_ROOM = 14.0  # percent of the axis that a tick's label needs
 COSTS = ("reconstruction_parity",)  # what the method may cost; a control is meant to pass it too
@@ -20,24 +21,19 @@ def target_rows(run: RunFiles) -> list[dict[str, Any]]:
     rows = []
     for target in run.results["targets"]:
         words = TARGETS[target["name"]]
-        controls = control_values(run, target["name"])
-        digits = words.digits
-        caveat = control_passes(run, target)
         scaled = None if target["measured"] is None else target["measured"] * words.factor
         rows.append(
             {
                 "key": target["name"],
                 "words": words,
                 "required": required_text(target["required"], words),
-                "measured": number(scaled, digits) + (words.unit if scaled is not None else ""),
-                "interval": interval(target["ci95"], digits, words.factor, words.unit),
+                "measured": number(scaled, words.digits) + (words.unit if scaled is not None else ""),
+                "interval": interval(target["ci95"], words.digits, words.factor, words.unit),
                 "n": counted_units(target["name"], target["n"]),
                 "verdict": VERDICTS[target["verdict"]],
                 "why": target.get("why"),
-                "bar": bar(target, words, controls),
-                "caveat": "a control passes too" if caveat else None,
-                "evidence": [*EVIDENCE[target["name"]](run, target), *_caveat(target["name"], controls, words, caveat)],
-                "detail": steering_table(run) if target["name"] == "steering_leakage_reduction" else None,
+                "bar": bar(target, words, control_values(run, target["name"])),
+                "control_passes": control_passes(run, target),
             }
         )
     return rows
@@ -45,12 +41,16 @@ def target_rows(run: RunFiles) -> list[dict[str, Any]]:
 
 def required_text(required: list[float | None], words: TargetWords) -> str:
     """'at least 10 points', '80 to 100°'."""
-    low, high = (None if bound is None else f"{bound * words.factor:g}".replace("-", "−") for bound in required)
+    low, high = (None if bound is None else _tick(bound * words.factor) for bound in required)
     if high is None:
         return f"at least {low}{words.unit}"
     if low is None:
         return f"at most {high}{words.unit}"
     return f"{low} to {high}{words.unit}"
+
+
+def _tick(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
 
 
 def bar(target: dict[str, Any], words: TargetWords, controls: Controls) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def bar(target: dict[str, Any], words: TargetWords, controls: Controls) -> dict[
 
     start = 0.0 if target["required"][0] is None else place(target["required"][0] * words.factor)
     end = 100.0 if target["required"][1] is None else place(target["required"][1] * words.factor)
-    ticks = [(place(value), f"{value:g}".replace("-", "−") + words.unit) for value in bounds]
+    ticks = [(place(value), _tick(value) + words.unit) for value in bounds]
     if 0.0 in shown and all(abs(place(0.0) - at) > LABEL_ROOM for at, _ in ticks):
         ticks.append((place(0.0), "0"))
     return {
@@ -88,23 +88,40 @@ def control_values(run: RunFiles, name: str) -> Controls:
         measured = run.target(name)["controls"].items()
         return [(ANGLE_CONTROLS[control], angle) for control, angle in measured if angle is not None]
     permuted = run.permuted
-    if permuted is None:
-        return []
+    found = None if permuted is None else _against_baseline(run, permuted, name)
+    return [] if permuted is None or found is None else [(arm_title(permuted), found)]
+
+
+def _against_baseline(run: RunFiles, arm: str, name: str) -> float | None:
+    """A target's value for another arm in place of the teacher, in the shown unit."""
+    values: tuple[float, float] | None
     if name == "steering_leakage_reduction":
-        means = steering_means(run, permuted)
-        found = None if means is None or not means[1] else 100 * (means[1] - means[2]) / means[1]
+        values = steering_means(run, arm)
     else:
         metric = {"purity_gain_pp": "purity", "leakage_reduction": "leakage", "reconstruction_parity": "fvu"}[name]
-        base, other = run.metric("baseline", metric), run.metric(permuted, metric)
-        if base is None or other is None or (metric != "purity" and not base["value"]):
-            return []
-        change = other["value"] - base["value"]
-        found = {
-            "purity": 100 * change,
-            "leakage": -100 * change / (base["value"] or 1.0),
-            "fvu": 100 * change / (base["value"] or 1.0),
-        }[metric]
-    return [] if found is None else [(arm_title(permuted), found)]
+        found = run.metric("baseline", metric), run.metric(arm, metric)
+        values = None if found[0] is None or found[1] is None else (found[0]["value"], found[1]["value"])
+    if values is None or (name != "purity_gain_pp" and not values[0]):
+        return None
+    change = 100 * (values[1] - values[0])
+    if name == "purity_gain_pp":
+        return change
+    return (change if name == "reconstruction_parity" else -change) / values[0]
+
+
+def steering_means(run: RunFiles, arm: str) -> tuple[float, float] | None:
+    """Mean side effects (baseline's, the arm's) in nats, over the concepts that both reach; None without any."""
+    first, second = (
+        {record["parent"]: record["steering_leakage"] for record in run.steering["arms"].get(name, [])}
+        for name in ("baseline", arm)
+    )
+    pairs = [
+        (own, other) for parent, own in first.items() if own is not None and (other := second.get(parent)) is not None
+    ]
+    if not pairs:
+        return None
+    baseline, other = np.mean(pairs, axis=0)
+    return float(baseline), float(other)
 
 
 def control_passes(run: RunFiles, target: dict[str, Any]) -> bool:
@@ -114,14 +131,6 @@ def control_passes(run: RunFiles, target: dict[str, Any]) -> bool:
     values = [value / factor for _, value in control_values(run, target["name"])]
     inside = [(low is None or value >= low) and (high is None or value <= high) for value in values]
     return target["name"] not in COSTS and bool(inside) and all(inside)
-
-
-def _caveat(name: str, controls: Controls, words: TargetWords, passes: bool) -> list[str]:
-    if not passes or name == "median_angle_deg":  # the angle's evidence speaks of its controls itself
-        return []
-    control, value = controls[0]
-    said = f"The {control}, which has the wrong words, gets {number(value, words.digits)}{words.unit}"
-    return [f"{said}, in the required range: passing this would not show that the words matter."]
 
 
 def informative_passes(run: RunFiles) -> int:

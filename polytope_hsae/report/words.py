@@ -1,12 +1,11 @@
 """Numbers and names as a reader sees them: formats with units, metrics and arms in words."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import Config, HSAEConfig
+from ..config import Config
 
 DASH = "–"
 MINUS = "−"
@@ -30,9 +29,9 @@ def interval(ci95: list[float] | None, digits: int = 3, factor: float = 1.0, uni
     return f"{number(ci95[0] * factor, digits)} to {number(ci95[1] * factor, digits)}{unit}"
 
 
-def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:
+def percent(share: float | None, digits: int = 0) -> str:
     """A share as percent, or a dash."""
-    return DASH if share is None else f"{number(100 * share, digits, sign)}{PERCENT}"
+    return DASH if share is None else f"{number(100 * share, digits)}{PERCENT}"
 
 
 def listed(items: list[str]) -> str:
@@ -113,99 +112,106 @@ UP, DOWN = "↑", "↓"
 METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
     "Reconstruction": {
         "ev": MetricWords("Explained variance", "EV, share of the activations' variance", UP),
-        "ev_all_rows": MetricWords("Explained variance, all rows", "with rows of massive norm, where ev has none", UP),
-        "ev_row_mean": MetricWords("Explained variance of a row", "mean over all rows of each row's own", UP),
-        "fvu": MetricWords("Unexplained variance", "FVU, the rest of it", DOWN),
-        "ev_causal": MetricWords("Causal EV", "the same with errors weighed by what they do to the logits", UP),
-        "ev_dimension": MetricWords("EV per coordinate", "mean over the coordinates of each one's own EV", UP),
-        "ev_dimension_q05": MetricWords("Worst coordinates", "the 5 % quantile of the coordinates' EV", UP),
-        "l0": MetricWords("Active latents", "L0, parents and children in use per row", digits=1),
+        "ev_all_rows": MetricWords("EV, all rows", "massive activations included", UP),
+        "ev_row_mean": MetricWords("EV, mean over rows", "each row's own EV, averaged", UP),
+        "fvu": MetricWords("Unexplained variance", "FVU, 1 minus EV", DOWN),
+        "ev_causal": MetricWords("Causal EV", "errors weighted by what they do to the logits", UP),
+        "ev_dimension": MetricWords("EV per dimension", "each residual dimension's own EV, averaged", UP),
+        "ev_dimension_q05": MetricWords("EV of the worst dimensions", "5 % quantile over dimensions", UP),
+        "l0": MetricWords("L0", "active latents per row, parents and children", digits=1),
     },
-    "Language model with the reconstruction in place": {
-        "ce_recovered": MetricWords("Loss recovered", "share of what ablating the hook costs", UP),
+    "Language model with the reconstruction spliced in": {
+        "ce_recovered": MetricWords("Loss recovered", "1: the clean loss; 0: the loss under mean ablation", UP),
         "ce_recovered_massive_kept": MetricWords(
-            "Loss recovered, massive rows kept", "the same with rows of massive norm left as they are", UP
+            "Loss recovered, massive rows kept", "massive activations left as they are", UP
         ),
-        "delta_ce": MetricWords("Rise of the loss", "nats per token", DOWN),
+        "delta_ce": MetricWords("Increase in loss", "nats per token", DOWN),
         "kl": MetricWords("KL", "from the clean next-token distribution, nats", DOWN),
-        "kl_massive_kept": MetricWords("KL, massive rows kept", "with rows of massive norm left as they are", DOWN),
-        "ev_logit": MetricWords("EV of the logits", "squared error of the logits beside what ablating costs", UP),
+        "kl_massive_kept": MetricWords("KL, massive rows kept", "massive activations left as they are", DOWN),
+        "ev_logit": MetricWords("EV of the logits", "1 minus squared logit error over that of mean ablation", UP),
         "ce_clean": MetricWords("Loss, clean", "nats per token"),
-        "ce_spliced": MetricWords("Loss, spliced", "with the reconstruction instead, nats", DOWN),
-        "ce_ablated": MetricWords("Loss, ablated", "with the mean activation instead, nats"),
+        "ce_spliced": MetricWords("Loss, spliced", "with the reconstruction, nats per token", DOWN),
+        "ce_ablated": MetricWords("Loss, mean ablation", "with the mean activation, nats per token"),
     },
     "Concepts on held-out documents and words": {
-        "purity": MetricWords("Purity", "of a concept's latent over all concepts' rows: share on its own rows", UP),
+        "purity": MetricWords("Purity", "a latent's activation over all concepts' rows: share on its own rows", UP),
         "purity_auroc": MetricWords("AUROC", "a concept's rows against the other concepts' rows", UP),
         "leakage": MetricWords(
-            "Leakage", "of a row over all concepts' latents: share on other concepts' latents", DOWN
+            "Leakage", "a row's activation over all concepts' latents: share on other concepts' latents", DOWN
         ),
-        "leakage_all_rows": MetricWords("Leakage, all rows", "the same with a silent row counted as leaked", DOWN),
-        "recall": MetricWords("Recall", "share of a concept's rows with its latent active", UP),
-        "zero_sum_rows": MetricWords("Silent rows", "share of labelled rows on which no concept's latent is active"),
-        "f1_best": MetricWords("F1 of the best latent", "parent or child, with the best threshold on train rows", UP),
-        "f1_best_few": MetricWords("F1 of the best five", "a row counts where any of them is above its threshold", UP),
-        "split": MetricWords("Split", "F1 of the best five latents minus F1 of the best one", DOWN),
+        "leakage_all_rows": MetricWords(
+            "Leakage, all rows", "rows on which no concept's latent is on count as 1", DOWN
+        ),
+        "recall": MetricWords("Recall", "share of a concept's rows with its latent on", UP),
+        "zero_sum_rows": MetricWords("No-fire rate", "share of labelled rows on which no concept's latent is on"),
+        "f1_best": MetricWords("F1 of the best latent", "parent or child, threshold chosen on train rows", UP),
+        "f1_best_few": MetricWords("F1 of the best five", "positive where any of them is above its threshold", UP),
+        "split": MetricWords("Feature splitting", "F1 of the best five latents minus F1 of the best one", DOWN),
         "absorb": MetricWords(
-            "Absorbed",
-            "share of the rows where a probe finds the concept in which its latent is silent and another one writes "
-            "0.4 or more of it; a parent's own children cannot, for they are silent with it",
+            "Feature absorption",
+            "of rows where a probe finds the concept: share where its latent is off and another latent writes at "
+            "least 0.4 of it; a parent's own children are off whenever it is",
             DOWN,
         ),
         "absorb_with_children": MetricWords(
-            "Absorbed, own children too",
-            "also rows in which an own child writes that much and more than the parent",
+            "Absorption, own children too",
+            "also rows where one of its children writes that much, and more than the parent",
             DOWN,
         ),
-        "probe_recall": MetricWords("Found by the probe", "share of a concept's rows; of these, shares are absorbed"),
+        "probe_recall": MetricWords("Probe recall", "share of a concept's rows where the probe finds it"),
     },
     "Hierarchy": {
         "edge_precision": MetricWords(
-            "Edges, precision", "of the model's edges between matched latents, share that the concepts have", UP
+            "Edge precision", "of the model's edges between matched latents: share that the concepts have", UP
         ),
         "edge_recall": MetricWords(
-            "Edges, recall", "share of child concepts whose latent is a child of their parent's latent", UP
+            "Edge recall", "share of child concepts whose latent is a child of their parent's latent", UP
         ),
-        "parent_given_child": MetricWords("Parent on, given child", "1 by construction for gated children", UP),
-        "child_given_parent": MetricWords("Child on, given parent", "median over children", UP),
-        "probe_child": MetricWords("Child's atom", "cosine of a child concept's probe with its latent's atom", UP),
-        "probe_parent": MetricWords("Parent's direction", "cosine of that probe with what the parent writes", UP),
+        "parent_given_child": MetricWords("P(parent on | child on)", "1 by construction for gated children", UP),
+        "child_given_parent": MetricWords("P(child on | parent on)", "median over children", UP),
+        "probe_child": MetricWords("Cosine with the child's atom", "of a child concept's probe", UP),
+        "probe_parent": MetricWords("Cosine with the parent's direction", "of the same probe", UP),
         "probe_min": MetricWords("The smaller cosine", "of the two", UP),
     },
-    "Use of the latents": {
-        "dead_parents": MetricWords("Dead parents", "share never active on the split", DOWN),
-        "dead_children": MetricWords("Dead children", "share never active, of parents that were", DOWN),
+    "Firing rates and dead latents": {
+        "dead_parents": MetricWords("Dead parents", "share that never fires on the split", DOWN),
+        "dead_children": MetricWords("Dead children", "share that never fires, of live parents", DOWN),
         "dead_children_routed": MetricWords(
-            "Dead children per routed token", "every parent counted as often as on", DOWN
+            "Dead children, weighted", "each parent weighted by how often it fires", DOWN
         ),
-        "atoms_in_use": MetricWords("Atoms in use", "children active at least once, per active parent", digits=1),
-        "max_firing_rate": MetricWords("Max firing rate", "share of rows with the most used parent on"),
-        "entropy": MetricWords("Entropy of the router", "of the parents' shares of all parent codes, nats"),
+        "atoms_in_use": MetricWords("Live children", "children that fire at least once, per live parent", digits=1),
+        "max_firing_rate": MetricWords("Max firing rate", "of the parent that fires most often"),
+        "entropy": MetricWords("Router entropy", "of the parents' shares of all firings, nats"),
     },
     "Steering": {
         "steering_leakage": MetricWords(
-            "Side effects", "KL off the concept's own words, nats; over those that the arm reaches", DOWN
+            "Side effects", "KL outside the concept's own words, nats; over concepts that reach the dose", DOWN
         ),
-        "sibling_kl": MetricWords("Shift among siblings", "KL among the parent's children, nats", DOWN),
-        "steering_unreached": MetricWords("Not reached", "share of concepts that could not be pushed so far", DOWN),
-        "child_steering_leakage": MetricWords("Side effects, children", "KL off the child's own words, nats", DOWN),
-        "child_sibling_kl": MetricWords("Shift among a child's siblings", "KL among the siblings, nats", DOWN),
+        "sibling_kl": MetricWords("KL among siblings", "among the parent's children, nats", DOWN),
+        "steering_unreached": MetricWords("Not reached", "share of concepts that do not reach the dose", DOWN),
+        "child_steering_leakage": MetricWords("Side effects, children", "KL outside the child's own words", DOWN),
+        "child_sibling_kl": MetricWords("KL among a child's siblings", "nats", DOWN),
         "child_steering_unreached": MetricWords("Not reached, children", "the same share of child concepts", DOWN),
     },
 }
-OF_MASSIVE_ROWS = ("ev_all_rows", "ce_recovered_massive_kept", "kl_massive_kept")  # else the same without the suffix
-OWN_SLOTS = "Concepts, each read from the teacher's own slot"
+OF_MASSIVE_ROWS = ("ev_all_rows", "ce_recovered_massive_kept", "kl_massive_kept")  # without massive rows: duplicates
+OWN_SLOTS = "Concepts, read from the latent that the teacher initialised"
 OWN_SLOTS_SUFFIX = "_own_slots"
 METRICS = {key: words for group in METRIC_GROUPS.values() for key, words in group.items()}
 
-
 KINDS = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
 STARTS = {
-    "random": "H-SAE from a random start",
-    "teacher": "H-SAE that starts from the concept directions",
-    "permuted_teacher": "H-SAE that starts from such directions after every word was moved to a random concept: a "
-    "control with wrong words",
-    "random_teacher": "H-SAE that starts from random directions of equal length: a control",
+    "random": "H-SAE, random initialisation",
+    "teacher": "H-SAE initialised from the concept directions",
+    "permuted_teacher": "control: H-SAE initialised from directions of permuted concepts, every word moved to a random "
+    "concept",
+    "random_teacher": "control: H-SAE initialised from random directions of equal length",
+}
+MATCHED = {"l0": "L0", "params": "parameters", "flops": "FLOPs per row"}
+LABELS = {
+    "current_token": "the concept of the current token",
+    "next_token": "the concept of the next token",
+    "belief": "the concept that the model expects next",
 }
 
 
@@ -220,44 +226,12 @@ def arm_meaning(config: Config, name: str) -> str:
     if arm.kind == "hsae":
         said = STARTS[arm.init]
     else:
-        said = f"one flat {KINDS[arm.kind]} dictionary without a hierarchy"
-        asked = {"l0": "active latents", "params": "parameters", "flops": "FLOPs a row"}
+        said = f"flat {KINDS[arm.kind]} SAE"
         if arm.match:
-            alike = listed([words for key, words in asked.items() if key in arm.match])
-            said += f", with as many {alike} as {arm_title(next(iter(arm.match.values())))}"
+            alike = listed([words for key, words in MATCHED.items() if key in arm.match])
+            said += f", {alike} matched to {arm_title(next(iter(arm.match.values())))}"
     changed = [f"{key} = {value}" for block in (arm.hsae, arm.teacher, arm.flat) for key, value in block.items()]
     return said + (f"; {', '.join(changed)}" if changed else "")
-
-
-def hsae_size(hsae: HSAEConfig) -> str:
-    """Sizes, and how many parents and children a row has: at most, or on average where rows share them."""
-    P, k, K = hsae.n_parents, hsae.topk_parent, hsae.active_children
-    shared_parents, shared_children = hsae.parent_budget != "per_row", hsae.child_budget == "batch"
-    most_k = min(P, math.ceil(hsae.budget_slots * k)) if shared_parents else k
-    most_K = K
-    if shared_children:
-        most_K = min(most_k * hsae.n_children_per_parent, math.ceil(hsae.budget_slots * K))
-    elif hsae.child_budget == "per_parent":
-        most_K = most_k * hsae.topk_child
-    most = f"at most {counted(most_k, 'parent')} and {_children(most_K)} active in a row"
-    means = [counted(k, "parent")] * shared_parents + [_children(K)] * (most_K > K)
-    if hsae.parent_budget == "joint":
-        means = [f"{k + K:,} parents and children together"]
-    average = f", on average {listed(means)}" if means else ""
-    return f"{counted(P, 'parent')} with {_children(hsae.n_children_per_parent)} each; {most}{average}"
-
-
-def _children(count: int) -> str:
-    return f"{count:,} {'child' if count == 1 else 'children'}"
-
-
-def label_meaning(label: str) -> str:
-    """Which concept a row of activations carries."""
-    return {
-        "current_token": "the concept of the token that is read",
-        "next_token": "the concept of the token that follows",
-        "belief": "the concept that the model expects next",
-    }[label]
 
 
 def model_meaning(config: Config) -> str:

@@ -18,27 +18,3 @@
   button.hidden = false;
   label();
 })();
-
-// Tables that sort by the column whose heading is chosen; a second choice turns the order round.
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0];
-  const headings = [...table.tHead.rows[0].cells];
-  const value = (row, column) => row.cells[column].dataset.value;
-  const compare = (a, b) => (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
-  headings.forEach((heading, column) => {
-    heading.querySelector("button").addEventListener("click", () => {
-      const first = column === 0 ? "ascending" : "descending";
-      const turned = first === "ascending" ? "descending" : "ascending";
-      const order = heading.getAttribute("aria-sort") === first ? turned : first;
-      headings.forEach((other) => other.removeAttribute("aria-sort"));
-      heading.setAttribute("aria-sort", order);
-      const sign = order === "ascending" ? 1 : -1;
-      const rows = [...body.rows].sort((a, b) => {
-        const [x, y] = [value(a, column), value(b, column)];
-        if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);
-        return sign * compare(x, y);
-      });
-      body.append(...rows);
-    });
-  });
-}

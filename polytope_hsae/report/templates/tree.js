@@ -8,7 +8,7 @@
   const more = byId("tree-more");
   let shown = []; // parents that match and are not drawn yet
   let query = ""; // what is searched for, in lower case
-  let largest = 1; // share of the arm's most used parent
+  let largest = 1; // firing rate of the parent that fires most often
 
   function element(tag, className, ...children) {
     const made = document.createElement(tag);
@@ -75,7 +75,7 @@
       "lists",
       words("Reads", latent.reads, score),
       words("Writes", latent.writes, score),
-      words("Fires on", latent.fires, (one) => `mean value ${one[1]} on ${one[2]} rows`),
+      words("Fires on", latent.fires, (one) => `mean activation ${one[1]} on ${one[2]} rows`),
     );
   }
 
@@ -92,11 +92,11 @@
         const shownToken = element("span", value === top ? "top" : "", rest);
         if (value) {
           shownToken.style.setProperty("--heat", `${Math.round((75 * value) / top)}%`);
-          shownToken.title = `value ${value}`;
+          shownToken.title = `activation ${value}`;
         }
         line.append(shownToken);
       });
-      line.append(element("span", "place", ` document ${context.doc}, token ${context.pos}, value ${top}`));
+      line.append(element("span", "place", ` document ${context.doc}, token ${context.pos}, activation ${top}`));
       return element("li", "", line);
     });
     return element("div", "contexts", element("h3", "small", "Contexts"), element("ul", "", ...items));
@@ -116,10 +116,10 @@
     if (found === null) return null;
     const box = element("div", "steering", element("h3", "small", "Steering"));
     if (found.alpha === null) {
-      box.append(element("p", "", `Pushing this parent did not raise its concept's log-odds by ${data.nats} nats.`));
+      box.append(element("p", "", `Steering with this parent did not raise its concept's log-odds by ${data.nats} nats.`));
       return box;
     }
-    const chance = found.chance === null ? "" : ` (another concept's direction: ${found.chance})`;
+    const chance = found.chance === null ? "" : ` (along another concept's direction: ${found.chance})`;
     box.append(
       element("p", "", `Adding ${found.alpha} of its write direction raises the concept's log-odds by ${found.effect} nats. Other words shift by ${found.leakage} nats${chance}.`),
     );
@@ -135,7 +135,7 @@
   const firstWords = (latent) => (latent.reads.length ? latent.reads : latent.fires).slice(0, 8);
   const joined = (pairs) => marked(pairs.map((pair) => word(pair[0])).join(", "));
   // A latent without a concept goes by its first words; the others follow.
-  const ownName = (latent) => (firstWords(latent).length ? joined(firstWords(latent).slice(0, OWN_WORDS)) : ["never on"]);
+  const ownName = (latent) => (firstWords(latent).length ? joined(firstWords(latent).slice(0, OWN_WORDS)) : ["dead"]);
 
   function preview(latent, named, before = []) {
     return element("span", "preview", ...before, ...joined(firstWords(latent).slice(named ? 0 : OWN_WORDS)));
@@ -195,15 +195,15 @@
       wordLists(parent),
       contexts(parent.contexts),
       steering(parent.steering),
-      parent.children.length ? element("div", "children", element("h3", "small", "Children: share of the parent's rows, and what they read; names are those that the teacher gave before training"), ...parent.children.map(childRow)) : null,
+      parent.children.length ? element("div", "children", element("h3", "small", "Children: firing rate where the parent is on, and what they read"), ...parent.children.map(childRow)) : null,
     ]);
   }
 
   function numbers(parent) {
     const parts = [];
-    if (parent.concept !== null) parts.push(parent.mapped ? "fits this concept best on training rows" : "given this concept by the teacher; another parent fits it better");
-    parts.push(`active on ${percent(parent.share)} of rows`);
-    if (parent.mean !== null) parts.push(`mean value ${parent.mean} where active`);
+    if (parent.concept !== null) parts.push(parent.mapped ? "fits this concept best on training rows" : "initialised from this concept; another parent fits it better");
+    parts.push(`firing rate ${percent(parent.share)}`);
+    if (parent.mean !== null) parts.push(`mean activation ${parent.mean} where on`);
     if (parent.mapped && parent.purity === null) parts.push(`purity not measured: fewer than ${data.min_rows} held-out rows`);
     for (const key of ["purity", "leakage", "recall"]) if (parent[key] !== null) parts.push(`${key} ${parent[key].toFixed(2)}`);
     return element("p", "muted", parts.join(" · "));
@@ -233,7 +233,7 @@
     shown = found.sort(ORDERS[byId("tree-order").value]);
     const kind = arm.n_children ? "parents" : "latents";
     const held = arm.parents.length;
-    const all = held < arm.n_parents ? `${held} of ${arm.n_parents} ${kind}: those with a concept and the most used.` : `All ${held} ${kind}.`;
+    const all = held < arm.n_parents ? `${held} of ${arm.n_parents} ${kind}: those with a concept, then the highest firing rates.` : `All ${held} ${kind}.`;
     byId("tree-count").textContent = query ? `${found.length} of ${held} ${kind} match.` : all;
     largest = Math.max(...arm.parents.map((parent) => parent.share));
     list.replaceChildren();
