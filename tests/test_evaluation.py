@@ -354,7 +354,7 @@ def test_hand_computed_concept_metrics():
     assert values["leakage"] == pytest.approx(((0 + 0.5) / 2 + 0.25) / 2)
     assert values["leakage_all_rows"] == pytest.approx(((0 + 0.5 + 1) / 3 + 0.25) / 2)
     assert values["recall"] == pytest.approx((2 / 3 + 1) / 2)
-    assert values["zero_sum_rows"] == pytest.approx(1 / 4)
+    assert values["no_fire_rate"] == pytest.approx(1 / 4)
     assert values["purity_auroc"] == pytest.approx((2 / 3 + 1) / 2)
     assert metrics.metrics["purity"].chance == 0.5
     assert metrics.metrics["recall"].chance == pytest.approx((1 + 1 / 3) / 2)
@@ -390,7 +390,7 @@ def test_silent_latents_and_too_few_concepts():
     silent = concept_metrics(np.zeros((3, 2), np.float32), np.array([0, 1, 1]), np.arange(2))
     assert silent.metrics["leakage"].value is None
     assert silent.metrics["leakage_all_rows"].value == 1
-    assert silent.metrics["zero_sum_rows"].value == 1
+    assert silent.metrics["no_fire_rate"].value == 1
     assert silent.metrics["purity"].value == 0
     single = concept_metrics(acts[:, :1], np.zeros(3, int), np.arange(1))
     assert single.metrics["purity"].why == "2 concepts are needed, 1 has enough rows"

@@ -287,25 +287,21 @@ def test_pseudo_parents_take_other_parents_children() -> None:
     assert [len(words) for words in drawn] == [len(words) for words in uneven]
 
 
-def test_angles_of_dicts_and_tensors() -> None:
+def test_angles_by_hand() -> None:
     x, y = torch.eye(2, dtype=torch.float64)
-    parents = {"a": x, "b": y, "childless": x}
-    deltas = {"b": {"c": x, "d": y + x}, "a": {"e": -x + 3 * y}}
-    result = evidence.test_hierarchical_orthogonality(parents, deltas)
+    result = evidence.test_hierarchical_orthogonality(
+        torch.stack([x, y]), torch.stack([-x + 3 * y, x, y + x]), [0, 1, 1]
+    )
     expected = [math.degrees(math.acos(-1 / math.sqrt(10))), 90.0, 45.0]
     assert result["angles_deg"] == pytest.approx(expected)
     assert result["median_angle_deg"] == pytest.approx(90.0)
     assert result["fraction_above_threshold"] == pytest.approx(2 / 3)
     assert result["fraction_two_sided"] == pytest.approx(1 / 3)
     assert result["passes_validation"] is True
-    stacked = evidence.test_hierarchical_orthogonality(
-        torch.stack([x, y]), torch.stack([-x + 3 * y, x, y + x]), child_parent=[0, 1, 1]
-    )
-    assert stacked == result
-    wide = evidence.test_hierarchical_orthogonality({"a": x}, {"a": {"c": -x}})
+    wide = evidence.test_hierarchical_orthogonality(x[None], -x[None], [0])
     assert (wide["passes_validation"], wide["passes_two_sided"]) == (True, False)
     with pytest.raises(ValueError, match="child_parent: found 0 rows for 0 deltas"):
-        evidence.test_hierarchical_orthogonality(parents, {})
+        evidence.test_hierarchical_orthogonality(x[None], torch.zeros(0, 2), [])
 
 
 # Known answers under i.i.d. isotropic noise: nothing is there, and yet these angles come out.

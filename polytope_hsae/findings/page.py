@@ -142,7 +142,7 @@ def _all_rows(found: Summary) -> list[str]:
             said.append(f"{hook} {number(100 * fall.value, 1)}{bounds(fall.ci95, 100, 1)} %")
     if not said:
         return []
-    return [f"- Fall of leakage with silent rows counted as leaked, over seeds: {'; '.join(said)}."]
+    return [f"- Fall of leakage with rows on which no latent is on counted as leaked, over seeds: {'; '.join(said)}."]
 
 
 def _targets_words(found: Summary) -> list[str]:

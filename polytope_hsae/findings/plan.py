@@ -46,7 +46,7 @@ class Findings(Block):
     )
     shown: list[str] = Field(
         [
-            *("ev", "l0", "ce_recovered", "purity", "leakage", "leakage_all_rows", "zero_sum_rows", "recall"),
+            *("ev", "l0", "ce_recovered", "purity", "leakage", "leakage_all_rows", "no_fire_rate", "recall"),
             *("steering_leakage", "steering_unreached"),
         ],
         description="Metrics of the page's main table; all others are in a second one.",

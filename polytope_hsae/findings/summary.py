@@ -23,6 +23,7 @@ from .run import read_hooks, records_in
 TOGETHER = ("purity_gain_pp", "leakage_reduction", "steering_leakage_reduction", "reconstruction_parity")
 OF_CONCEPTS = TOGETHER[:3]
 PASS, FAIL = "PASS", "FAIL"
+_RENAMED = {"zero_sum_rows": "no_fire_rate", "zero_sum_rows_own_slots": "no_fire_rate_own_slots"}  # in older records
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Summary:
     def metrics(self, hook: str, seed: int, arm: str) -> dict[str, Any]:
         """An arm's metrics, as in results.json."""
         found: dict[str, Any] = self.records[Key(hook, seed, arm)][self.split]["metrics"]
-        return found
+        return {_RENAMED.get(name, name): metric for name, metric in found.items()}
 
     @cached_property
     def metric_names(self) -> list[str]:
         """Every metric that a record has: the main table's first, then by name."""
-        names = {name for record in self.records.values() for name in record.get(self.split, {}).get("metrics", {})}
+        names = {name for key, record in self.records.items() if self.split in record for name in self.metrics(*key)}
         first = [name for name in self.study.shown if name in names]
         return first + sorted(names - set(first))
 

@@ -68,7 +68,7 @@ def _concept_evidence(metric: str, better: int) -> Any:
 
 
 def _rows_of_leakage(run: RunFiles) -> str:
-    silent = {arm: run.metric(arm, "zero_sum_rows") for arm in run.judged}
+    silent = {arm: run.metric(arm, "no_fire_rate") for arm in run.judged}
     shares = [f"{arm} {percent(found['value'])}" for arm, found in silent.items() if found]
     less = f" ({listed(shares)})" if shares else ""
     return f"Counted on the same rows as purity, less those on which no concept's parent is active{less}."

@@ -142,7 +142,7 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
         ),
         "leakage_all_rows": MetricWords("Leakage, all rows", "the same with a silent row counted as leaked", DOWN),
         "recall": MetricWords("Recall", "share of a concept's rows with its latent active", UP),
-        "zero_sum_rows": MetricWords("Silent rows", "share of labelled rows on which no concept's latent is active"),
+        "no_fire_rate": MetricWords("Silent rows", "share of labelled rows on which no concept's latent is active"),
         "f1_best": MetricWords("F1 of the best latent", "parent or child, with the best threshold on train rows", UP),
         "f1_best_few": MetricWords("F1 of the best five", "a row counts where any of them is above its threshold", UP),
         "split": MetricWords("Split", "F1 of the best five latents minus F1 of the best one", DOWN),
