@@ -9,7 +9,7 @@ from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
 from polytope_hsae.fileio import read_tensors, sha256_file, write_tensors
-from polytope_hsae.geometry.bases import concept_projectors, orthogonal_to, rotated_rows, subspace_bases
+from polytope_hsae.geometry.bases import orthogonal_to, rotated_rows, subspace_bases
 from polytope_hsae.geometry.causal import CausalGeometry, Space, centred_covariance, shrink
 from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
 
@@ -223,25 +223,6 @@ def test_rotated_rows_turn_by_the_angle() -> None:
     torch.testing.assert_close(turned.norm(dim=1), rows.norm(dim=1))
     cosine = torch.cosine_similarity(rows, turned)
     torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(math.radians(30))))
-
-
-def test_projectors_of_a_parent_without_children(geometry: CausalGeometry) -> None:
-    roots = (geometry.sigma_sqrt, geometry.sigma_inv_sqrt)
-    none = torch.zeros(0, WIDTH, dtype=torch.float64)
-    result = concept_projectors(
-        randn(1, WIDTH),
-        none,
-        torch.zeros(0, dtype=torch.int64),
-        roots,
-        3,
-        5,
-        energy=0.85,
-        seed=0,
-        literal=False,
-    )
-    assert not result.seeded.any()
-    atoms = result.child_decoder @ result.up
-    torch.testing.assert_close(atoms.norm(dim=-1), torch.ones(1, 5, dtype=torch.float64))
 
 
 def test_activation_statistics_equal_the_direct_ones() -> None:

@@ -25,6 +25,7 @@ from polytope_hsae.models.hsae import HierarchicalSAE
 
 MIN_TOKEN_ROWS = 3  # rows of a token, for `fires_on`
 CHILD_CONTEXTS = 2
+BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,12 @@ class Codes(NamedTuple):
 
 
 @torch.no_grad()
-def positive_codes(
-    sae: SparseAutoencoder, store: ActivationStore, split: str, batch_size: int = 4096
-) -> tuple[Codes, Codes]:
+def positive_codes(sae: SparseAutoencoder, store: ActivationStore, split: str) -> tuple[Codes, Codes]:
     """The parents' and the children's codes on a whole split."""
     device = sae.write_directions().device
     empty = Codes(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
     parts: tuple[list[Codes], list[Codes]] = ([empty], [empty])
-    for acts_Bd, start in store.batches(split, batch_size):
+    for acts_Bd, start in store.batches(split, BATCH):
         codes = sae.encode(acts_Bd.to(device))
         pairs = ((codes.parent_index, codes.parent_value), (codes.child_index, codes.child_value))
         for kept, (index_Bk, value_Bk) in zip(parts, pairs, strict=True):
