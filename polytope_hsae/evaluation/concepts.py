@@ -182,8 +182,8 @@ def concept_metrics(
     concepts. `leakage`: share of a row's mapped activation on other concepts' latents. `leakage_all_rows`: the
     same with a row without any mapped activation counted as leaked, so that silence is no gain. `recall`: share
     of a concept's rows on which its latent is active; its chance is the rate on other concepts' rows.
-    `purity_auroc`: own rows against the other concepts'. `no_fire_rate`: share of rows without any mapped
-    activation. `keys_Q` names the concepts; `lacking` says why there are not more (ConceptEvaluation).
+    `purity_auroc`: own rows against the other concepts'. `no_fire_rate`: share of rows on which no
+    concept's latent is on. `keys_Q` names the concepts; `lacking` says why there are not more (ConceptEvaluation).
     """
     n_concepts = acts_NQ.shape[1]
     rows_Q = np.bincount(label_N, minlength=n_concepts)
@@ -250,18 +250,8 @@ def evaluate_concepts(
     twice.
     """
 
-    def rows_of(name: str) -> LabelledRows:
-        return labelled_rows(
-            store,
-            name,
-            concepts,
-            label=label,
-            fold=name,
-            vocab_size=vocab_size,
-            belief_threshold=belief_threshold,
-        )
-
-    train, test = rows_of("train"), rows_of(fold)
+    labels: dict[str, Any] = {"label": label, "vocab_size": vocab_size, "belief_threshold": belief_threshold}
+    train, test = (labelled_rows(store, name, concepts, fold=name, **labels) for name in ("train", fold))
     n_parents = concepts.n_parents
     if mapping is None:
         train_acts = row_codes(sae, store, "train", train.row_N, batch_size).parents
