@@ -20,14 +20,15 @@ from pydantic import Field, Json
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from polytope_hsae.data.concepts import Concepts
+from polytope_hsae.data.concepts import FOLDS, Concepts
 from polytope_hsae.fileio import check_tensors, read_tensors, write_tensors
 from polytope_hsae.geometry.bases import (
     Projectors,
-    concept_projectors,
+    completion,
     rotated_rows,
     rotated_together,
     seeded_generator,
+    subspace_bases,
 )
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ALL, ActivationClassStats, ConceptEstimator
@@ -206,17 +207,27 @@ class Teacher:
         Sigma^(1/2) delta for both projectors. Raises ValueError when `subspace_dim` or `energy` is out of
         range.
         """
-        return concept_projectors(
-            self.parent_unified,
-            self.child_delta_unified,
-            self.child_parent,
-            (self.sigma_sqrt, self.sigma_inv_sqrt),
-            subspace_dim,
-            n_children,
-            energy=energy,
-            seed=seed,
-            literal=self.form == "literal",
-        )
+        parents_Qd, deltas_Rd, child_parent_R = self.parent_unified, self.child_delta_unified, self.child_parent
+        sqrt_dd, inv_sqrt_dd = self.sigma_sqrt, self.sigma_inv_sqrt
+        bases_Qsd = subspace_bases(parents_Qd, deltas_Rd, child_parent_R.tolist(), subspace_dim, energy, seed)
+        if self.form == "literal":
+            up_Qsd = torch.linalg.qr((bases_Qsd @ sqrt_dd).transpose(1, 2))[0].transpose(1, 2)
+            down_Qsd, bases_Qsd, deltas_Rd = up_Qsd, up_Qsd, deltas_Rd @ sqrt_dd
+        else:
+            up_Qsd, down_Qsd = bases_Qsd @ inv_sqrt_dd, bases_Qsd @ sqrt_dd
+        generator = seeded_generator("children", seed)
+        unit_QCs = torch.zeros(len(parents_Qd), n_children, subspace_dim, dtype=torch.float64)
+        seeded_QC = torch.zeros(len(parents_Qd), n_children, dtype=torch.bool)
+        for parent in range(len(parents_Qd)):
+            own_Kd = deltas_Rd[child_parent_R == parent][:n_children]
+            given_Ks = own_Kd @ bases_Qsd[parent].T
+            known_K = given_Ks.norm(dim=-1) > 1e-9 * own_Kd.norm(dim=-1)
+            fresh_ns = completion(given_Ks[known_K], int((~known_K).sum()) + n_children - len(own_Kd), generator)
+            seeded_QC[parent, : len(own_Kd)] = known_K
+            unit_QCs[parent, seeded_QC[parent]] = torch.nn.functional.normalize(given_Ks[known_K], dim=-1)
+            unit_QCs[parent, ~seeded_QC[parent]] = fresh_ns
+        lengths_QC1 = (unit_QCs @ up_Qsd).norm(dim=-1, keepdim=True)
+        return Projectors(down_Qsd, up_Qsd, unit_QCs * lengths_QC1, unit_QCs / lengths_QC1, seeded_QC)
 
     def save(self, path: Path | str) -> None:
         """Write `teacher.safetensors` (float64; docs/design.md, artifacts); names are JSON lists in its
@@ -284,13 +295,10 @@ def _check_names(parent_names: Sequence[str], child_names: Sequence[str], child_
             raise ValueError(f"teacher: found the name {repeated[0]!r} twice, allowed: names that differ")
 
 
-def concept_words(
-    concepts: Concepts, folds: Sequence[str] = ("train", "val", "test")
-) -> tuple[list[list[list[int]]], list[int]]:
-    """(per child row its words as token lists, parent row of every child row): what `collect_evidence`
-    takes."""
+def concept_words(concepts: Concepts) -> tuple[list[list[list[int]]], list[int]]:
+    """(per child row its words as token lists, parent row of every child row): what `collect_evidence` takes."""
     words = [
-        [list(child.tokens[word]) for fold in folds for word in child.words[fold]]
+        [list(child.tokens[word]) for fold in FOLDS for word in child.words[fold]]
         for parent in concepts.parents
         for child in parent.children
     ]
@@ -304,7 +312,6 @@ def extract_teacher(
     *,
     estimator: str = "mean",
     folds: Sequence[str] = ("train",),
-    form: str = "dual",
     balanced: bool = False,
     named: slice | Tensor = ALL,
     metadata: Mapping[str, str] | None = None,
@@ -330,7 +337,7 @@ def extract_teacher(
     if balanced:
         parents_Qd = parents_Qd - parents_Qd.mean(dim=0)
     described = {**(metadata or {}), "source": "tokens", "estimator": estimator, "folds": ",".join(folds)}
-    return _assembled(concepts, parents_Qd, deltas_Rd, geometry, form, described)
+    return _assembled(concepts, parents_Qd, deltas_Rd, geometry, described)
 
 
 def extract_activation_teacher(
@@ -340,8 +347,6 @@ def extract_activation_teacher(
     shrinkage: float = 0.05,
     metric: str = "causal",
     seed: int = 0,
-    min_rows: int = 1,
-    form: str = "dual",
     class_child: Sequence[int] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Teacher:
@@ -349,7 +354,7 @@ def extract_activation_teacher(
     covariance S, or in another `metric` made of it (see `ActivationClassStats.geometry`).
 
     So in the first D_p = m_p/|m_p| and E_p is proportional to S^-1 m_p. Parents without rows, or with all rows there
-    are, have no m_p: the teacher leaves them and their children out. Children with fewer than `min_rows` rows keep a
+    are, have no m_p: the teacher leaves them and their children out. Children without rows keep a
     difference of 0 (they seed nothing). Both get a warning and are in the metadata (`unseen_parents`,
     `unseen_children`; the latter of parents that are there). Raises ValueError when no parent is left.
     """
@@ -375,12 +380,11 @@ def extract_activation_teacher(
     parents_Qd, deltas_Rd, counts_R = parents_Qd[seen_Q], deltas_Rd[in_teacher_R], stats.counts[in_teacher_R]
     if class_child is not None:
         parents_Qd = parents_Qd - parents_Qd.mean(dim=0)
-    few_R = counts_R < max(min_rows, 1)
-    unseen = [name for name, few in zip(_child_names(seen), few_R.tolist(), strict=True) if few]
+    unseen_R = counts_R == 0
+    unseen = [name for name, missing in zip(_child_names(seen), unseen_R.tolist(), strict=True) if missing]
     if unseen:
-        few_rows = f"fewer than {max(min_rows, 1)} rows"
-        warnings.warn(f"{len(unseen)} children have {few_rows} and seed nothing", stacklevel=2)
-    deltas_Rd = deltas_Rd.masked_fill(few_R.unsqueeze(1), 0.0)
+        warnings.warn(f"{len(unseen)} children have no rows and seed nothing", stacklevel=2)
+    deltas_Rd = deltas_Rd.masked_fill(unseen_R.unsqueeze(1), 0.0)
     described = {
         **(metadata or {}),
         "source": "activations",
@@ -389,7 +393,7 @@ def extract_activation_teacher(
         "unseen_parents": json.dumps(unseen_parents),
         "unseen_children": json.dumps(unseen),
     }
-    return _assembled(seen, parents_Qd, deltas_Rd, geometry, form, described)
+    return _assembled(seen, parents_Qd, deltas_Rd, geometry, described)
 
 
 def _child_names(concepts: Concepts) -> list[str]:
@@ -401,7 +405,6 @@ def _assembled(
     parents_Qd: Tensor,
     deltas_Rd: Tensor,
     geometry: CausalGeometry,
-    form: str,
     metadata: Mapping[str, str],
 ) -> Teacher:
     return Teacher.build(
@@ -411,6 +414,5 @@ def _assembled(
         parents_Qd.cpu(),
         deltas_Rd.cpu(),
         (geometry.sigma_sqrt.cpu(), geometry.sigma_inv_sqrt.cpu()),
-        form=form,
         metadata={**metadata, "metric": geometry.metric, "shrinkage": repr(geometry.shrinkage)},
     )

@@ -49,11 +49,16 @@ def world(kind: str) -> Tensor:
     return rows
 
 
-def collected(kind: str, **options: Any) -> dict[str, Any]:
-    rows = world(kind)
+def collected(
+    kind: str, pool: list = POOL, n_children: int = len(CHILD_PARENT), device: str = "cpu", **options: Any
+) -> dict[str, Any]:
+    """The evidence of a world's first children."""
+    rows = world(kind).to(device)
     geometry = CausalGeometry(rows, metric="identity")
+    owners = CHILD_PARENT[:n_children]
     options = {"permutations": 200, "bootstrap": 100, "halvings": 10, "controls": (), **options}
-    return evidence.collect_evidence(rows, geometry, CHILD_WORDS, CHILD_PARENT, POOL, **NAMES, **options)
+    names = {"parent_names": NAMES["parent_names"][: max(owners) + 1], "child_names": NAMES["child_names"][:n_children]}
+    return evidence.collect_evidence(rows, geometry, CHILD_WORDS[:n_children], owners, pool, **names, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def test_hierarchy_is_found(hierarchy: dict) -> None:
 
 
 def test_oblique_hierarchy_shows_in_omega_only() -> None:
-    main = collected("oblique", controls=())["main"]
+    main = collected("oblique")["main"]
     assert main["fraction_z_above_3"] == 1.0
     # The shared component of child c is a_c = 1 + lean_c, so t_c = a_c times the mean of its siblings' a.
     a = 1 + torch.linspace(-0.6, 0.6, N_CHILDREN)
@@ -87,7 +92,7 @@ def test_oblique_hierarchy_shows_in_omega_only() -> None:
 
 
 def test_noise_gives_nulls_with_a_why() -> None:
-    main = collected("noise", controls=())["main"]
+    main = collected("noise")["main"]
     assert main["fraction_z_above_3"] <= 0.05
     assert abs(main["median_z"]) < 1
     assert main["median_beta"] is None
@@ -197,49 +202,20 @@ def test_null_keeps_token_counts_and_draws_without_replacement() -> None:
 
 
 def test_pool_of_single_tokens_is_taken_token_by_token() -> None:
-    result = collected("hierarchy", controls=(), permutations=50)
-    rows = world("hierarchy")
-    geometry = CausalGeometry(rows, metric="identity")
-    by_token = evidence.collect_evidence(
-        rows,
-        geometry,
-        CHILD_WORDS,
-        CHILD_PARENT,
-        list(range(VOCAB)),
-        **NAMES,
-        permutations=50,
-        bootstrap=10,
-        controls=(),
-    )
+    result = collected("hierarchy", permutations=50)
+    by_token = collected("hierarchy", list(range(VOCAB)), permutations=50, bootstrap=10)
     assert by_token["null"] == "tokens"
     # Both forms of a word are nearly one vector, so a null of unrelated tokens is too narrow.
     assert by_token["main"]["median_z"] > 1.3 * result["main"]["median_z"]
 
 
 def test_concept_words_missing_from_the_pool_are_added() -> None:
-    rows = world("hierarchy")
-    geometry = CausalGeometry(rows, metric="identity")
     pool = POOL[len(CHILD_PARENT) * N_WORDS :]
-    result = evidence.collect_evidence(
-        rows, geometry, CHILD_WORDS, CHILD_PARENT, pool, **NAMES, permutations=20, bootstrap=10, controls=()
-    )
-    assert result["pool_size"] == len(POOL)
+    assert collected("hierarchy", pool, permutations=20, bootstrap=10)["pool_size"] == len(POOL)
 
 
 def test_too_few_parents_for_the_pseudo_control() -> None:
-    rows = world("hierarchy")
-    names: dict[str, Any] = {"parent_names": ["a", "b"], "child_names": [str(row) for row in range(10)]}
-    result = evidence.collect_evidence(
-        rows,
-        CausalGeometry(rows, metric="identity"),
-        CHILD_WORDS[:10],
-        CHILD_PARENT[:10],
-        POOL,
-        **names,
-        permutations=20,
-        bootstrap=10,
-        controls=("pseudo_parents",),
-    )
+    result = collected("hierarchy", n_children=10, permutations=20, bootstrap=10, controls=("pseudo_parents",))
     assert result["main"]["fraction_z_above_3"] == 1.0
     assert result["pseudo_parents"]["median_z"] is None
     assert result["pseudo_parents"]["why"] == "needs more parents than children of any one"
@@ -287,25 +263,21 @@ def test_pseudo_parents_take_other_parents_children() -> None:
     assert [len(words) for words in drawn] == [len(words) for words in uneven]
 
 
-def test_angles_of_dicts_and_tensors() -> None:
+def test_angles_by_hand() -> None:
     x, y = torch.eye(2, dtype=torch.float64)
-    parents = {"a": x, "b": y, "childless": x}
-    deltas = {"b": {"c": x, "d": y + x}, "a": {"e": -x + 3 * y}}
-    result = evidence.test_hierarchical_orthogonality(parents, deltas)
+    result = evidence.test_hierarchical_orthogonality(
+        torch.stack([x, y]), torch.stack([-x + 3 * y, x, y + x]), [0, 1, 1]
+    )
     expected = [math.degrees(math.acos(-1 / math.sqrt(10))), 90.0, 45.0]
     assert result["angles_deg"] == pytest.approx(expected)
     assert result["median_angle_deg"] == pytest.approx(90.0)
     assert result["fraction_above_threshold"] == pytest.approx(2 / 3)
     assert result["fraction_two_sided"] == pytest.approx(1 / 3)
     assert result["passes_validation"] is True
-    stacked = evidence.test_hierarchical_orthogonality(
-        torch.stack([x, y]), torch.stack([-x + 3 * y, x, y + x]), child_parent=[0, 1, 1]
-    )
-    assert stacked == result
-    wide = evidence.test_hierarchical_orthogonality({"a": x}, {"a": {"c": -x}})
+    wide = evidence.test_hierarchical_orthogonality(x[None], -x[None], [0])
     assert (wide["passes_validation"], wide["passes_two_sided"]) == (True, False)
     with pytest.raises(ValueError, match="child_parent: found 0 rows for 0 deltas"):
-        evidence.test_hierarchical_orthogonality(parents, {})
+        evidence.test_hierarchical_orthogonality(x[None], torch.zeros(0, 2), [])
 
 
 # Known answers under i.i.d. isotropic noise: nothing is there, and yet these angles come out.
@@ -359,12 +331,7 @@ def test_noise_cross_fit_is_zero(noise: ConceptEstimator) -> None:
 def test_a_covariance_from_the_cpu_serves_an_unembedding_on_a_gpu() -> None:
     rows = world("hierarchy")
     options = {"permutations": 50, "bootstrap": 20, "halvings": 4, "controls": ("residual_covariance",)}
-    places = {}
-    for device in ("cpu", "cuda"):
-        on_device = rows.to(device)
-        geometry = CausalGeometry(on_device, metric="identity")
-        arguments = (on_device, geometry, CHILD_WORDS, CHILD_PARENT, POOL)
-        places[device] = evidence.collect_evidence(
-            *arguments, **NAMES, **options, activation_covariance=rows.T @ rows / len(rows)
-        )["residual_covariance"]["median_z"]
-    assert places["cuda"] == pytest.approx(places["cpu"], rel=1e-3)
+    options["activation_covariance"] = rows.T @ rows / len(rows)
+    found = {device: collected("hierarchy", device=device, **options) for device in ("cpu", "cuda")}
+    z = {device: evidence["residual_covariance"]["median_z"] for device, evidence in found.items()}
+    assert z["cuda"] == pytest.approx(z["cpu"], rel=1e-3)

@@ -9,7 +9,7 @@ from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
 from polytope_hsae.fileio import read_tensors, sha256_file, write_tensors
-from polytope_hsae.geometry.bases import concept_projectors, orthogonal_to, rotated_rows, subspace_bases
+from polytope_hsae.geometry.bases import orthogonal_to, rotated_rows, subspace_bases
 from polytope_hsae.geometry.causal import CausalGeometry, Space, centred_covariance, shrink
 from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
 
@@ -189,24 +189,6 @@ def test_estimator_refuses_bad_sets(unembedding: Tensor, geometry: CausalGeometr
         ConceptEstimator(unembedding, geometry, "median")
 
 
-def test_published_names_match_by_name(unembedding: Tensor, geometry: CausalGeometry) -> None:
-    estimator = ConceptEstimator(unembedding, geometry)
-    tokens = {"animal": {"dog": [1, 2], "cat": [3]}, "plant": {"tree": [4, 5], "herb": [6]}}
-    union = {p: [t for ids in c.values() for t in ids] for p, c in tokens.items()}
-    parents = estimator.estimate_parent_vectors(union)
-    reordered = {p: dict(reversed(c.items())) for p, c in reversed(tokens.items())}
-    deltas = estimator.estimate_child_deltas(parents, reordered)
-    expected = estimator.concept_vectors([[3]])[0] - estimator.concept_vectors([[1, 2, 3]])[0]
-    torch.testing.assert_close(deltas["animal"]["cat"], expected)
-    bases = estimator.estimate_child_subspace_projectors(parents, deltas, 4, energy=1.0)
-    assert list(bases) == ["animal", "plant"]
-    for parent, basis in bases.items():
-        for delta in deltas[parent].values():
-            torch.testing.assert_close(delta @ basis.T @ basis, delta)
-    with pytest.raises(ValueError, match="found parent 'stone'"):
-        estimator.estimate_child_deltas(parents, {"stone": {"gem": [7]}})
-
-
 def test_bases_keep_the_energy_and_complete_orthogonally_to_the_parent() -> None:
     parents = randn(2, WIDTH, seed=10)
     directions = torch.linalg.qr(randn(WIDTH, 3, seed=11))[0].T
@@ -241,25 +223,6 @@ def test_rotated_rows_turn_by_the_angle() -> None:
     torch.testing.assert_close(turned.norm(dim=1), rows.norm(dim=1))
     cosine = torch.cosine_similarity(rows, turned)
     torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(math.radians(30))))
-
-
-def test_projectors_of_a_parent_without_children(geometry: CausalGeometry) -> None:
-    roots = (geometry.sigma_sqrt, geometry.sigma_inv_sqrt)
-    none = torch.zeros(0, WIDTH, dtype=torch.float64)
-    result = concept_projectors(
-        randn(1, WIDTH),
-        none,
-        torch.zeros(0, dtype=torch.int64),
-        roots,
-        3,
-        5,
-        energy=0.85,
-        seed=0,
-        literal=False,
-    )
-    assert not result.seeded.any()
-    atoms = result.child_decoder @ result.up
-    torch.testing.assert_close(atoms.norm(dim=-1), torch.ones(1, 5, dtype=torch.float64))
 
 
 def test_activation_statistics_equal_the_direct_ones() -> None:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fakes import Store
 from models import factored
 from tiny import concepts
 
@@ -76,22 +77,7 @@ def test_a_flat_model_has_rates_and_no_hierarchy():
     assert {metric.why for metric in nothing.values()} == {"a flat model has no children"}
 
 
-class Rows:
-    """A store of one split in memory."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, acts):
-        self.all, self.width = acts, acts.shape[1]
-
-    def n_rows(self, split):
-        return len(self.all)
-
-    def acts(self, split, rows):
-        return self.all[rows]
-
-
-def planted(angle: float) -> tuple[HierarchicalSAE, Rows, Probes]:
+def planted(angle: float) -> tuple[HierarchicalSAE, Store, Probes]:
     """Two parents with two children each; every child concept adds its own atom to its parent's direction.
 
     A probe lies between the child's atom and the parent's direction, `angle` degrees from the atom.
@@ -116,7 +102,11 @@ def planted(angle: float) -> tuple[HierarchicalSAE, Rows, Probes]:
     radians = math.radians(angle)
     probe = (math.cos(radians) * atoms + math.sin(radians) * eye[owner]).double()
     labels = torch.arange(4).repeat_interleave(10)
-    return model.eval(), Rows(rows), Probes(probe, torch.eye(d, dtype=torch.float64), torch.arange(40), labels)
+    return (
+        model.eval(),
+        Store(train={"acts": rows}),
+        Probes(probe, torch.eye(d, dtype=torch.float64), torch.arange(40), labels),
+    )
 
 
 @pytest.mark.parametrize("angle", [0, 30, 45, 60])

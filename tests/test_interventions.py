@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fakes import Store
 
 from polytope_hsae.evaluation.agreement import teacher_agreement
 from polytope_hsae.evaluation.interventions import COLUMNS, evaluate_interventions
@@ -285,19 +286,6 @@ def test_the_other_concept_belongs_to_another_parent() -> None:
 # cos(m, l_tokens)
 
 
-class Store:
-    """Train rows in memory."""
-
-    def __init__(self, acts: torch.Tensor, token: torch.Tensor) -> None:
-        self.rows, self.token, self.width = acts, token, acts.shape[1]
-
-    def column(self, split, name):
-        return self.token
-
-    def acts(self, split, index):
-        return self.rows[index]
-
-
 @pytest.mark.parametrize("planted", [True, False])
 def test_agreement_finds_planted_directions_and_nothing_in_noise(planted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -319,7 +307,7 @@ def test_agreement_finds_planted_directions_and_nothing_in_noise(planted: bool) 
     carried = owner[token] >= 0
     if planted:
         acts[carried] += teacher.parent_write[owner[token][carried]] * 20
-    store = Store(acts.float(), token)
+    store = Store(train={"acts": acts.float(), "next_token": token})
     found = teacher_agreement(store, concepts, teacher, acts.mean(0), label="next_token", vocab_size=64, min_rows=20)
     for words in ("same_words", "other_words"):
         own, margin = found[words]["cosine"], found[words]["margin"]

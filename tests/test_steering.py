@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fakes import Store
 from models import factored
 
 from polytope_hsae.config import TopKConfig
@@ -187,14 +188,6 @@ def test_a_layer_of_another_width_is_refused(lm) -> None:
 # the map of child concepts
 
 
-class Store:
-    def __init__(self, acts: torch.Tensor) -> None:
-        self.rows = acts
-
-    def acts(self, split, index):
-        return self.rows[index]
-
-
 def test_children_are_mapped_to_the_latents_that_tell_them_from_their_siblings() -> None:
     """Rows along an atom's reader, on top of the parent's, have that child on; the map finds the planted order."""
     model, concepts = hierarchical("none"), tiny.concepts(2, 3)
@@ -211,12 +204,13 @@ def test_children_are_mapped_to_the_latents_that_tell_them_from_their_siblings()
             rows += [row + 0.05 * torch.randn(20, D_MODEL)]
             labels += [3 * parent + child] * 20
     acts = torch.cat(rows)
+    store = Store(train={"acts": acts})
     train = LabelledChildren(np.arange(len(acts)), np.array(labels))
-    found = map_children(model, Store(acts), concepts, train, [0, 1, 2, 4], latent_P)
+    found = map_children(model, store, concepts, train, [0, 1, 2, 4], latent_P)
     on = [latent_P[child // 3] * C + order[child // 3][child % 3] for child in (0, 1, 2, 4)]
     assert found.tolist() == on
-    without = map_children(model, Store(acts), concepts, train, [0, 4], np.array([3, -1]))
+    without = map_children(model, store, concepts, train, [0, 4], np.array([3, -1]))
     assert without.tolist() == [on[0], -1]
-    flat_found = map_children(flat(), Store(acts), concepts, train, [0, 1, 4], latent_P)
+    flat_found = map_children(flat(), store, concepts, train, [0, 1, 4], latent_P)
     assert len(set(flat_found.tolist())) == 3
     assert (flat_found >= 0).all()

@@ -129,6 +129,14 @@ def test_projectors_with_more_or_fewer_slots_than_room(teacher: Teacher) -> None
     assert torch.isfinite(many.child_encoder).all()
 
 
+def test_projectors_of_a_parent_without_children(geometry: CausalGeometry) -> None:
+    none, roots = torch.zeros(0, WIDTH, dtype=torch.float64), (geometry.sigma_sqrt, geometry.sigma_inv_sqrt)
+    result = Teacher.build(["alone"], [], [], randn(1, WIDTH), none, roots).projectors(3, 5)
+    assert not result.seeded.any()
+    atoms = result.child_decoder @ result.up
+    torch.testing.assert_close(atoms.norm(dim=-1), torch.ones(1, 5, dtype=torch.float64))
+
+
 def test_subspace_completion_avoids_the_parent(teacher: Teacher, geometry: CausalGeometry) -> None:
     projectors = teacher.projectors(12, 6, energy=1.0)
     bases = projectors.up @ geometry.sigma_sqrt
@@ -307,7 +315,7 @@ def test_a_balanced_teacher_from_tokens_starts_from_the_mean_parent(
 
 def test_unseen_children_seed_nothing() -> None:
     stats, _, _ = activations(skip=4)
-    with pytest.warns(UserWarning, match="1 children have fewer than 1 rows"):
+    with pytest.warns(UserWarning, match="1 children have no rows and seed nothing"):
         teacher = extract_activation_teacher(stats, make_concepts())
     assert json.loads(teacher.metadata["unseen_children"]) == ["parent1/child1"]
     assert not teacher.child_delta_unified[4].any()
@@ -342,8 +350,8 @@ def test_unseen_parents_are_left_out_by_name() -> None:
 
 
 def test_words_for_the_evidence_and_missing_folds(unembedding: Tensor, geometry: CausalGeometry) -> None:
-    words, child_parent = concept_words(make_concepts(), folds=("val",))
-    assert words[:2] == [[[4, 5]], [[12, 13]]]
+    words, child_parent = concept_words(make_concepts())
+    assert words[0] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert child_parent == [0] * 3 + [1] * 4 + [2] * 5
     bare = Concepts([Parent("p", None, [Child("c", None, {"train": ["a"], "val": [], "test": []}, {"a": [1]})])])
     with pytest.raises(ValueError, match="found no tokens of p/c in folds val"):

@@ -146,15 +146,9 @@ def bootstrap_units(units: Units, n: int = 1000, seed: int = 0, chance: float | 
     return bootstrap_sums(columns_UK, lambda sums: sums[..., 0] / sums[..., 1], n, seed, chance)
 
 
-def bootstrap_ratio(
-    numerator_units: ArrayLike,
-    denominator_units: ArrayLike,
-    n: int = 1000,
-    seed: int = 0,
-    chance: float | None = None,
-) -> Metric:
+def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, n: int = 1000, seed: int = 0) -> Metric:
     """Sum of numerators [U] over sum of denominators [U]: the pooled value, not a mean of ratios."""
-    return bootstrap_units(Units.ratio(numerator_units, denominator_units), n, seed, chance)
+    return bootstrap_units(Units.ratio(numerator, denominator), n, seed)
 
 
 def bootstrap_mean(values: ArrayLike, n: int = 1000, seed: int = 0, chance: float | None = None) -> Metric:
@@ -162,13 +156,13 @@ def bootstrap_mean(values: ArrayLike, n: int = 1000, seed: int = 0, chance: floa
     return bootstrap_units(Units.mean(values), n, seed, chance)
 
 
-def bootstrap_fraction(count: int, total: int, n: int = 1000, seed: int = 0, chance: float | None = None) -> Metric:
+def bootstrap_fraction(count: int, total: int, n: int = 1000, seed: int = 0) -> Metric:
     """Share `count / total` of 0/1 units; resampling those is a binomial draw."""
     if total == 0:
-        return unavailable("no units with a value", chance)
+        return unavailable("no units with a value")
     samples_n = np.random.default_rng(seed).binomial(total, count / total, size=n) / total
     low, high = np.quantile(samples_n, _LEVELS)
-    return Metric(count / total, (float(low), float(high)), chance, total)
+    return Metric(count / total, (float(low), float(high)), None, total)
 
 
 def bootstrap_quantile(values: ArrayLike, place: float, chance: float | None = None) -> Metric:

@@ -31,7 +31,7 @@ from polytope_hsae.models.base import SparseAutoencoder
 
 Label = Literal["current_token", "next_token", "belief"]
 LABEL_COLUMN: dict[Label, str] = {"current_token": "token", "next_token": "next_token", "belief": "belief_token"}
-CONCEPT_METRICS = ("purity", "purity_auroc", "leakage", "leakage_all_rows", "recall", "zero_sum_rows")
+CONCEPT_METRICS = ("purity", "purity_auroc", "leakage", "leakage_all_rows", "recall", "no_fire_rate")
 
 
 class LabelledRows(NamedTuple):
@@ -182,8 +182,8 @@ def concept_metrics(
     concepts. `leakage`: share of a row's mapped activation on other concepts' latents. `leakage_all_rows`: the
     same with a row without any mapped activation counted as leaked, so that silence is no gain. `recall`: share
     of a concept's rows on which its latent is active; its chance is the rate on other concepts' rows.
-    `purity_auroc`: own rows against the other concepts'. `zero_sum_rows`: share of rows without any mapped
-    activation. `keys_Q` names the concepts; `lacking` says why there are not more (ConceptEvaluation).
+    `purity_auroc`: own rows against the other concepts'. `no_fire_rate`: share of rows on which no
+    concept's latent is on. `keys_Q` names the concepts; `lacking` says why there are not more (ConceptEvaluation).
     """
     n_concepts = acts_NQ.shape[1]
     rows_Q = np.bincount(label_N, minlength=n_concepts)
@@ -216,7 +216,7 @@ def concept_metrics(
         "leakage": Units.mean(leakage_Q, keys_Q),
         "leakage_all_rows": Units.mean((leak_sum_Q + silent_Q) / rows_Q, keys_Q),
         "recall": Units.mean(np.diag(rate_QQ), keys_Q),
-        "zero_sum_rows": Units.ratio(silent_Q, rows_Q, keys_Q),
+        "no_fire_rate": Units.ratio(silent_Q, rows_Q, keys_Q),
     }
     chance = {
         "purity": 1 / n_concepts,
@@ -250,18 +250,8 @@ def evaluate_concepts(
     twice.
     """
 
-    def rows_of(name: str) -> LabelledRows:
-        return labelled_rows(
-            store,
-            name,
-            concepts,
-            label=label,
-            fold=name,
-            vocab_size=vocab_size,
-            belief_threshold=belief_threshold,
-        )
-
-    train, test = rows_of("train"), rows_of(fold)
+    labels: dict[str, Any] = {"label": label, "vocab_size": vocab_size, "belief_threshold": belief_threshold}
+    train, test = (labelled_rows(store, name, concepts, fold=name, **labels) for name in ("train", fold))
     n_parents = concepts.n_parents
     if mapping is None:
         train_acts = row_codes(sae, store, "train", train.row_N, batch_size).parents

@@ -1,4 +1,4 @@
-"""How the latents of a model are used: who fires, with whom, how evenly, and who never does (docs/method.md section 5).
+"""Firing rates of a model's latents, how they depend on each other, and dead latents (docs/method.md section 5).
 
 P(parent on | child on) is 1 by construction for gated children, and counted all the same.
 
@@ -108,13 +108,13 @@ def sampled_rows(n_rows: int, max_rows: int | None, seed: int) -> Tensor:
 
 
 def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict[str, Metric]:
-    """Conditional rates and loads of a split's firings.
+    """Conditional firing rates of a split, and how evenly parents fire.
 
     `parent_given_child`: of all child codes, those whose parent is on; chance: as often as that parent is on anyway;
     interval over parents. `child_given_parent`, with `_q25` and `_q75`: over children whose parent is on in
     MIN_PARENT_ROWS rows or more, the median share of these rows with the child on; chance: the share of all rows;
-    interval over these children. `max_firing_rate`: share of rows with the parent on that is on most; chance: all on
-    equally often. `entropy`: of the parents' shares of all parent codes, in nats; chance: its largest value. Their
+    interval over these children. `max_firing_rate`: largest firing rate of a parent; chance: all equal.
+    `entropy`: of the parents' shares of all parent codes, in nats; chance: its largest value. Their
     intervals are over groups of documents, if there are several. A flat model's latents count as parents.
     """
     names = ("parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75")
@@ -165,11 +165,11 @@ def _rates(found: Firings, bootstrap: int, seed: int) -> dict[str, Metric]:
 
 
 def usage_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict[str, Metric]:
-    """Who is never in use on a split; no chance levels.
+    """Dead latents of a split; no chance levels.
 
-    `dead_parents`: share of parents never on. `dead_children`: share never on of the children of parents that are on;
-    `dead_children_routed`: the same, every parent counted once for each row that it is on in, so that it is the share
-    that a routed token meets. `atoms_in_use`: children on at least once, per parent that is on. Intervals: over
+    `dead_parents`: share of parents that never fire. `dead_children`: of the children of parents that fire, the share
+    that never do. `dead_children_routed`: the same, with parents weighted by their firing rates.
+    `atoms_in_use`: children on at least once, per parent that is on. Intervals: over
     parents, for `dead_children` over children.
     """
     on_P = (found.parents_P > 0).cpu().numpy()
@@ -178,11 +178,11 @@ def usage_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict[
     if not found.n_children:
         return metrics | {name: unavailable(FLAT) for name in names}
     used_P = (found.children_R > 0).view(-1, found.n_children).sum(1).cpu().numpy()[on_P]
-    load_P = found.parents_P.double().cpu().numpy()[on_P]
+    rows_P = found.parents_P.double().cpu().numpy()[on_P]
     children = len(used_P) * found.n_children
     return metrics | {
         "dead_children": bootstrap_fraction(children - int(used_P.sum()), children, bootstrap, seed),
-        "dead_children_routed": bootstrap_ratio(load_P * (1 - used_P / found.n_children), load_P, bootstrap, seed),
+        "dead_children_routed": bootstrap_ratio(rows_P * (1 - used_P / found.n_children), rows_P, bootstrap, seed),
         "atoms_in_use": bootstrap_mean(used_P, bootstrap, seed),
     }
 

@@ -1,7 +1,7 @@
-"""What the latents of a model say: how often they fire, on which tokens, where, and which words they read and write.
+"""A model's latents: how often they fire, on which tokens, where, and which words they read and write.
 
-The split is encoded once and only the positive codes are kept. Then the parents that are named (by a concept) or used
-most, and their children, are described (docs/design.md, latents.json).
+The split is encoded once and only the positive codes are kept. Then the parents that are named (by a concept) or fire
+most often, and their children, are described (docs/design.md, latents.json).
 
 Shapes: M positive codes, n rows of one latent, P parents, C children per parent, L described parents, d residual width.
 """
@@ -25,6 +25,7 @@ from polytope_hsae.models.hsae import HierarchicalSAE
 
 MIN_TOKEN_ROWS = 3  # rows of a token, for `fires_on`
 CHILD_CONTEXTS = 2
+BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,12 @@ class Codes(NamedTuple):
 
 
 @torch.no_grad()
-def positive_codes(
-    sae: SparseAutoencoder, store: ActivationStore, split: str, batch_size: int = 4096
-) -> tuple[Codes, Codes]:
+def positive_codes(sae: SparseAutoencoder, store: ActivationStore, split: str) -> tuple[Codes, Codes]:
     """The parents' and the children's codes on a whole split."""
     device = sae.write_directions().device
     empty = Codes(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
     parts: tuple[list[Codes], list[Codes]] = ([empty], [empty])
-    for acts_Bd, start in store.batches(split, batch_size):
+    for acts_Bd, start in store.batches(split, BATCH):
         codes = sae.encode(acts_Bd.to(device))
         pairs = ((codes.parent_index, codes.parent_value), (codes.child_index, codes.child_value))
         for kept, (index_Bk, value_Bk) in zip(parts, pairs, strict=True):
@@ -138,8 +137,8 @@ def describe_latents(
 ) -> dict[str, Any]:
     """One model's object of latents.json.
 
-    Described are all parents that `names` names, and the most used others until there are `options.parents`, by
-    number. For a flat model the parents are its latents.
+    Described are all parents that `names` names, and those of the highest firing rates until there are
+    `options.parents`, by number. For a flat model the parents are its latents.
     """
     parent_codes, child_codes = positive_codes(sae, store, split)
     n_rows, n_children = store.n_rows(split), sae.n_children
@@ -190,7 +189,7 @@ def describe_latents(
 
 
 def _chosen(used_P: IntArray, named: Sequence[int], count: int) -> IntArray:
-    """The named parents and the most used others, `count` in all unless more are named; ascending."""
+    """The named parents and those of the highest firing rates, `count` in all unless more are named; ascending."""
     order_P = np.lexsort((np.arange(len(used_P)), -used_P))
     others = order_P[(used_P[order_P] > 0) & ~np.isin(order_P, named)]
     kept = others[: max(0, count - len(named))]

@@ -45,8 +45,8 @@ def _entries(acts: SparseActivations) -> _Entries:
     return _Entries(row_M, latent_M, value_M, np.searchsorted(latent_M, latent_M), end_M, next_M)
 
 
-def sparse_probe(entries: _Entries, positive_N: NDArray[np.bool_], count: int) -> list[tuple[int, float]]:
-    """At most `count` (latent, threshold): a row is positive where a latent reaches its threshold. Fewer, where no
+def sparse_probe(entries: _Entries, positive_N: NDArray[np.bool_]) -> list[tuple[int, float]]:
+    """At most LATENTS (latent, threshold): a row is positive where a latent reaches its threshold. Fewer, where no
     further latent raises F1 on these rows. A threshold lies half way between two codes of its latent.
     """
     rule: list[tuple[int, float]] = []
@@ -57,7 +57,7 @@ def sparse_probe(entries: _Entries, positive_N: NDArray[np.bool_], count: int) -
     called_M = np.zeros(len(entries.row_M) + 1, dtype=np.int32)  # by all codes before the one at a place
     hits_H = np.zeros(len(own_H) + 1, dtype=np.int32)
     n_positive, hits, called, best = int(positive_N.sum()), 0, 0, 0.0
-    while len(own_H) and len(rule) < count:
+    while len(own_H) and len(rule) < LATENTS:
         new_M = uncovered_N[entries.row_M]
         np.cumsum(new_M, out=called_M[1:])
         np.cumsum(new_M[own_H], out=hits_H[1:])
@@ -87,14 +87,14 @@ def f1_score(called_N: NDArray[np.bool_], positive_N: NDArray[np.bool_]) -> floa
 
 
 def probe_scores(
-    train: SparseActivations, train_label_N: IntArray, held_out: SparseActivations, label_N: IntArray, count: int
+    train: SparseActivations, train_label_N: IntArray, held_out: SparseActivations, label_N: IntArray
 ) -> FloatArray:
-    """F1 [Q, 2] on held-out rows of the best latent and of the best `count`, chosen on train rows; labels 0 .. Q-1."""
+    """F1 [Q, 2] on held-out rows of the best latent and of the best few, chosen on train rows; labels 0 .. Q-1."""
     entries = _entries(train)
     n_concepts = int(max(train_label_N.max(), label_N.max())) + 1
     f1_Q2 = np.zeros((n_concepts, 2))
     for concept in range(n_concepts):
-        rule = sparse_probe(entries, train_label_N == concept, count)
+        rule = sparse_probe(entries, train_label_N == concept)
         for column, part in enumerate((rule[:1], rule)):
             f1_Q2[concept, column] = f1_score(_called(held_out, part), label_N == concept)
     return f1_Q2
@@ -107,7 +107,6 @@ def split_metrics(
     label_N: IntArray,
     keys_Q: IntArray,
     *,
-    count: int = LATENTS,
     lacking: str = "",
     bootstrap: int = 1000,
     seed: int = 0,
@@ -121,7 +120,7 @@ def split_metrics(
         return too_few_concepts(SPLIT_METRICS, len(keys_Q), lacking)
 
     def three(labels: tuple[IntArray, IntArray]) -> FloatArray:
-        one_Q, few_Q = probe_scores(train, labels[0], held_out, labels[1], count).T
+        one_Q, few_Q = probe_scores(train, labels[0], held_out, labels[1]).T
         return np.stack([few_Q - one_Q, one_Q, few_Q])
 
     found_3Q = three((train_label_N, label_N))

@@ -273,9 +273,8 @@ def evaluate_steering(
             for there in elsewhere:
                 of_level.add("inject", injected, there, nats, pusher)
             grid += of_level.grid(bootstrap, seed) if steered[level].concepts else []
-        open_context = ids_MT[
-            int(contexts.entropy_M.argmax())
-        ]  # where the model is sure of the next token, little shows
+        # where the model is sure of the next token, little shows
+        open_context = ids_MT[int(contexts.entropy_M.argmax())]
         _add_examples(records["parent"], sae, Contexts(lm, hook, open_context[None]), open_context, per_forward, text)
     return SteeringEvaluation(result, records["parent"], records["child"], grid)
 

@@ -138,10 +138,10 @@ def _range_text(bounds: Sequence[float | None]) -> str:
     return f"{low:g} to {high:g}"
 
 
-def format_targets(targets: Sequence[Mapping[str, Any]], title: str = "Targets") -> Table:
+def format_targets(targets: Sequence[Mapping[str, Any]]) -> Table:
     """The target table for the terminal; a missing value shows as -. Reasons stand below, where they have room."""
     reasons = [escape(f"{row['name']}: {row['why']}") for row in targets if "why" in row]
-    table = Table(title=title, caption="\n".join(reasons) or None, caption_justify="left")
+    table = Table(title="Targets", caption="\n".join(reasons) or None, caption_justify="left")
     for heading in ("target", "required", "measured", "95 % interval", "n", "verdict"):
         table.add_column(heading, overflow="fold", justify="right" if heading == "measured" else "left")
     colours = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}

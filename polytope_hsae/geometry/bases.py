@@ -91,43 +91,7 @@ def orthogonal_to(fresh_nd: Tensor, taken_md: Tensor) -> Tensor:
     return torch.linalg.qr(fresh_nd.T)[0].T
 
 
-def concept_projectors(
-    parents_Qd: Tensor,
-    deltas_Rd: Tensor,
-    child_parent_R: Tensor,
-    roots: tuple[Tensor, Tensor],
-    subspace_dim: int,
-    n_children: int,
-    *,
-    energy: float,
-    seed: int,
-    literal: bool,
-) -> Projectors:
-    """Projectors and child rows for C = `n_children`; `roots` is (Sigma^(1/2), Sigma^(-1/2)). See
-    `Teacher.projectors`."""
-    sqrt_dd, inv_sqrt_dd = roots
-    bases_Qsd = subspace_bases(parents_Qd, deltas_Rd, child_parent_R.tolist(), subspace_dim, energy, seed)
-    if literal:
-        up_Qsd = torch.linalg.qr((bases_Qsd @ sqrt_dd).transpose(1, 2))[0].transpose(1, 2)
-        down_Qsd, bases_Qsd, deltas_Rd = up_Qsd, up_Qsd, deltas_Rd @ sqrt_dd
-    else:
-        up_Qsd, down_Qsd = bases_Qsd @ inv_sqrt_dd, bases_Qsd @ sqrt_dd
-    generator = seeded_generator("children", seed)
-    unit_QCs = torch.zeros(len(parents_Qd), n_children, subspace_dim, dtype=torch.float64)
-    seeded_QC = torch.zeros(len(parents_Qd), n_children, dtype=torch.bool)
-    for parent in range(len(parents_Qd)):
-        own_Kd = deltas_Rd[child_parent_R == parent][:n_children]
-        given_Ks = own_Kd @ bases_Qsd[parent].T
-        known_K = given_Ks.norm(dim=-1) > 1e-9 * own_Kd.norm(dim=-1)
-        fresh_ns = _completion(given_Ks[known_K], int((~known_K).sum()) + n_children - len(own_Kd), generator)
-        seeded_QC[parent, : len(own_Kd)] = known_K
-        unit_QCs[parent, seeded_QC[parent]] = torch.nn.functional.normalize(given_Ks[known_K], dim=-1)
-        unit_QCs[parent, ~seeded_QC[parent]] = fresh_ns
-    lengths_QC1 = (unit_QCs @ up_Qsd).norm(dim=-1, keepdim=True)
-    return Projectors(down_Qsd, up_Qsd, unit_QCs * lengths_QC1, unit_QCs / lengths_QC1, seeded_QC)
-
-
-def _completion(given_Ks: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def completion(given_Ks: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """n random unit rows [n, s], orthogonal to the given ones and to each other while the subspace has
     room."""
     width = given_Ks.shape[1]

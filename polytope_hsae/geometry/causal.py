@@ -120,17 +120,15 @@ class CausalGeometry:
         sigma: Tensor,
         shrinkage: float = 0.05,
         metric: str = "causal",
-        literal: bool = False,
         seed: int = 0,
     ) -> Self:
-        """The geometry of a covariance [d, d] of unembedding rows that is already known; same arguments as
-        the class."""
+        """The geometry of a covariance [d, d] of unembedding rows that is already known; arguments as for the class."""
         geometry = cls.__new__(cls)
-        geometry._setup(sigma.detach().double(), shrinkage, metric, literal, seed)
+        geometry._setup(sigma.detach().double(), shrinkage, metric, False, seed)
         return geometry
 
     @classmethod
-    def from_activation_covariance(cls, covariance: Tensor, shrinkage: float = 0.05, literal: bool = False) -> Self:
+    def from_activation_covariance(cls, covariance: Tensor, shrinkage: float = 0.05) -> Self:
         """The residual_covariance metric: Sigma is the inverse of the shrunk covariance S [d, d] of
         activations.
 
@@ -139,7 +137,7 @@ class CausalGeometry:
         """
         spectrum_d, vectors_dd = _eigen(shrink(_checked(covariance), shrinkage))
         geometry = cls.__new__(cls)
-        geometry._set(1 / spectrum_d.flip(0), vectors_dd.flip(1), shrinkage, "residual_covariance", literal)
+        geometry._set(1 / spectrum_d.flip(0), vectors_dd.flip(1), shrinkage, "residual_covariance", False)
         return geometry
 
     def _setup(self, cov_dd: Tensor, shrinkage: float, metric: str, literal: bool, seed: int) -> None:

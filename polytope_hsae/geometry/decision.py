@@ -48,12 +48,12 @@ def hierarchy_decision(
     return {**decision, "why": untested[0]} if untested else decision
 
 
-def partial_conjunction(p_values: Floats, share: float = 0.5) -> float:
-    """p of "fewer than `share` of the nulls are false" (Benjamini and Heller, 2008): Simes' p of the largest ones.
+def partial_conjunction(p_values: Floats) -> float:
+    """p of "fewer than half of the nulls are false" (Benjamini and Heller, 2008): Simes' p of the largest ones.
 
-    Small only if at least that share of the hypotheses show an effect, whichever they are.
+    Small only if at least half of the hypotheses show an effect, whichever they are.
     """
-    least = max(1, math.ceil(share * len(p_values)))
+    least = max(1, math.ceil(0.5 * len(p_values)))
     largest = np.sort(p_values)[least - 1 :]
     return float(min(1.0, (len(largest) * largest / np.arange(1, len(largest) + 1)).min()))
 

@@ -12,6 +12,8 @@ import torch
 from polytope_hsae.geometry.orthogonality import halve_words
 from polytope_hsae.geometry.statistics import ConceptWords, Floats, adjusted, z_and_p
 
+HALVINGS = 4
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -27,13 +29,12 @@ def nontrivial_difference(
     words: ConceptWords,
     *,
     permutations: int = 1000,
-    halvings: int = 4,
     seed: int = 0,
     reference: Sequence[int] | None = None,
 ) -> Difference:
     """<delta^A, delta^B>, delta = l_c - l_p on halves A and B of the words, against random parts of the parent.
 
-    The halves of a parent are the unions of its children's, and the product is a mean over `halvings`. It
+    The halves of a parent are the unions of its children's, and the product is a mean over HALVINGS. It
     estimates |delta|^2 without the noise of the words. Null: the parent's words trade places at random, each only
     with words of as many tokens, so that the child is a random subset of the same size and everything else stays.
     With `reference`, another parent's row for each parent (a control), delta = l_c - l_reference and words trade
@@ -44,7 +45,7 @@ def nontrivial_difference(
     size_W = words.word_sizes.cpu().numpy()
     owner_W = words.child_parent.cpu().numpy()[child_W]
     half_HW = np.stack([
-        halve_words(words.word_child, seed * 100_003 + halving).cpu().numpy() for halving in range(halvings)
+        halve_words(words.word_child, seed * 100_003 + halving).cpu().numpy() for halving in range(HALVINGS)
     ])  # fmt: skip
     squared, z, p = (np.full(len(words.child_parent), np.nan) for _ in range(3))
     for row, parent in enumerate(words.child_parent.tolist()):
@@ -63,7 +64,7 @@ def nontrivial_difference(
         places_BN = np.concatenate((np.arange(len(at_N))[None], places_BN))  # the words' own places come first
         products = np.zeros(len(places_BN))
         for a_N, b_N in zip(a_HN, b_HN, strict=True):
-            products += ((a_N[places_BN] @ gram_NN) * b_N[places_BN]).sum(1) / halvings
+            products += ((a_N[places_BN] @ gram_NN) * b_N[places_BN]).sum(1) / HALVINGS
         squared[row] = products[0]
         z[row], p[row] = z_and_p(products[0], products[1:])
     return Difference(squared, z, p, adjusted(p))

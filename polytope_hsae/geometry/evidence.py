@@ -6,7 +6,7 @@ degrees, so an angle proves nothing by itself (docs/method.md §3). Every contro
 Shape suffixes: V vocabulary, N tokens, d residual width, R children, Q parents. Vectors are in the unified coordinate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,40 +35,23 @@ from polytope_hsae.geometry.statistics import (
 )
 
 _SUMMARY = ("fraction_z_above_3", "median_z", "fraction_q_below_05", "median_beta", "omega")
+ANGLE_DEG = 80.0  # the published threshold
 _OWN_ONLY = "beta, omega, kappa and polytopes are about a parent and its own children"
 
 
 def hierarchical_orthogonality(
-    parent_vectors: Mapping[str, Tensor] | Tensor,
-    child_deltas: Mapping[str, Mapping[str, Tensor]] | Tensor,
-    threshold_degrees: float = 80.0,
-    *,
-    child_parent: Sequence[int] | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    parents_Qd: Tensor, deltas_Rd: Tensor, child_parent: Sequence[int], *, bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """The published criterion: angles between l_p and delta_{c|p} in the unified coordinate, one- and
-    two-sided.
+    """The published criterion: angles between l_p and delta_{c|p} in the unified coordinate, one- and two-sided.
 
-    Args: dicts by parent name and child name, or tensors [Q, d] and [R, d] with `child_parent` [R].
+    Args: l_p [Q, d], delta [R, d], and the parent row of every delta [R].
     Returns `angles_deg` [R], `median_angle_deg` with `median_ci95` (bootstrap over parents),
-    `fraction_above_threshold`, `fraction_two_sided` (threshold to 180 - threshold), `passes_validation`
-    (median at or above the threshold, as published) and `passes_two_sided`. It passes for random vectors too:
-    read it beside the other evidence.
+    `fraction_above_threshold` (80 degrees), `fraction_two_sided` (80 to 100), `passes_validation` (median at or above
+    80, as published) and `passes_two_sided`. It passes for random vectors too: read it beside the other evidence.
     """
-    if isinstance(parent_vectors, Mapping):
-        assert isinstance(child_deltas, Mapping)
-        names = [name for name in parent_vectors if child_deltas.get(name)]
-        child_parent = [row for row, name in enumerate(names) for _ in child_deltas[name]]
-        deltas = [delta for name in names for delta in child_deltas[name].values()]
-        parents_Qd = torch.stack([parent_vectors[name] for name in names]) if names else torch.zeros(0, 1)
-        deltas_Rd = torch.stack(deltas) if deltas else torch.zeros(0, 1)
-    else:
-        assert isinstance(child_deltas, Tensor)
-        parents_Qd, deltas_Rd = parent_vectors, child_deltas
-    if child_parent is None or len(child_parent) != len(deltas_Rd) or not len(deltas_Rd):
-        found = None if child_parent is None else len(child_parent)
-        raise ValueError(f"child_parent: found {found} rows for {len(deltas_Rd)} deltas, allowed: equal, at least one")
+    if len(child_parent) != len(deltas_Rd) or not len(deltas_Rd):
+        found = f"{len(child_parent)} rows for {len(deltas_Rd)} deltas"
+        raise ValueError(f"child_parent: found {found}, allowed: equal, at least one")
     owner_R = torch.tensor(list(child_parent), dtype=torch.int64)
     matched_Rd = parents_Qd.double()[owner_R.to(parents_Qd.device)]
     cosine_R = torch.cosine_similarity(matched_Rd, deltas_Rd.double(), dim=-1).clamp(-1, 1)
@@ -79,10 +62,10 @@ def hierarchical_orthogonality(
         "angles_deg": angles.tolist(),
         "median_angle_deg": median,
         "median_ci95": bootstrap_median([angles[owners == p] for p in np.unique(owners)], bootstrap, seed),
-        "fraction_above_threshold": float((angles >= threshold_degrees).mean()),
-        "fraction_two_sided": float(((angles >= threshold_degrees) & (angles <= 180 - threshold_degrees)).mean()),
-        "passes_validation": median >= threshold_degrees,
-        "passes_two_sided": threshold_degrees <= median <= 180 - threshold_degrees,
+        "fraction_above_threshold": float((angles >= ANGLE_DEG).mean()),
+        "fraction_two_sided": float(((angles >= ANGLE_DEG) & (angles <= 180 - ANGLE_DEG)).mean()),
+        "passes_validation": median >= ANGLE_DEG,
+        "passes_two_sided": ANGLE_DEG <= median <= 180 - ANGLE_DEG,
     }
 
 
@@ -277,7 +260,7 @@ def _angles(
     if reference is not None:
         parents_Qd = parents_Qd[list(reference)]
     deltas_Rd = estimate.concept_vectors(child_tokens) - parents_Qd[list(child_parent)]
-    return hierarchical_orthogonality(parents_Qd, deltas_Rd, child_parent=child_parent, bootstrap=bootstrap, seed=seed)
+    return hierarchical_orthogonality(parents_Qd, deltas_Rd, child_parent, bootstrap=bootstrap, seed=seed)
 
 
 def _nullable(values: Floats) -> list[float | None]:

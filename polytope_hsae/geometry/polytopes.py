@@ -16,9 +16,7 @@ _MAX_STEPS = 20_000
 MEASURES = ("gram_cv", "edge_cv", "barycentric_accuracy", "chance", "hull_auroc")
 
 
-def polytopes(
-    words: ConceptWords, child_words: ChildWords, token_rows: Tensor, *, halvings: int = 1, seed: int = 0
-) -> dict[str, Floats]:
+def polytopes(words: ConceptWords, child_words: ChildWords, token_rows: Tensor, *, seed: int = 0) -> dict[str, Floats]:
     """Measures of every parent's children [Q]; NaN for a parent with fewer than 3 children of 2 words or more.
 
     gram_cv: deviation over |mean| of <l_i, l_j>, i < j, and edge_cv: of |l_i - l_j|; 0 for a regular simplex. The
@@ -35,8 +33,8 @@ def polytopes(
     child_N = np.repeat(np.arange(len(sizes)), [sum(size) for size in sizes])
     parent_N = words.child_parent.cpu().numpy()[child_N]
     word_N = np.repeat(np.arange(len(words.word_sizes)), [n for size in sizes for n in size])
-    halves = [halve_words(words.word_child, seed * 100_003 + halving) for halving in range(halvings)]
-    sides = [weight_W for half_W in halves for weight_W in (half_W, 1 - half_W)]
+    half_W = halve_words(words.word_child, seed * 100_003)
+    sides = (half_W, 1 - half_W)
     vertices_HRd = torch.stack([words.child_vectors(weight_W) for weight_W in sides])
     held_out_HN = torch.stack(sides).cpu().numpy()[:, word_N] == 0
     full_Rd = words.child_vectors()

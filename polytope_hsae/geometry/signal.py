@@ -15,7 +15,7 @@ from polytope_hsae.geometry.estimators import ConceptEstimator
 from polytope_hsae.geometry.orthogonality import halve_words
 from polytope_hsae.geometry.statistics import ChildWords, ConceptWords, Floats
 
-MATCHED, NEIGHBOURS = 20, 100
+MATCHED, NEIGHBOURS, HALVINGS = 20, 100, 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ def concept_signal(
     child_words: ChildWords,
     order_N: np.ndarray,
     *,
-    halvings: int = 2,
     seed: int = 0,
     reference: Sequence[int] | None = None,
 ) -> Signal:
@@ -72,7 +71,7 @@ def concept_signal(
     parent (a control), that parent's l stands in for l_p.
     """
     generator = np.random.default_rng(seed)
-    halves = [halve_words(words.word_child, seed * 100_003 + halving) for halving in range(halvings)]
+    halves = [halve_words(words.word_child, seed * 100_003 + halving) for halving in range(HALVINGS)]
     sides_SW = [weight_W for half_W in halves for weight_W in (half_W, 1 - half_W)]
     child_SRd = torch.stack([words.child_vectors(weight_W) for weight_W in sides_SW])
     parent_SQd = torch.stack([words.parent_vectors(weight_W) for weight_W in sides_SW])

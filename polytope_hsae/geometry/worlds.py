@@ -91,5 +91,5 @@ def try_world(name: str, signal: float, size: WorldSize, seed: int, alpha: float
     parents_Qd = words.parent_vectors()
     owner_R = words.child_parent
     deltas_Rd = words.child_vectors() - parents_Qd[owner_R]
-    angles = hierarchical_orthogonality(parents_Qd, deltas_Rd, child_parent=owner_R.tolist(), bootstrap=1)
+    angles = hierarchical_orthogonality(parents_Qd, deltas_Rd, owner_R.tolist(), bootstrap=1)
     return {**hierarchy_decision(found, alpha), "angle_passes": angles["passes_two_sided"]}

@@ -64,15 +64,15 @@ def slots(codes: Codes, n_parents: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def count(sae: SparseAutoencoder, world: World, n_rows: int, mean_d: Tensor, part: str = "test") -> Counts:
-    """Counts over `n_rows` rows of a part of the world, whole batches of them. The model is in eval mode.
+def count(sae: SparseAutoencoder, world: World, n_rows: int, mean_d: Tensor) -> Counts:
+    """Counts over `n_rows` test rows of the world, whole batches of them. The model is in eval mode.
 
     mean_d: the train rows' mean, which EV is measured against.
     """
     assert not sae.training
     found = Counts(sae.n_parents * (1 + sae.n_children), world.config.n_features, world.device)
     for number in range(-(-n_rows // BATCH)):
-        rows = draw(world, BATCH, part, number)
+        rows = draw(world, BATCH, "test", number)
         codes = sae.encode(rows.x)
         found.add(*slots(codes, sae.n_parents), rows)
         found.parent_codes += int((codes.parent_value > 0).sum())

@@ -45,12 +45,6 @@ def match(decoder_Ld: Tensor, world: World) -> Match:
     return Match(latent_M, feature_M, cosine_M, feature_L, latent_N, size_LN.argmax(1))
 
 
-def f1_table(counts: Counts) -> Tensor:
-    """F1 F1 of every latent as a detector of every feature, 2 both / (on + on): [L, N] float32 on the CPU."""
-    either_LN = counts.latent_L[:, None].float() + counts.feature_N.float()
-    return (2 * counts.both_LN.float() / either_LN.clamp_min(1)).cpu()
-
-
 def detection(counts: Counts, found: Match) -> dict[str, float]:
     """Precision, recall and F1 of latents as detectors, means over all latents (a dead one has 0).
 
@@ -60,7 +54,8 @@ def detection(counts: Counts, found: Match) -> dict[str, float]:
     L = len(found.nearest_L)
     both_L = counts.both_LN.cpu()[torch.arange(L), found.nearest_L].double()
     latent_L, feature_L = counts.latent_L.cpu().double(), counts.feature_N.cpu()[found.nearest_L].double()
-    table_LN = f1_table(counts)
+    either_LN = counts.latent_L[:, None].float() + counts.feature_N.float()
+    table_LN = (2 * counts.both_LN.float() / either_LN.clamp_min(1)).cpu()
     assigned = linear_sum_assignment(table_LN.numpy(), maximize=True)
     return {
         "precision": float((both_L / latent_L.clamp_min(1)).mean()),
