@@ -1,10 +1,10 @@
 # make demo: install into .venv and run the quickstart. make test: install what tests need and run them.
-# make test-families: tiny models of 24 families. make test-kernels: the kernels on a GPU. make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make wheel: build the wheel and try it in an empty environment.
+# make test-families: tiny models of 24 families. make test-kernels: the kernels on a GPU. make fuzz: 10,000 broken inputs for every reader, for an hour. make lint: formatting, types, layers. make docs: build the documentation, links checked. make wheel: build the wheel and try it in an empty environment.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-families test-kernels fuzz lint wheel clean
+.PHONY: demo test test-families test-kernels fuzz lint docs wheel clean
 
 demo: .venv/core
 	$(BIN)/hsae run quickstart
@@ -28,6 +28,9 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
 wheel:
 	scripts/try_wheel.sh $(PYTHON)
 
@@ -40,6 +43,10 @@ wheel:
 
 .venv/dev: .venv/core
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/docs: .venv/core
+	$(PIP) --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:
