@@ -19,8 +19,13 @@ def config_tables() -> str:
     for name, block in blocks.items():
         if "properties" not in block:
             continue
-        rows = [f"| `{field}` | {_kind(spec)} | {_default(spec)} | {_text(spec)} |" for field, spec in block["properties"].items()]
-        parts.append("\n".join([f"## {name}", "", "| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows]))
+        rows = [
+            f"| `{field}` | {_kind(spec)} | {_default(spec)} | {_text(spec)} |"
+            for field, spec in block["properties"].items()
+        ]
+        parts.append(
+            "\n".join([f"## {name}", "", "| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
+        )
     return "\n\n".join(parts)
 
 
@@ -36,7 +41,9 @@ def _add_commands(command: Any, name: str, parts: list[str]) -> None:
         _add_commands(child, f"{name} {child.name}", parts)
     if hasattr(command, "commands"):
         return
-    rows = [f"| `{_names(p)}` | {_escape(getattr(p, 'help', None) or '')} |" for p in command.params if p.name != "help"]
+    rows = [
+        f"| `{_names(p)}` | {_escape(getattr(p, 'help', None) or '')} |" for p in command.params if p.name != "help"
+    ]
     parts.append("\n".join([f"## {name}", "", command.help or "", "", "| option | meaning |", "| --- | --- |", *rows]))
 
 
@@ -68,6 +75,10 @@ def _escape(text: str) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill the two generated pages in; name a file outside the docs in place of a link to it."""
-    markdown = markdown.replace("<!-- config tables -->", config_tables() if "<!-- config tables -->" in markdown else "")
-    markdown = markdown.replace("<!-- command tables -->", cli_tables() if "<!-- command tables -->" in markdown else "")
+    markdown = markdown.replace(
+        "<!-- config tables -->", config_tables() if "<!-- config tables -->" in markdown else ""
+    )
+    markdown = markdown.replace(
+        "<!-- command tables -->", cli_tables() if "<!-- command tables -->" in markdown else ""
+    )
     return OUTSIDE.sub(r"\1 (`\2`)", markdown)
