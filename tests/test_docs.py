@@ -1,4 +1,4 @@
-"""Every Python block and every `hsae` command of README.md and docs/ runs, on the finished smoke run as the quickstart's.
+"""Every Python block and `hsae` command of README.md and docs/ runs, on the finished smoke run as the quickstart's.
 
 A line `<!-- test: skip WHY -->` above a block leaves it out. The Python blocks of one page share one namespace.
 """
