@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-families test-kernels fuzz lint wheel clean
+.PHONY: help demo test test-families test-kernels fuzz lint docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ lint: .venv/dev  ## check style, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/docs  ## build the documentation and check its links
+	$(BIN)/mkdocs build --strict
+
 wheel:  ## build the wheel and try it in an empty environment
 	scripts/try_wheel.sh $(PYTHON)
 
@@ -41,6 +44,10 @@ wheel:  ## build the wheel and try it in an empty environment
 
 .venv/dev: .venv/core
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/docs: .venv/core
+	$(PIP) --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:  ## remove .venv and built files

@@ -143,7 +143,7 @@ METRIC_GROUPS: dict[str, dict[str, MetricWords]] = {
             "Leakage, all rows", "rows on which no concept's latent is on count as 1", DOWN
         ),
         "recall": MetricWords("Recall", "share of a concept's rows with its latent on", UP),
-        "zero_sum_rows": MetricWords("No-fire rate", "share of labelled rows on which no concept's latent is on"),
+        "no_fire_rate": MetricWords("No-fire rate", "share of labelled rows on which no concept's latent is on"),
         "f1_best": MetricWords("F1 of the best latent", "parent or child, threshold chosen on train rows", UP),
         "f1_best_few": MetricWords("F1 of the best five", "positive where any of them is above its threshold", UP),
         "split": MetricWords("Feature splitting", "F1 of the best five latents minus F1 of the best one", DOWN),
