@@ -338,8 +338,8 @@ def test_format_tree(tokenizer: PreTrainedTokenizerFast, ontology: Path) -> None
 
 
 def test_wordnet_facts() -> None:
-    wordnet = load_wordnet()
-    assert wordnet is load_wordnet()
+    wordnet = load_wordnet("noun")
+    assert wordnet is load_wordnet("noun")
     assert len(wordnet.lemmas) == 82115
     assert wordnet.hypernyms["dog.n.01"] == ("canine.n.02", "domestic_animal.n.01")
     assert wordnet.lemmas["dog.n.01"] == ("dog", "domestic_dog", "Canis_familiaris")
@@ -429,7 +429,7 @@ def test_packaged_tokenizer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(Path(str(ASSET)).parent))
     concepts = build_concepts(tokenizer, "wordnet", max_parents=80, max_children_per_parent=32)
     assert concepts.n_parents >= 50
-    wordnet = load_wordnet()
+    wordnet = load_wordnet("noun")
     used: Counter[str] = Counter()
     for parent in concepts.parents:
         assert parent.synset is not None

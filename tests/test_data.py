@@ -24,7 +24,7 @@ from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.fileio import read_json, write_tensors
 from polytope_hsae.lm import FINAL_HOOK
-from polytope_hsae.lm_loading import load_tokenizer
+from polytope_hsae.lm.loading import load_tokenizer
 from polytope_hsae.phases.run import load_corpus
 
 CONTEXT = 8

@@ -14,7 +14,6 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polytope_hsae import lm_edits
 from polytope_hsae.evaluation import reconstruction
 from polytope_hsae.evaluation.bootstrap import (
     Metric,
@@ -41,6 +40,7 @@ from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
 from polytope_hsae.evaluation.steering import STEERING_METRICS, evaluate_steering
 from polytope_hsae.evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets, verdict
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+from polytope_hsae.lm import edits as lm_edits
 from polytope_hsae.models.codes import Codes
 
 

@@ -16,16 +16,16 @@ from running import Answer, hsae, refused
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from polytope_hsae import lm_loading
 from polytope_hsae.data import words as words_module
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.corpus import load_documents
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.data.wordnet import noun_words, word_forms
+from polytope_hsae.data.wordnet import load_wordnet, single_words, word_forms
 from polytope_hsae.data.words import word_tokens
 from polytope_hsae.evaluation.concepts import evaluate_concepts
 from polytope_hsae.fileio import read_json, read_tensors
 from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm import loading as lm_loading
 from polytope_hsae.models.base import SparseAutoencoder
 
 FAMILIES = (*tiny.CAUSAL_FAMILIES, "bert")
@@ -172,7 +172,10 @@ def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
         "tokens", None, tokenizer, max_tokens=3000, context_length=64, tokenizer_sha256=_sha256(model)
     )
     counts = torch.bincount(documents.tokens, minlength=len(tokenizer))
-    occurrences = {word: int(counts[ids].sum()) for word, ids in sorted(word_tokens(tokenizer, noun_words()).items())}
+    occurrences = {
+        word: int(counts[ids].sum())
+        for word, ids in sorted(word_tokens(tokenizer, single_words(load_wordnet("noun"))).items())
+    }
     absent = [word for word, times in occurrences.items() if times == 0]
     frequent = sorted(occurrences, key=lambda word: -occurrences[word])
     tree = {"absent": _children(absent, 5), "thing": _children(frequent[:36], 4), "other": _children(frequent[36:], 3)}

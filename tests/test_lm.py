@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationMixin, PreTrainedModel
 
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
-from polytope_hsae.lm_edits import EditedRuns, LastPosition
+from polytope_hsae.lm.edits import EditedRuns, LastPosition
 
 KINDS = ("llama", "neox", "gemma2")
 INNER = {"llama": "model.layers.0", "neox": "gpt_neox.layers.0", "gemma2": "model.layers.0"}

@@ -8,7 +8,7 @@ import torch
 from running import hsae, refused
 
 from polytope_hsae.lm import FINAL_HOOK
-from polytope_hsae.lm_edits import EditedRuns, LastPosition
+from polytope_hsae.lm.edits import EditedRuns, LastPosition
 from polytope_hsae.study.files import study_folder
 
 STUDIES = Path(__file__).parents[1] / "studies"

@@ -19,9 +19,9 @@ from polytope_hsae.config import ConfigError, load_config
 from polytope_hsae.data.corpus import Documents, contexts, corpus_files, load_documents
 from polytope_hsae.data.harvest import harvest
 from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm.tokens import document_start, plain_ids
 from polytope_hsae.phases.run import load_corpus
 from polytope_hsae.phases.sources import source_files
-from polytope_hsae.tokens import document_start, plain_ids
 
 SENTENCES = ["The dog ran.", "The cat sat.", "A bird sang.", "It was <s>late</s> and dark."]
 SIZES: dict[str, Any] = {"max_tokens": 1000, "context_length": 64}
