@@ -113,7 +113,7 @@ def test_bad_corpora_are_refused(tmp_path, monkeypatch, source: str, content: st
     with pytest.raises(ValueError, match=says):
         load_documents(source, path, tiny.tokenizer(), max_tokens=10, context_length=CONTEXT)
     if source == "text":
-        with pytest.raises(ValueError, match="corpus.path: found null"):
+        with pytest.raises(ValueError, match=r"corpus.path: found null"):
             load_documents(source, None, tiny.tokenizer(), max_tokens=10, context_length=CONTEXT)
 
 
