@@ -39,15 +39,12 @@ def require_apart(concepts: Concepts, members: Mapping[str, Tensor] | None = Non
     `Concepts` itself refuses a token in two places.
     """
     place: dict[str, str] = {}
-    for parent in concepts.parents:
-        for child in parent.children:
-            for fold in FOLDS:
-                for word in child.words[fold]:
-                    here = f"{fold} of {parent.name} / {child.name}"
-                    if word.lower() in place:
-                        both = f"{place[word.lower()]} and in {here}"
-                        raise ValueError(f"concepts: {word!r} is in {both}; one place is allowed")
-                    place[word.lower()] = here
+    for word, child, fold in concepts.placed_words():
+        here = f"{fold} of {child}"
+        if word.lower() in place:
+            both = f"{place[word.lower()]} and in {here}"
+            raise ValueError(f"concepts: {word!r} is in {both}; one place is allowed")
+        place[word.lower()] = here
     seen: dict[int, str] = {}
     for split, numbers in (members or {}).items():
         for number in numbers.tolist():
@@ -192,13 +189,7 @@ def _shared_forms(
     concepts: Concepts, tokenizer: PreTrainedTokenizerBase, parts: Sequence[PartOfSpeech]
 ) -> list[dict[str, Any]]:
     """Tokens that are forms of two words of the concepts: who has them, and who else would."""
-    home = {
-        word: {"concept": f"{parent.name} / {child.name}", "fold": fold}
-        for parent in concepts.parents
-        for child in parent.children
-        for fold in FOLDS
-        for word in child.words[fold]
-    }
+    home = {word: {"concept": child, "fold": fold} for word, child, fold in concepts.placed_words()}
     owner = {token: word for child in concepts.children for word, ids in child.tokens.items() for token in ids}
     rows = []
     for part in parts:

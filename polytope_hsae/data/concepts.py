@@ -97,6 +97,14 @@ class Concepts:
         """Parent row of every child row."""
         return [p for p, parent in enumerate(self.parents) for _ in parent.children]
 
+    def placed_words(self) -> Iterator[tuple[str, str, str]]:
+        """(word, "parent / child", fold) of every word."""
+        for parent in self.parents:
+            for child in parent.children:
+                yield from (
+                    (word, f"{parent.name} / {child.name}", fold) for fold in FOLDS for word in child.words[fold]
+                )
+
     def child_tokens(self, folds: Sequence[str] = FOLDS) -> list[list[int]]:
         """Per child row, its token ids of these folds, sorted."""
         return [
