@@ -130,7 +130,10 @@ class Concepts:
         tree: _Tree = checked(obj, _Tree, "concepts: not the layout of concepts.json")
         parents = []
         for parent in tree["parents"]:
-            children = [Child(c["name"], c["synset"], {**c["words"]}, c["tokens"]) for c in parent["children"]]
+            children = [
+                Child(c["name"], c["synset"], {fold: words for fold, words in c["words"].items()}, c["tokens"])
+                for c in parent["children"]
+            ]
             parents.append(Parent(parent["name"], parent["synset"], children))
         return cls(parents, tree.get("excluded", 0))
 

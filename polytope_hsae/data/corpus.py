@@ -114,6 +114,7 @@ def load_documents(
     location = str(PACKAGED_TOKENS if path is None else path)
     files = [str(file) for file in corpus_files(source, location)]
     start_id, skipped = document_start(tokenizer, start), Counter[str]()
+    found: Iterator[list[int]]
     if source == "tokens":
         found = chain.from_iterable(_token_documents(file, tokenizer, tokenizer_sha256, start_id) for file in files)
     elif source == "text":

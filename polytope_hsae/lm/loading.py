@@ -34,8 +34,8 @@ TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json
 HUB_SECONDS = 5  # to wait for the hub before it counts as out of reach
 
 # What transformers raises for a config, a tokenizer or weights that it cannot use.
-UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError)
-UNUSABLE += (StrictDataclassError, SafetensorError)
+_OF_PYTHON = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError)
+UNUSABLE = (*_OF_PYTHON, StrictDataclassError, SafetensorError)
 
 
 class Loaded(NamedTuple):
