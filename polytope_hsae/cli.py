@@ -183,10 +183,10 @@ def concepts_command(
     as_json: JsonOption = False,
 ) -> None:
     """The tree of parents and children with their words and checks of the splits, for a config or a finished run."""
-    from .data.check_table import format_checks
+    from .data.checks import format_checks
     from .data.concepts import Concepts, format_tree
     from .fileio import read_json
-    from .lm_loading import load_tokenizer, tokenizer_sha256
+    from .lm.loading import load_tokenizer, tokenizer_sha256
     from .phases.phase1_teacher import make_checks, make_concepts
     from .phases.run import load_corpus
 

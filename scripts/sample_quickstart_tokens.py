@@ -22,7 +22,7 @@ import transformers
 from safetensors.numpy import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from polytope_hsae.tokens import document_start
+from polytope_hsae.lm.tokens import document_start
 
 SAMPLER_FORMAT = "1"
 

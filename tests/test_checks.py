@@ -8,14 +8,7 @@ import tiny
 import torch
 from running import hsae, refused
 
-from polytope_hsae.data.checks import (
-    NGRAM,
-    check_concepts,
-    count_contexts,
-    ngram_hashes,
-    require_apart,
-    short_parents,
-)
+from polytope_hsae.data.checks import NGRAM, check_concepts, count_contexts, ngram_hashes, require_apart, short_parents
 from polytope_hsae.data.concepts import Child, Concepts, Parent
 from polytope_hsae.data.corpus import Documents
 
@@ -24,9 +17,7 @@ TOKENIZER = tiny.tokenizer()
 
 def documents(*texts: list[int]) -> Documents:
     """Each begins with token 0, the start of a document."""
-    rows = [[0, *text] for text in texts]
-    lengths = torch.tensor([0, *map(len, rows[:-1])])
-    return Documents(torch.tensor([token for row in rows for token in row], dtype=torch.int32), lengths.cumsum(0), 0)
+    return Documents.of([torch.tensor([0, *text], dtype=torch.int32) for text in texts], 0)
 
 
 def members(train: list[int], val: list[int], test: list[int]) -> dict[str, torch.Tensor]:
@@ -63,15 +54,14 @@ def test_planted_copies_are_found() -> None:
     half = [*text[:18], *range(1, 7)]  # shares 11 of 17 runs
     little = [*text[:9], *range(45, 60)]  # shares 2
     corpus = documents(text, list(range(43, 19, -1)), half, text, little, [5, 6])
-    found = check(CONCEPTS, corpus, members([0], [1], [2, 3, 4, 5]))["documents"]
+    report = check(CONCEPTS, corpus, members([0], [1], [2, 3, 4, 5]))
+    found = report["documents"]
     assert found["n"] == {"train": 1, "val": 1, "test": 4}
-    assert found["test_in_train"]["near_duplicates"] == 2
-    assert found["test_in_train"]["compared"] == 3  # the shortest has no run
-    assert found["test_in_train"]["share"] == pytest.approx(2 / 3)
-    assert found["test_in_train"]["share_of_ngrams"] == pytest.approx((11 + 17 + 2) / 51)
+    shares = {"share": pytest.approx(2 / 3), "share_of_ngrams": pytest.approx((11 + 17 + 2) / 51)}
+    assert found["test_in_train"] == {"near_duplicates": 2, "compared": 3, **shares}  # the shortest has no run
     assert found["val_in_train"]["near_duplicates"] == found["test_in_val"]["near_duplicates"] == 0
-    lines = check(CONCEPTS, corpus, members([0], [1], [2, 3, 4, 5]))["warnings"]
-    assert any(line.startswith("2 of 3 test documents have half of their 8-token runs in train") for line in lines)
+    line = "2 of 3 test documents have half of their 8-token runs in train"
+    assert any(warning.startswith(line) for warning in report["warnings"])
 
 
 def test_ngrams_stay_inside_documents_and_see_order() -> None:
@@ -104,9 +94,8 @@ def test_frequency_of_folds() -> None:
     assert report["frequency"]["test"]["auroc"] == 1.0
     assert report["frequency"]["test"]["median_uses"] == {"train": 3.0, "test": 6.0}
     assert report["frequency"]["val"]["auroc"] == 0.5
-    assert any(
-        line.startswith("test words are more frequent than train words: AUROC 1.000") for line in report["warnings"]
-    )
+    line = "test words are more frequent than train words: AUROC 1.000"
+    assert any(warning.startswith(line) for warning in report["warnings"])
 
 
 def test_sizes_and_shared_forms() -> None:
@@ -124,17 +113,10 @@ def test_splits_that_share_something_are_refused() -> None:
     require_apart(CONCEPTS, members([0], [1], [2]))
     with pytest.raises(ValueError, match=r"corpus: document 1 is in train and in test; one split is allowed"):
         check(CONCEPTS, documents(FILLER, FILLER), members([0, 1], [], [1]))
-    same = [
-        Child("a", None, {"train": ["march", "may"], "val": [], "test": []}, {"march": [1], "may": [2]}),
-        Child(
-            "b",
-            None,
-            {"train": ["june", "july"], "val": [], "test": ["March"]},
-            {"june": [3], "july": [4], "March": [5]},
-        ),
-    ]
+    march = Child("a", None, {"train": ["march"], "val": [], "test": []}, {"march": [1]})
+    again = Child("b", None, {"train": ["june"], "val": [], "test": ["March"]}, {"june": [3], "March": [5]})
     with pytest.raises(ValueError, match=r"concepts: 'March' is in train of p / a and in test of p / b; one place"):
-        require_apart(Concepts([Parent("p", None, same)]))
+        require_apart(Concepts([Parent("p", None, [march, again])]))
     repeated = Child("a", None, {"train": ["w1"], "val": [], "test": ["w1"]}, {"w1": [1]})
     with pytest.raises(ValueError, match="found 2 words in folds and 1 with tokens"):
         Concepts([Parent("p", None, [repeated])])
@@ -156,11 +138,16 @@ def test_what_became_of_a_file(tmp_path: Path) -> None:
     answer = hsae("concepts", "smoke", *settings, "--json")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)["checks"]
-    assert found["file"]["words"] == 17
-    assert found["file"]["unknown_words"]["thing / person"] == ["unheardofperson"]
-    assert found["file"]["unknown_words"]["nothing / x"] == ["zzxx"]
-    assert found["file"]["parents_left_out"] == ["nothing"]
-    assert found["file"]["children_left_out"] == ["thing / rare"]
+    assert found["file"] == {
+        "words": 17,
+        "unknown_words": {
+            "thing / person": ["unheardofperson"],
+            **{f"nothing / {child}": words for child, words in tree["nothing"].items()},
+            **{name: words for name, words in found["file"]["unknown_words"].items() if name == "thing / rare"},
+        },
+        "parents_left_out": ["nothing"],
+        "children_left_out": ["thing / rare"],
+    }
     text = hsae("concepts", "smoke", *settings).out
     assert "warning: parents left out: nothing" in text
     assert "natural contexts" in text

@@ -16,16 +16,17 @@ from running import Answer, hsae, refused
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from polytope_hsae import lm_loading
 from polytope_hsae.data import words as words_module
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.corpus import load_documents
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.data.wordnet import noun_words, word_forms
+from polytope_hsae.data.wordnet import load_wordnet, single_words, word_forms
 from polytope_hsae.data.words import word_tokens
 from polytope_hsae.evaluation.concepts import evaluate_concepts
 from polytope_hsae.fileio import read_json, read_tensors
 from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm import loading as lm_loading
+from polytope_hsae.lm.loading import tokenizer_sha256
 from polytope_hsae.models.base import SparseAutoencoder
 
 FAMILIES = (*tiny.CAUSAL_FAMILIES, "bert")
@@ -168,11 +169,13 @@ def test_quickstart_reencodes_the_corpus_for_another_tokenizer(tokenizers, tmp_p
 def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
     model = tiny.save_family(tmp_path / "model", "llama")
     tokenizer = tiny.packaged_tokenizer()
-    documents = load_documents(
-        "tokens", None, tokenizer, max_tokens=3000, context_length=64, tokenizer_sha256=_sha256(model)
-    )
+    sizes = {"max_tokens": 3000, "context_length": 64, "tokenizer_sha256": tokenizer_sha256(str(model))}
+    documents = load_documents("tokens", None, tokenizer, **sizes)
     counts = torch.bincount(documents.tokens, minlength=len(tokenizer))
-    occurrences = {word: int(counts[ids].sum()) for word, ids in sorted(word_tokens(tokenizer, noun_words()).items())}
+    occurrences = {
+        word: int(counts[ids].sum())
+        for word, ids in sorted(word_tokens(tokenizer, single_words(load_wordnet("noun"))).items())
+    }
     absent = [word for word, times in occurrences.items() if times == 0]
     frequent = sorted(occurrences, key=lambda word: -occurrences[word])
     tree = {"absent": _children(absent, 5), "thing": _children(frequent[:36], 4), "other": _children(frequent[36:], 3)}
@@ -199,19 +202,16 @@ def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
     torch.testing.assert_close(sae.write_directions()[:2], teacher["parent.write"].float())
 
     # Phase 4 reads concept 1 in slot 0 and concept 2 in slot 1.
-    store, concepts = (
-        ActivationStore.open(run / "activations"),
-        Concepts.from_json(read_json(run / "phase1/concepts.json")),
-    )
+    store = ActivationStore.open(run / "activations")
+    concepts = Concepts.from_json(read_json(run / "phase1/concepts.json"))
     by_hand = evaluate_concepts(
         sae, store, concepts, label="current_token", vocab_size=len(tokenizer), min_rows=1,
         mapping=np.array([-1, 0, 1]), bootstrap=100,
     )  # fmt: skip
     metrics = read_json(run / "phase4/results.json")["arms"]["teacher"]
     assert metrics["purity_own_slots"] == by_hand.result.metrics["purity"].to_json()
-    latents = {
-        latent["latent"]: latent for latent in read_json(run / "phase4/latents.json")["arms"]["teacher"]["parents"]
-    }
+    parents = read_json(run / "phase4/latents.json")["arms"]["teacher"]["parents"]
+    latents = {latent["latent"]: latent for latent in parents}
     own = {slot: latents[slot]["concept"] for slot in (0, 1) if not latents[slot]["mapped"]}
     assert own.items() <= {0: 1, 1: 2}.items()
     of_first = [child["concept"] for child in latents[0]["children"] if child["concept"] is not None]
@@ -224,59 +224,29 @@ def _children(words: list[str], each: int) -> dict[str, list[str]]:
     return {f"{words[0]}-{number}": words[number : 9 * each : 3] for number in range(3)}
 
 
-def _sha256(model: Path) -> str:
-    return lm_loading.sha256_file(model / "tokenizer.json")
-
-
 # -- folders and names that are refused
 
 
-def _write_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+def configured(**changes: object) -> Callable[[Path], None]:
+    """Changes fields of a folder's config.json."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
 
 
-def _no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
+def without(pattern: str, **made: str) -> Callable[[Path], None]:
+    """Deletes files, then makes others of this content."""
 
+    def change(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+        for name, content in made.items():
+            (folder / name.replace("_dot_", ".")).write_text(content)
 
-def _config_cut_off(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "lla')
-
-
-def _unknown_type(folder: Path) -> None:
-    _write_config(folder, model_type="fancy")
-
-
-def _own_code(folder: Path) -> None:
-    _write_config(folder, model_type="fancy", auto_map={"AutoModelForCausalLM": "modeling_fancy.FancyForCausalLM"})
-
-
-def _own_class(folder: Path) -> None:
-    _write_config(
-        folder, architectures=["FancyForCausalLM"], auto_map={"AutoModelForCausalLM": "fancy.FancyForCausalLM"}
-    )
-
-
-def _wrong_field(folder: Path) -> None:
-    _write_config(folder, hidden_size="wide")
-
-
-def _other_shape(folder: Path) -> None:
-    _write_config(folder, vocab_size=100)
-
-
-def _another_layer(folder: Path) -> None:
-    _write_config(folder, num_hidden_layers=3)
-
-
-def _no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def _pickle(folder: Path) -> None:
-    _no_weights(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    return change
 
 
 def _cut_off(folder: Path) -> None:
@@ -290,19 +260,13 @@ def _a_shard_is_missing(folder: Path) -> None:
     save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     place = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in weights}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
-    _no_weights(folder)
-
-
-def _no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
+    (folder / "model.safetensors").unlink()
 
 
 def _special_tokens_only(folder: Path) -> None:
     """transformers makes a tokenizer for BERT out of nothing."""
-    _no_tokenizer(folder)
-    (folder / "vocab.txt").touch()
-    _write_config(folder, model_type="bert", architectures=["BertModel"])
+    without("tokenizer*", vocab_dot_txt="")(folder)
+    configured(model_type="bert", architectures=["BertModel"])(folder)
 
 
 def _larger_tokenizer(folder: Path) -> None:
@@ -310,33 +274,34 @@ def _larger_tokenizer(folder: Path) -> None:
 
 
 def _encoder_decoder(folder: Path) -> None:
-    T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    ).save_pretrained(folder)
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
 def _sees_later_tokens(folder: Path) -> None:
-    model = tiny.family("bert", tiny.tokenizer())
-    model.save_pretrained(folder)
-    _write_config(folder, architectures=["BertLMHeadModel"])
+    tiny.family("bert", tiny.tokenizer()).save_pretrained(folder)
+    configured(architectures=["BertLMHeadModel"])(folder)
+
+
+OWN_CODE = {"auto_map": {"AutoModelForCausalLM": "modeling_fancy.FancyForCausalLM"}}
 
 
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        (_no_config, "no config.json in"),
-        (_config_cut_off, "is not valid JSON"),
-        (_unknown_type, "found model_type 'fancy', allowed: a type that transformers"),
-        (_own_code, "needs code of its own (auto_map)"),
-        (_own_class, "needs code of its own (auto_map)"),
-        (_wrong_field, "Field 'hidden_size' expected int"),
-        (_other_shape, "embed_tokens.weight of shape (64, 16), allowed by its config.json: (100, 16)"),
-        (_another_layer, "lack model.layers.2.input_layernorm.weight"),
-        (_no_weights, "no model.safetensors in"),
-        (_pickle, "found pytorch_model.bin, allowed: safetensors"),
+        (without("config.json"), "no config.json in"),
+        (without("config.json", config_dot_json='{"model_type": "lla'), "is not valid JSON"),
+        (configured(model_type="fancy"), "found model_type 'fancy', allowed: a type that transformers"),
+        (configured(model_type="fancy", **OWN_CODE), "needs code of its own (auto_map)"),
+        (configured(architectures=["FancyForCausalLM"], **OWN_CODE), "needs code of its own (auto_map)"),
+        (configured(hidden_size="wide"), "Field 'hidden_size' expected int"),
+        (configured(vocab_size=100), "embed_tokens.weight of shape (64, 16), allowed by its config.json: (100, 16)"),
+        (configured(num_hidden_layers=3), "lack model.layers.2.input_layernorm.weight"),
+        (without("model.safetensors"), "no model.safetensors in"),
+        (without("model.safetensors", pytorch_model_dot_bin=""), "found pytorch_model.bin, allowed: safetensors"),
         (_cut_off, "model.safetensors in"),
         (_a_shard_is_missing, "1 of 2 shards are missing in"),
-        (_no_tokenizer, "no tokenizer in"),
+        (without("tokenizer*"), "no tokenizer in"),
         (_special_tokens_only, "no tokenizer in"),
         (_larger_tokenizer, "found token 16383, allowed: at most 63, the last row of its embedding"),
         (_encoder_decoder, "found an encoder-decoder (t5)"),
@@ -357,10 +322,7 @@ def test_settings_that_a_model_cannot_have_are_refused_before_any_work(tmp_path)
     for setting, says in (
         ("corpus.context_length=256", "corpus.context_length: found 256, allowed: at most 128, what my-model reads"),
         ("model.hook=layers.2", "model.hook: found 'layers.2', allowed: layers.-2 to layers.1 for my-model"),
-        (
-            "model.hook=transformer.h.7",
-            "model.hook: no module 'transformer.h.7' in my-model; close matches: transformer.",
-        ),
+        ("model.hook=transformer.h.7", "no module 'transformer.h.7' in my-model; close matches: transformer."),
     ):
         answer = hsae("run", "smoke", *settings(f"model.name={folder}", setting), "--out", tmp_path / "run")
         refused(answer, says)

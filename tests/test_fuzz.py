@@ -26,6 +26,7 @@ from rich.console import Console
 
 from polytope_hsae.config import (
     FLAT_KINDS,
+    ConceptsConfig,
     Config,
     ConfigError,
     StageConfig,
@@ -95,7 +96,7 @@ def write_ontology(folder: Path, name: str) -> None:
 
 def read_ontology(folder: Path, name: str) -> None:
     limits = {"max_parents": 2, "max_children_per_parent": 3, "min_children": 2, "min_words_per_child": 3}
-    concepts = build_concepts(tokenizer(), folder / name, **limits)
+    concepts = build_concepts(tokenizer(), ConceptsConfig(ontology=str(folder / name), **limits), seed=0)
     assert Concepts.from_json(json.loads(json.dumps(concepts.to_json()))) == concepts
 
 

@@ -17,7 +17,7 @@ from polytope_hsae.evaluation.words import Lexicon
 from polytope_hsae.fileio import read_json
 from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.lm import FINAL_HOOK
-from polytope_hsae.lm_loading import load_tokenizer
+from polytope_hsae.lm.loading import load_tokenizer
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE

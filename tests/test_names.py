@@ -9,7 +9,7 @@ from polytope_hsae.study.files import study_folder
 from running import hsae, refused
 
 from polytope_hsae.lm import FINAL_HOOK
-from polytope_hsae.lm_edits import EditedRuns, LastPosition
+from polytope_hsae.lm.edits import EditedRuns, LastPosition
 
 STUDIES = Path(__file__).parents[1] / "studies"
 SYNTHETIC = STUDIES / "synthetic-small" / "study.yaml"

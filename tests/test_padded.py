@@ -35,8 +35,7 @@ def with_holes(ids: list[int]) -> PreTrainedTokenizerFast:
 
 def test_special_and_added_tokens_have_names_and_padding_has_none():
     whole = tiny.language_model()
-    assert whole.named == slice(tiny.VOCAB)
-    assert whole.n_named == whole.vocab_size
+    assert (whole.named, whole.n_named) == (slice(tiny.VOCAB), whole.vocab_size)
     assert whole.unembedding[whole.named].data_ptr() == whole.unembedding.data_ptr()  # nothing is copied
     model = tiny.model("llama")
     first = LanguageModel(model, with_holes([0, 1, 2, 3]), name="first", has_head=True)
@@ -58,19 +57,15 @@ def test_evidence_and_teacher_are_as_without_rows_between_the_tokens():
     def renamed(words):
         return [[[int(named[token]) for token in word] for word in each] for each in words]
 
-    covariance = rows.T @ rows
-    options = {"permutations": 100, "bootstrap": 100, "halvings": 1, "activation_covariance": covariance}
-    names = ("shuffled_rows", "gaussian", "identity", "residual_covariance")
-    common = {**test_evidence.NAMES, **options, "controls": names}
-    child_words, owners = test_evidence.CHILD_WORDS, test_evidence.CHILD_PARENT
-    pool = test_evidence.POOL
-    alone = evidence.collect_evidence(rows, geometry, child_words, owners, pool, **common)
+    options = {"permutations": 100, "bootstrap": 100, "halvings": 1, "activation_covariance": rows.T @ rows}
+    controls = ("shuffled_rows", "gaussian", "identity", "residual_covariance")
+    common = {**test_evidence.NAMES, **options, "controls": controls}
+    words, owners, pool = test_evidence.CHILD_WORDS, test_evidence.CHILD_PARENT, test_evidence.POOL
+    alone = evidence.collect_evidence(rows, geometry, words, owners, pool, **common)
     of_named = CausalGeometry(padded[named])
     assert torch.equal(of_named.sigma, geometry.sigma)
-    beside = evidence.collect_evidence(
-        padded, of_named, renamed(child_words), owners, renamed([pool])[0], **common, named=named
-    )
-    assert json.dumps(beside) == json.dumps(alone)
+    moved = renamed(words), owners, renamed([pool])[0]
+    assert json.dumps(evidence.collect_evidence(padded, of_named, *moved, **common, named=named)) == json.dumps(alone)
 
     concepts = tiny.concepts(3)  # of the first tokens, whose ids are the same
     taught = extract_teacher(rows, geometry, concepts)

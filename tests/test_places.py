@@ -56,14 +56,14 @@ def made(tmp_path_factory) -> Path:
 def test_relative_paths_are_resolved_when_a_config_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lm").mkdir()
-    fields = {**NAMES, "corpus.source": "text", "corpus.heldout_path": "../held.txt", "concepts.prompts": "a/b.yaml"}
-    config = load_config("smoke", [f"{key}={value}" for key, value in {**fields, "concepts.nltk_data": "n"}.items()])
+    texts = {"corpus.source": "text", "corpus.heldout_path": "../held.txt"}
+    words = {"concepts.prompts": "a/b.yaml", "concepts.nltk_data": "n"}
+    config = load_config("smoke", [f"{key}={value}" for key, value in {**NAMES, **texts, **words}.items()])
     assert config.model.name == str(tmp_path / "lm")
     assert config.corpus.path == str(tmp_path / "text.txt")
     assert config.corpus.heldout_path == str(tmp_path.parent / "held.txt")
-    assert config.concepts.ontology == str(tmp_path / "words.yaml")
-    assert config.concepts.prompts == str(tmp_path / "a" / "b.yaml")
-    assert config.concepts.nltk_data == str(tmp_path / "n")
+    of_concepts = [config.concepts.ontology, config.concepts.prompts, config.concepts.nltk_data]
+    assert of_concepts == [str(tmp_path / name) for name in ("words.yaml", "a/b.yaml", "n")]
     assert config.model.title == "lm"
     assert load_config("smoke", ["concepts.exclude=out.txt"]).concepts.exclude == str(tmp_path / "out.txt")
     assert load_config("smoke", ["concepts.exclude=[dog, cat]"]).concepts.exclude == ["dog", "cat"]
@@ -73,13 +73,8 @@ def test_relative_paths_are_resolved_when_a_config_is_read(tmp_path, monkeypatch
 
 
 def test_names_are_no_paths():
-    fields = [
-        "model.name=owner/model",
-        "corpus.source=hub",
-        "corpus.path=owner/data:train",
-        "concepts.prompts=packaged",
-    ]
-    config = load_config("smoke", fields)
+    fields = "model.name=owner/model", "corpus.source=hub", "corpus.path=owner/data:train", "concepts.prompts=packaged"
+    config = load_config("smoke", list(fields))
     assert (config.model.name, config.model.title) == ("owner/model", "owner/model")
     assert (config.corpus.path, config.concepts.prompts) == ("owner/data:train", "packaged")
     assert (config.concepts.ontology, config.concepts.nltk_data) == ("wordnet", None)
@@ -118,9 +113,7 @@ def test_other_content_at_the_same_path_is_refused(made, tmp_path, monkeypatch, 
     shutil.copytree(made / "run", tmp_path / "run")
     folder = inputs(tmp_path / "other")
     monkeypatch.chdir(folder)
-    changed = folder / NAMES[field]
-    changed = changed / "tokenizer_config.json" if changed.is_dir() else changed
-    changed = next((folder / "lm").glob("config.json")) if field == "model.name" else changed
+    changed = folder / ("lm/config.json" if field == "model.name" else NAMES[field])
     changed.write_text(changed.read_text() + "\n")
     before = contents(tmp_path / "run")
     for command in ("run", "phase2", "phase4"):
@@ -135,9 +128,8 @@ def test_runs_in_different_folders_have_the_same_bytes_and_no_paths(made, tmp_pa
     assert hsae("run", "smoke", *options(NAMES), "--out", "run").code == 0
     first, second = contents(made / "run"), contents(other / "run")
     assert {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)} == {"config.yaml"}
-    allowed = {"config.yaml", "report.html"}
     for path in (other / "run").rglob("*"):
-        if path.is_file() and path.name not in allowed:
+        if path.is_file() and path.name not in ("config.yaml", "report.html"):
             assert str(tmp_path).encode() not in path.read_bytes(), path
     for name in ("activations/manifest.json", "phase4/results.json", "phase1/evidence.json"):
         assert read_json(other / "run" / name)["model"] == "lm"

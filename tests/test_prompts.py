@@ -8,14 +8,9 @@ import pytest
 import tiny
 from running import hsae, refused
 
+from polytope_hsae.config import ConceptsConfig
 from polytope_hsae.data.concepts import FOLDS, Concepts, Parent, build_concepts
-from polytope_hsae.data.prompts import (
-    GAP,
-    part_of_speech,
-    read_templates,
-    split_templates,
-    template_documents,
-)
+from polytope_hsae.data.prompts import GAP, part_of_speech, read_templates, split_templates, template_documents
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.fileio import read_json, read_tensors
 
@@ -29,38 +24,32 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def concepts(tokenizer) -> Concepts:
-    return build_concepts(
-        tokenizer, "wordnet", max_parents=60, max_children_per_parent=8, parts_of_speech=["noun", "verb"]
-    )
+    options = ConceptsConfig(max_parents=60, max_children_per_parent=8, parts_of_speech=["noun", "verb"])
+    return build_concepts(tokenizer, options, seed=0)
 
 
 def test_every_word_stands_in_the_sentences_of_its_split(tokenizer, concepts) -> None:
-    made = template_documents(concepts, [3, 5], {"noun": SENTENCES, "verb": SENTENCES}, tokenizer, start_id=0, seed=1)
+    templates = {"noun": SENTENCES, "verb": SENTENCES}
+    made, again = (template_documents(concepts, [3, 5], templates, tokenizer, start_id=0, seed=1) for _ in range(2))
+    assert again.documents.sha256() == made.documents.sha256()
     assert made.left_out == 0
     dealt = split_templates(SENTENCES, 1)
-    starts = made.documents.starts.tolist() + [made.documents.n_tokens]
+    documents = made.documents.tokens.split(made.documents.lengths.tolist())
     for split in FOLDS:
         texts = set()
         for number in made.members[split].tolist():
-            ids = made.documents.tokens[starts[number] : starts[number + 1]].tolist()
+            ids = documents[number].tolist()
             assert ids[0] == made.documents.start_id
             texts.add(tokenizer.decode(ids, skip_special_tokens=True).strip())
-            parent = concepts.parents[made.parent_D[number]]
-            own = {token for child in parent.children for w in child.words[split] for token in child.tokens[w]}
-            assert own & set(ids)
-        firsts = [
-            tokenizer.decode([child.tokens[word][0]]).strip()
-            for row in (3, 5)
-            for child in concepts.parents[row].children
-            for word in child.words[split]
-        ]
-        assert texts == {sentence.replace(GAP, form) for sentence in dealt[split] for form in firsts}
-        assert sum(made.counts(concepts.n_parents)[split]) == len(made.members[split]) == 2 * len(firsts)
-    assert sorted(number for found in made.members.values() for number in found.tolist()) == list(
-        range(starts.index(made.documents.n_tokens))
-    )
-    again = template_documents(concepts, [3, 5], {"noun": SENTENCES, "verb": SENTENCES}, tokenizer, start_id=0, seed=1)
-    assert again.documents.sha256() == made.documents.sha256()
+            children = concepts.parents[made.parent_D[number]].children
+            assert {token for child in children for w in child.words[split] for token in child.tokens[w]} & set(ids)
+        children = [child for row in (3, 5) for child in concepts.parents[row].children]
+        firsts = [child.tokens[word][0] for child in children for word in child.words[split]]
+        forms = [tokenizer.decode([token]).strip() for token in firsts]
+        assert texts == {sentence.replace(GAP, form) for sentence in dealt[split] for form in forms}
+        assert sum(made.counts(concepts.n_parents)[split]) == len(made.members[split]) == 2 * len(forms)
+    numbers = [number for found in made.members.values() for number in found.tolist()]
+    assert sorted(numbers) == list(range(len(documents)))
 
 
 def test_sentences_are_dealt_out_once() -> None:

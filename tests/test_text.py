@@ -12,16 +12,15 @@ import pytest
 import tiny
 import torch
 from running import hsae, refused
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from polytope_hsae.config import ConfigError, load_config
 from polytope_hsae.data.corpus import Documents, contexts, corpus_files, load_documents
-from polytope_hsae.data.harvest import harvest
 from polytope_hsae.lm import LanguageModel
+from polytope_hsae.lm.tokens import document_start, plain_ids
 from polytope_hsae.phases.run import load_corpus
 from polytope_hsae.phases.sources import source_files
-from polytope_hsae.tokens import document_start, plain_ids
 
 SENTENCES = ["The dog ran.", "The cat sat.", "A bird sang.", "It was <s>late</s> and dark."]
 SIZES: dict[str, Any] = {"max_tokens": 1000, "context_length": 64}
@@ -44,21 +43,14 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 def byte_level(*special: str, **named: str) -> PreTrainedTokenizerFast:
     """As GPT-2's, but that the line ends after a full stop are one token with it, as Qwen's and Llama 3's are."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizer_regex(), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    words = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(["\n\n".join(SENTENCES[:3])] * 3, trainer)
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-
-
-def tokenizer_regex() -> Any:
-    from tokenizers import Regex
-
-    return Regex(r" ?\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s+")
 
 
 def unigram() -> PreTrainedTokenizerFast:
@@ -127,6 +119,7 @@ def test_packed_ends_with_a_context_and_file_does_not(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"w{i} w{i}" for i in range(1, 9)))
     assert load("text", path, context_length=8).lengths.tolist() == [7, 7, 5]
+    assert load("text", path, context_length=8, max_tokens=10).lengths.tolist() == [7, 3]
     assert load("text", path, context_length=8, documents="file").lengths.tolist() == [17]
 
 
@@ -156,16 +149,12 @@ def test_special_tokens_that_are_spelt_in_a_text_are_text(tmp_path, monkeypatch,
     text = f"The dog {END} ran{END}"
     tokenizer = byte_level(END, **GPT2)
     path = tmp_path / "a"
-    if source == "text":
-        path.write_text(text)
-    elif source == "jsonl":
-        path.write_text(json.dumps({"text": text}))
+    if source in ("text", "jsonl"):
+        path.write_text(text if source == "text" else json.dumps({"text": text}))
     elif source == "hub":
-        records = types.SimpleNamespace(load_dataset=lambda *_, **__: [{"text": text}])
-        monkeypatch.setitem(sys.modules, "datasets", records)
+        hub(monkeypatch, [{"text": text}])
     else:
-        packaged = tiny.packaged_tokenizer()
-        monkeypatch.setattr(type(packaged), "decode", lambda *_, **__: text)
+        monkeypatch.setattr(type(tiny.packaged_tokenizer()), "decode", lambda *_, **__: text)
         path = None
     found = load(source, "me/words" if source == "hub" else path, tokenizer, max_tokens=len(text))
     monkeypatch.undo()
@@ -184,12 +173,9 @@ def test_no_kind_of_tokenizer_makes_a_special_token_of_text():
         assert len(ids) > 4
     backend = sentencepiece()
     assert plain_ids(backend, ["A bird"])[0] == backend("A bird", add_special_tokens=False)["input_ids"]
-
-
-def test_other_added_tokens_keep_their_token():
-    tokenizer = byte_level(END, **GPT2)
-    tokenizer.add_tokens(["<think>"])
-    assert tokenizer.convert_tokens_to_ids("<think>") in plain_ids(tokenizer, ["a <think> b"])[0]
+    other = byte_level(END, **GPT2)
+    other.add_tokens(["<think>"])  # added, but not special: it keeps its token
+    assert other.convert_tokens_to_ids("<think>") in plain_ids(other, ["a <think> b"])[0]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -203,18 +189,20 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
             assert texts(load(source, path, tokenizer), tokenizer) == [first]
 
 
-def test_a_byte_order_mark_does_not_spoil_an_ontology(tmp_path):
-    tree = {"p": {"dogs": ["dog", "wolf", "fox"], "cats": ["cat", "lion", "bear"], "birds": ["bird", "duck", "crow"]}}
-    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(tree))
-    answer = hsae("concepts", "smoke", "--set", f"concepts.ontology={tmp_path / 'a.json'}")
-    assert answer.code == 0, answer.err
-
-
 # -- rows and fields
 
 
-def hub(monkeypatch: Any, rows: list[dict[str, Any]]) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
+def hub(monkeypatch: Any, rows: Any) -> list[tuple[Any, ...]]:
+    """A hub that answers with these rows; what it was asked for."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert streaming
+        asked.append((name, config, split))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return asked
 
 
 def rows_of(source: str, rows: list[dict[str, Any]], folder: Path, monkeypatch: Any) -> Any:
@@ -238,22 +226,19 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, monkeypatch, source
     found = load(source, path, text_field="body")
     assert found.tokens.tolist() == [0, 1, 2, 0, 3]
     assert found.skipped == len(rows) - 2
-
-
-@pytest.mark.parametrize("source", ["jsonl", "parquet", "hub"])
-def test_a_field_that_no_row_has_is_named_with_those_that_are_there(tmp_path, monkeypatch, source):
-    path = rows_of(source, [{"content": "w1", "n": 1}, {"content": "w2", "n": 2}], tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match=r"^corpus.text_field: found 'text', which .*, allowed: content, n$"):
+    with pytest.raises(ValueError, match=r"^corpus.text_field: found 'text', which .*, allowed: body, n$"):
         load(source, path)
 
 
-def test_a_field_is_not_sought_for_ever(monkeypatch):
+def test_a_field_is_not_sought_for_ever_and_a_hub_name_has_parts(monkeypatch):
     monkeypatch.setattr("polytope_hsae.data.corpus.MAX_FIELDLESS", 100)
     seen = []
-    hub(monkeypatch, (seen.append(1) or {"content": "w1"} for _ in range(10**6)))
-    with pytest.raises(ValueError, match="none of the 100 rows read"):
-        load("hub", "me/words")
-    assert len(seen) <= 101
+    asked = hub(monkeypatch, (seen.append(1) or {"content": "w1"} for _ in range(10**6)))
+    for name in ("me/words", "me/words:validation", "me/words:small:test"):
+        with pytest.raises(ValueError, match="none of the 100 rows read"):
+            load("hub", name)
+    assert len(seen) <= 3 * 101
+    assert asked == [("me/words", None, "train"), ("me/words", None, "validation"), ("me/words", "small", "test")]
 
 
 def test_the_command_reads_another_field_and_says_what_it_skipped(tmp_path):
@@ -372,16 +357,6 @@ def test_a_text_that_spells_the_start_gets_one_too(tmp_path):
     assert load("text", tmp_path / "a.txt").tokens.tolist() == [0, 0, 1]
 
 
-def test_a_harvest_knows_its_start(tmp_path):
-    lm = tiny.language_model()
-    tokens = torch.tensor([0, *range(1, 20)] * 10, dtype=torch.int32)
-    starts = torch.arange(0, 200, 20)
-    options = {"context_length": 8, "belief": False, "split": (0.6, 0.2, 0.2)}
-    harvest(lm, Documents(tokens, starts, 0), None, tmp_path / "a", **options)
-    with pytest.raises(ValueError, match="harvested with start_id 0, asked for None"):
-        harvest(lm, Documents(tokens, starts, None), None, tmp_path / "a", **options)
-
-
 # -- a language model's text and words
 
 
@@ -395,8 +370,6 @@ def test_a_language_model_reads_its_start_once():
 
 
 def test_the_token_of_a_word_is_that_after_a_space():
-    tokenizer = sentencepiece()
-    tokenizer.add_tokens(["\u2581dog", "\u2581cat"])
     lm = LanguageModel(tiny.model("llama"), tiny.tokenizer(), name="tiny", has_head=True)
     assert [lm.token_id(word) for word in ("w3", "w5")] == [3, 5]
     lm.tokenizer = tiny.packaged_tokenizer()

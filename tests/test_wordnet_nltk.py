@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from running import hsae, refused
 
-from polytope_hsae.config import load_config
+from polytope_hsae.config import ConfigError, load_config
 from polytope_hsae.data.wordnet import WordNet, load_wordnet
 from polytope_hsae.data.wordnet_nltk import load_nltk_wordnet, nltk_is_there, nltk_sha256
 from polytope_hsae.data.words import load_graphs
@@ -77,17 +77,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_tiny_database(tiny: str) -> None:
     nouns = load_nltk_wordnet("noun", tiny)
-    assert nouns.hypernyms == {
-        "entity.n.01": (),
-        "animal.n.01": ("entity.n.01",),
-        "dog.n.01": ("animal.n.01",),
-        "rex.n.01": (),
-    }
+    above = {"entity.n.01": (), "animal.n.01": ("entity.n.01",), "dog.n.01": ("animal.n.01",), "rex.n.01": ()}
+    assert nouns.hypernyms == above
     assert nouns.children["animal.n.01"] == ("dog.n.01",)
     assert nouns.instance_hypernyms == {"rex.n.01": ("dog.n.01",)}
     assert nouns.lemmas["rex.n.01"] == ("Rex", "animal")
-    assert nouns.first_sense["animal"] == "animal.n.01"
-    assert nouns.first_sense["beast"] == "animal.n.01"
+    assert nouns.first_sense["animal"] == nouns.first_sense["beast"] == "animal.n.01"
     verbs = load_nltk_wordnet("verb", tiny)
     assert verbs.hypernyms == {"move.v.01": (), "dog.v.01": ("move.v.01",)}
     assert verbs.lemmas["dog.v.01"] == ("dog", "chase_after")
@@ -106,12 +101,8 @@ def test_which_source_is_read(tiny: str, tmp_path: Path) -> None:
         return len(load_graphs(["verb"], source, folder)["verb"].lemmas)
 
     nowhere = str(tmp_path)
-    assert (words("embedded", tiny), words("nltk", tiny), words("auto", tiny), words("auto", nowhere)) == (
-        13767,
-        2,
-        2,
-        13767,
-    )
+    read = [("embedded", tiny), ("nltk", tiny), ("auto", tiny), ("auto", nowhere)]
+    assert [words(source, folder) for source, folder in read] == [13767, 2, 2, 13767]
     assert nltk_is_there(tiny)
     assert not nltk_is_there(nowhere)
     with pytest.raises(ValueError, match=r"concepts\.wordnet: found no corpora/wordnet in .*nltk\.downloader wordnet"):
@@ -149,13 +140,17 @@ def test_without_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hsae("concepts", "smoke", "--set", "concepts.wordnet=auto").code == 0
 
 
-def test_parts_of_speech_are_checked() -> None:
-    refused(
-        hsae("concepts", "smoke", "--set", "concepts.parts_of_speech=[noun, noun]"),
-        "concepts.parts_of_speech: found ['noun', 'noun'], allowed: noun and verb, each once at most",
-    )
-    refused(hsae("concepts", "smoke", "--set", "concepts.parts_of_speech=[]"), "concepts.parts_of_speech")
-    refused(hsae("concepts", "smoke", "--set", "concepts.parts_of_speech=[adverb]"), "'noun' or 'verb'")
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ("noun, noun", r"found \['noun', 'noun'\], allowed: noun and verb, each once at most"),
+        ("", "parts_of_speech"),
+        ("adverb", "'noun' or 'verb'"),
+    ],
+)
+def test_parts_of_speech_are_checked(parts: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config("smoke", [f"concepts.parts_of_speech=[{parts}]"])
 
 
 @pytest.mark.skipif(not (DEBIAN / "data.verb").is_file(), reason="Debian's wordnet-base is not there")

@@ -27,7 +27,7 @@ from transformers import (
 
 from polytope_hsae.data.concepts import Child, Concepts, Parent
 from polytope_hsae.data.corpus import PACKAGED_TOKENIZER, PACKAGED_TOKENS
-from polytope_hsae.data.wordnet import noun_words
+from polytope_hsae.data.wordnet import load_wordnet, single_words
 from polytope_hsae.fileio import read_tensors
 from polytope_hsae.lm import LanguageModel
 
@@ -173,7 +173,7 @@ def train_tokenizer(kind: str, size: int = 6000) -> PreTrainedTokenizerFast:
     """`bpe` (byte level, only an end token, as GPT-2's) or `wordpiece` (as BERT's), with many nouns of one token."""
     texts = packaged_texts(400)
     known = set(" ".join(texts).split())
-    texts += 20 * [f" {word}" for word in noun_words() if word in known]
+    texts += 20 * [f" {word}" for word in single_words(load_wordnet("noun")) if word in known]
     if kind == "bpe":
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

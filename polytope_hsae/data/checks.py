@@ -1,9 +1,9 @@
 """Are the concepts balanced, and train, val and test apart? What `hsae concepts` prints and phase 1 writes.
 
-A *context* of a parent is an occurrence of one of its words in a document of the word's own split: what labels by
-the present or the next token count (a belief is the model's, and is counted when it is measured). Contexts are
+A *context* of a parent is an occurrence of one of its words in a document of the word's own split: what the labels
+`current_token` and `next_token` count (a belief is the model's and cannot be counted before a harvest). Contexts are
 natural here; those made from templates are counted beside them and never added.
-Shapes: N tokens, D documents, P parents, W words.
+Shapes: N tokens, D documents, P parents, V tokens of the vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from polytope_hsae.data.concepts import FOLDS, Concepts
+from polytope_hsae.data.concepts import FOLDS, Child, Concepts
 from polytope_hsae.data.corpus import Documents
 from polytope_hsae.data.ontology import Families, listed_words
 from polytope_hsae.data.wordnet import PartOfSpeech
@@ -36,15 +39,12 @@ def require_apart(concepts: Concepts, members: Mapping[str, Tensor] | None = Non
     `Concepts` itself refuses a token in two places.
     """
     place: dict[str, str] = {}
-    for parent in concepts.parents:
-        for child in parent.children:
-            for fold in FOLDS:
-                for word in child.words[fold]:
-                    here = f"{fold} of {parent.name} / {child.name}"
-                    if word.lower() in place:
-                        both = f"{place[word.lower()]} and in {here}"
-                        raise ValueError(f"concepts: {word!r} is in {both}; one place is allowed")
-                    place[word.lower()] = here
+    for word, child, fold in concepts.placed_words():
+        here = f"{fold} of {child}"
+        if word.lower() in place:
+            both = f"{place[word.lower()]} and in {here}"
+            raise ValueError(f"concepts: {word!r} is in {both}; one place is allowed")
+        place[word.lower()] = here
     seen: dict[int, str] = {}
     for split, numbers in (members or {}).items():
         for number in numbers.tolist():
@@ -127,6 +127,11 @@ def _split_token_counts(documents: Documents, members: Mapping[str, Tensor], siz
     return counts
 
 
+def _uses(children: Sequence[Child], counts_V: Ints, fold: str) -> list[int]:
+    """Occurrences of every word of a fold."""
+    return [int(counts_V[child.tokens[word]].sum()) for child in children for word in child.words[fold]]
+
+
 def _parents(
     concepts: Concepts,
     contexts: Mapping[str, Ints],
@@ -136,21 +141,17 @@ def _parents(
 ) -> list[dict[str, Any]]:
     rows = []
     for p, parent in enumerate(concepts.parents):
-        words = {fold: sum(len(child.words[fold]) for child in parent.children) for fold in FOLDS}
+        uses = {fold: _uses(parent.children, counts_V, fold) for fold in FOLDS}
         sizes = [len(child.tokens) for child in parent.children]
-        uses = {
-            fold: sum(int(counts_V[c.tokens[word]].sum()) for c in parent.children for word in c.words[fold])
-            for fold in FOLDS
-        }
         rows.append({
             "name": parent.name,
             "children": len(parent.children),
-            "words": words,
+            "words": {fold: len(uses[fold]) for fold in FOLDS},
             "words_of_child": {"min": min(sizes), "max": max(sizes)},
             "contexts": {fold: int(contexts[fold][p]) for fold in FOLDS},
             "templated": {fold: int(templated[fold][p]) for fold in FOLDS} if templated is not None else None,
             "per_million_and_word": {
-                fold: 1e6 * uses[fold] / n_tokens / words[fold] if words[fold] else None for fold in FOLDS
+                fold: 1e6 * sum(uses[fold]) / n_tokens / len(uses[fold]) if uses[fold] else None for fold in FOLDS
             },
         })  # fmt: skip
     return rows
@@ -173,11 +174,7 @@ def _sizes(concepts: Concepts) -> dict[str, Any]:
 
 def _balance(concepts: Concepts, counts_V: Ints, fold: str) -> dict[str, Any]:
     """Are a fold's words as frequent in the corpus as train words? AUROC of their counts; 0.5 is balance."""
-
-    def uses(name: str) -> list[int]:
-        return [int(counts_V[c.tokens[word]].sum()) for c in concepts.children for word in c.words[name]]
-
-    train, held = uses("train"), uses(fold)
+    train, held = (_uses(concepts.children, counts_V, name) for name in ("train", fold))
     n, m = len(train), len(held)
     ranks = rankdata([*held, *train])
     return {
@@ -192,28 +189,22 @@ def _shared_forms(
     concepts: Concepts, tokenizer: PreTrainedTokenizerBase, parts: Sequence[PartOfSpeech]
 ) -> list[dict[str, Any]]:
     """Tokens that are forms of two words of the concepts: who has them, and who else would."""
-    home = {
-        word: (f"{parent.name} / {child.name}", fold)
-        for parent in concepts.parents
-        for child in parent.children
-        for fold in FOLDS
-        for word in child.words[fold]
-    }
+    home = {word: {"concept": child, "fold": fold} for word, child, fold in concepts.placed_words()}
     owner = {token: word for child in concepts.children for word, ids in child.tokens.items() for token in ids}
     rows = []
     for part in parts:
         for token, claims in sorted(token_claims(tokenizer, sorted(home), part).items()):
-            others = sorted({word for _, word, _ in claims} - {owner.get(token)})
-            if token in owner and others:
-                word = owner[token]
+            word = owner.get(token)
+            others = sorted({other for _, other, _ in claims} - {word})
+            if word is not None and others:
+                across = any(home[other]["fold"] != home[word]["fold"] for other in others)
                 rows.append({
                     "token": token,
                     "form": claims[0][2],
                     "word": word,
-                    "concept": home[word][0],
-                    "fold": home[word][1],
-                    "others": [{"word": w, "concept": home[w][0], "fold": home[w][1]} for w in others],
-                    "across_folds": any(home[w][1] != home[word][1] for w in others),
+                    **home[word],
+                    "others": [{"word": other, **home[other]} for other in others],
+                    "across_folds": across,
                 })  # fmt: skip
     return rows
 
@@ -223,7 +214,7 @@ def ngram_hashes(documents: Documents, numbers: Ints, n: int = NGRAM) -> tuple[N
     tokens_N = documents.tokens.numpy().astype(np.uint64)
     starts_D, lengths_D = documents.starts.numpy(), documents.lengths.numpy()
     prefix = 0 if documents.start_id is None else 1  # every document begins with the same token
-    hashes, owners = [], []
+    hashes, owners = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
     for number in numbers.tolist():
         ids = tokens_N[starts_D[number] + prefix : starts_D[number] + lengths_D[number]]
         if len(ids) >= n:
@@ -233,19 +224,14 @@ def ngram_hashes(documents: Documents, numbers: Ints, n: int = NGRAM) -> tuple[N
                 runs ^= runs >> np.uint64(29)
             hashes.append(np.unique(runs))
             owners.append(np.full(len(hashes[-1]), number, dtype=np.int64))
-    if not hashes:
-        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
     return np.concatenate(hashes), np.concatenate(owners)
 
 
 def _overlaps(documents: Documents, members: Mapping[str, Tensor]) -> dict[str, Any]:
     """Documents of a split with at least `NEAR` of their n-grams somewhere in another split's documents."""
     hashed = {split: ngram_hashes(documents, members[split].numpy()) for split in FOLDS}
-    found: dict[str, Any] = {
-        "ngram": NGRAM,
-        "threshold": NEAR,
-        "n": {split: int(members[split].numel()) for split in FOLDS},
-    }
+    n = {split: int(members[split].numel()) for split in FOLDS}
+    found: dict[str, Any] = {"ngram": NGRAM, "threshold": NEAR, "n": n}
     for split, other in (("val", "train"), ("test", "train"), ("test", "val")):
         hashes, owners = hashed[split]
         known = np.isin(hashes, hashed[other][0])
@@ -298,9 +284,8 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
                 f"{found['auroc']:.3f}, {abs(errors):.1f} standard errors from 0.5; median uses "
                 f"{medians[fold]:g} and {medians['train']:g}"
             )
-    for name, found in report["documents"].items():
-        if "_in_" in name and found["near_duplicates"]:
-            split, _, other = name.partition("_in_")
+    for split, other, found in _pairs(report):
+        if found["near_duplicates"]:
             lines.append(
                 f"{found['near_duplicates']} of {found['compared']} {split} documents have half of their "
                 f"{NGRAM}-token runs in {other} documents"
@@ -317,11 +302,64 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     across = [row["form"] for row in report["shared_forms"] if row["across_folds"]]
     if across:
         lines.append(f"{len(across)} forms belong to words of two folds (each counts for one): {', '.join(across)}")
-    of_file = report.get("file")
-    if of_file is not None and of_file["unknown_words"]:
+    if of_file := report.get("file"):
         unknown = [word for words in of_file["unknown_words"].values() for word in words]
-        lines.append(f"{len(unknown)} of {of_file['words']} words have no form of one token: {', '.join(unknown)}")
-    for what in ("parents", "children"):
-        if of_file is not None and of_file[f"{what}_left_out"]:
-            lines.append(f"{what} left out: {', '.join(of_file[f'{what}_left_out'])}")
+        if unknown:
+            lines.append(f"{len(unknown)} of {of_file['words']} words have no form of one token: {', '.join(unknown)}")
+        for what in ("parents", "children"):
+            if of_file[f"{what}_left_out"]:
+                lines.append(f"{what} left out: {', '.join(of_file[f'{what}_left_out'])}")
+    return lines
+
+
+def _pairs(report: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(split, the split that it is compared with, overlap of their documents)."""
+    compared = ((name.partition("_in_"), found) for name, found in report["documents"].items())
+    return [(split, other, found) for (split, between, other), found in compared if between]
+
+
+def format_checks(report: Mapping[str, Any]) -> Group:
+    """A table of the parents, lines on the splits as wholes, then the warnings; for rich."""
+    templated = any(row["templated"] is not None for row in report["parents"])
+    table = Table(caption="train/val/test; per million: uses of a word in a million tokens of the corpus")
+    table.add_column("parent", min_width=16, overflow="fold")
+    for column in ("children", "words", "natural contexts", *(["templated"] if templated else []), "per million"):
+        table.add_column(column, justify="right")
+    for row in report["parents"]:
+        of_child = row["words_of_child"]
+        numbers = ("words", "contexts", *(["templated"] if templated else []), "per_million_and_word")
+        children = f"{row['children']} of {of_child['min']}-{of_child['max']}"
+        table.add_row(Text(row["name"]), children, *(_three(row[name]) for name in numbers))
+    return Group(table, *map(Text, [*_lines(report), *(f"warning: {line}" for line in report["warnings"])]))
+
+
+def _three(values: Mapping[str, float | None]) -> str:
+    return "/".join("-" if values[fold] is None else f"{values[fold]:.0f}" for fold in FOLDS)
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
+    lines = ["no word or token is in two folds, no document in two splits"]
+    if report["excluded_words"]:
+        lines.append(f"{report['excluded_words']} words of this tokenizer are left out (concepts.exclude)")
+    if report["skipped_rows"]:
+        lines.append(f"{report['skipped_rows']:,} rows of the corpus have no text and are skipped")
+    for fold, found in report["frequency"].items():
+        medians = found["median_uses"]
+        lines.append(
+            f"{fold} words against train words: used {medians[fold]:g} and {medians['train']:g} times (median), "
+            f"AUROC {found['auroc']:.3f} (balance 0.5, standard error {found['standard_error']:.3f})"
+        )
+    for split, other, found in _pairs(report):
+        share = "-" if found["share_of_ngrams"] is None else f"{found['share_of_ngrams']:.2%}"
+        lines.append(
+            f"{split} documents near to {other} documents: {found['near_duplicates']} of {found['compared']}, "
+            f"shared runs of {NGRAM} tokens: {share}"
+        )
+    sizes = report["sizes"]
+    of_child = sizes["words_of_child"]
+    lines.append(
+        f"words of a child: {of_child['min']} to {of_child['max']}, median {of_child['median']:g}; "
+        f"children without val words {sizes['children_without_val_words']}, "
+        f"without test words {sizes['children_without_test_words']}"
+    )
     return lines

@@ -1,11 +1,10 @@
 """Concepts: nouns or verbs at two levels, each word a set of tokens, in three folds (docs/method.md §3).
 
-A *word* has *forms*: the word, Capitalised, its plurals or inflections and these Capitalised, with a
-leading space, each kept where the tokenizer makes it one token. Every token belongs to at most one word,
-every word to at most one child and one parent, and all the forms of a word to one fold. Children are
-numbered in file order: this *row* is what `child_tokens`, `token_to_child` and every tensor of children
-follow. A parent's token set is the union of its children's. Shape suffixes: R children, V tokens of the
-vocabulary.
+A *word* has *forms*: the word, Capitalised, its plurals or inflections and these Capitalised, with a leading space,
+each kept where the tokenizer makes it one token. Every token belongs to at most one word, every word to at most one
+child and one parent, and all the forms of a word to one fold. Children are numbered in file order; tensors of children
+follow these *rows*. A parent's token set is the union of its children's.
+Shapes: R children, V tokens of the vocabulary.
 """
 
 import zlib
@@ -25,15 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
-from polytope_hsae.data.exclude import Exclusions
+from polytope_hsae.config import ConceptsConfig
+from polytope_hsae.data.exclude import read_exclusions
 from polytope_hsae.data.ontology import Families, listed_words, read_ontology, select_parents
-from polytope_hsae.data.wordnet import PartOfSpeech
 from polytope_hsae.data.words import graph_tokens, load_graphs, word_tokens
 from polytope_hsae.parsing import checked
 
 FOLDS = ("train", "val", "test")
 MIN_TRAIN_WORDS = 2
-NOTHING = Exclusions()
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ class Concepts:
                 folded = [word for fold in FOLDS for word in child.words[fold]]
                 where = f"{parent.name} / {child.name}"
                 if sorted(folded) != sorted(child.tokens):
-                    raise ValueError(
-                        f"concepts: {where}: found {len(folded)} words in folds and {len(child.tokens)} with "
-                        "tokens, allowed every word once in both"
-                    )
+                    found = f"found {len(folded)} words in folds and {len(child.tokens)} with tokens"
+                    raise ValueError(f"concepts: {where}: {found}, allowed every word once in both")
                 for word, ids in child.tokens.items():
                     for token in ids:
                         if token in place:
@@ -101,6 +97,14 @@ class Concepts:
         """Parent row of every child row."""
         return [p for p, parent in enumerate(self.parents) for _ in parent.children]
 
+    def placed_words(self) -> Iterator[tuple[str, str, str]]:
+        """(word, "parent / child", fold) of every word."""
+        for parent in self.parents:
+            for child in parent.children:
+                yield from (
+                    (word, f"{parent.name} / {child.name}", fold) for fold in FOLDS for word in child.words[fold]
+                )
+
     def child_tokens(self, folds: Sequence[str] = FOLDS) -> list[list[int]]:
         """Per child row, its token ids of these folds, sorted."""
         return [
@@ -112,22 +116,10 @@ class Concepts:
         """int32 [vocab_size]: child row of every token of these folds, -1 elsewhere."""
         rows_V = torch.full((vocab_size,), -1, dtype=torch.int32)
         for row, tokens in enumerate(self.child_tokens(folds)):
-            rows_V[self._within(tokens, vocab_size)] = row
+            if tokens and tokens[-1] >= vocab_size:
+                raise ValueError(f"concepts: found token {tokens[-1]}, allowed 0 to {vocab_size - 1}")
+            rows_V[tokens] = row
         return rows_V
-
-    def token_fold(self, vocab_size: int) -> Tensor:
-        """int8 [vocab_size]: 0 train, 1 val, 2 test, -1 no concept."""
-        folds_V = torch.full((vocab_size,), -1, dtype=torch.int8)
-        for number, fold in enumerate(FOLDS):
-            for tokens in self.child_tokens((fold,)):
-                folds_V[self._within(tokens, vocab_size)] = number
-        return folds_V
-
-    @staticmethod
-    def _within(tokens: list[int], vocab_size: int) -> Tensor:
-        if tokens and tokens[-1] >= vocab_size:
-            raise ValueError(f"concepts: found token {tokens[-1]}, allowed 0 to {vocab_size - 1}")
-        return torch.tensor(tokens, dtype=torch.int64)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,13 +128,14 @@ class Concepts:
     def from_json(cls, obj: Any) -> "Concepts":
         """Inverse of `to_json`. Raises ValueError naming the first field of another kind."""
         tree: _Tree = checked(obj, _Tree, "concepts: not the layout of concepts.json")
-        return cls([
-            Parent(p["name"], p["synset"], [
+        parents = []
+        for parent in tree["parents"]:
+            children = [
                 Child(c["name"], c["synset"], {fold: words for fold, words in c["words"].items()}, c["tokens"])
-                for c in p["children"]
-            ])
-            for p in tree["parents"]
-        ], tree.get("excluded", 0))  # fmt: skip
+                for c in parent["children"]
+            ]
+            parents.append(Parent(parent["name"], parent["synset"], children))
+        return cls(parents, tree.get("excluded", 0))
 
 
 class _Child(TypedDict):
@@ -171,89 +164,67 @@ def _require_unique(where: str, names: list[str]) -> None:
         raise ValueError(f"concepts: {where}: found the name {repeated[0]!r} twice, allowed: names that differ")
 
 
-def build_concepts(
-    tokenizer: PreTrainedTokenizerBase,
-    ontology: str | Path,
-    *,
-    max_parents: int,
-    max_children_per_parent: int,
-    min_children: int = 3,
-    min_words_per_child: int = 3,
-    split: tuple[float, float, float] = (0.70, 0.15, 0.15),
-    seed: int = 0,
-    parts_of_speech: Sequence[PartOfSpeech] = ("noun",),
-    wordnet: str = "embedded",
-    nltk_data: str | None = None,
-    exclude: Exclusions = NOTHING,
-) -> Concepts:
-    """Parents and children for a tokenizer from "wordnet" or a JSON or YAML file {parent: {child: [words]}}.
+def build_concepts(tokenizer: PreTrainedTokenizerBase, options: ConceptsConfig, seed: int) -> Concepts:
+    """Parents and children for a tokenizer, from WordNet or a JSON or YAML file {parent: {child: [words]}}.
 
     Parents with the most words come first, and so do children within a parent; the limits cut the rest.
-    `parts_of_speech` says what is taken from WordNet, and how a file's words are inflected (its first entry);
-    `wordnet` and `nltk_data` where WordNet comes from (`words.load_graphs`). A word that `exclude` leaves out keeps its
-    tokens from other words, and counts for nothing else. `seed` decides the folds only.
-    Equal arguments give equal results. ValueError when a field is out of bounds, the file is not such a
-    tree, nltk is asked for and missing, or no parent is left.
+    `parts_of_speech` says what is taken from WordNet, and how a file's words are inflected (its first entry). A word
+    that `exclude` names keeps its tokens from other words, and counts for nothing else. `seed` decides the folds only.
+    Equal arguments give equal results. Raises ValueError when fewer children are kept than a parent needs, the file is
+    not such a tree, nltk is asked for and missing, or no parent is left.
     """
-    _check_bounds(max_parents, max_children_per_parent, min_children, min_words_per_child, split)
-    from_wordnet = str(ontology) == "wordnet"
-    tree: Families = {}
-    tokens: dict[str, list[int]] = {}
-    n_words = 0
-    if from_wordnet:
-        graphs = load_graphs(parts_of_speech, wordnet, nltk_data)
-        for part, found_words in graph_tokens(tokenizer, graphs).items():
-            sizes = {"min_children": min_children, "min_words_per_child": min_words_per_child}
-            kept = exclude.kept(found_words, graphs[part])
-            tree |= select_parents(graphs[part], kept, **sizes)
-            tokens |= {word: found_words[word] for word in kept}
-            n_words += len(found_words)
-    else:
-        tree = read_ontology(Path(ontology))
-        found_words = word_tokens(tokenizer, listed_words(tree), parts_of_speech[0])
-        tokens = {word: found_words[word] for word in exclude.kept(found_words, None)}
-        n_words = len(found_words)
+    if options.max_children_per_parent < options.min_children:
+        found = f"found {options.max_children_per_parent}, allowed {options.min_children} or more"
+        raise ValueError(f"concepts.max_children_per_parent: {found}")
+    from_wordnet = options.ontology == "wordnet"
+    tree, tokens, excluded = _tree_and_tokens(tokenizer, options)
     families = []
     for parent, children in tree.items():
-        found = [(child, [word for word in listed if word in tokens]) for child, listed in children.items()]
-        found = sorted((f for f in found if len(f[1]) >= min_words_per_child), key=lambda f: -len(f[1]))
-        if len(found) >= min_children:
-            families.append((parent, found[:max_children_per_parent]))
+        found_words = [(child, [word for word in listed if word in tokens]) for child, listed in children.items()]
+        large = [(child, words) for child, words in found_words if len(words) >= options.min_words_per_child]
+        if len(large) >= options.min_children:
+            large.sort(key=lambda child: -len(child[1]))
+            families.append((parent, large[: options.max_children_per_parent]))
     if not families:
         raise ValueError(
-            f"concepts.ontology: {ontology}: found 0 parents with {min_children} or more children of "
-            f"{min_words_per_child} or more words of one token ({len(tokens)} words do), allowed 1 or more"
+            f"concepts.ontology: {options.ontology}: found 0 parents with {options.min_children} or more children of "
+            f"{options.min_words_per_child} or more words of one token ({len(tokens)} words do), allowed 1 or more"
         )
-    families = sorted(families, key=lambda f: -sum(len(listed) for _, listed in f[1]))[:max_parents]
+    families = sorted(families, key=lambda f: -sum(len(words) for _, words in f[1]))[: options.max_parents]
     parent_names = _names([parent for parent, _ in families], from_wordnet)
     parents = []
-    for name, (parent, found) in zip(parent_names, families, strict=True):
+    for name, (parent, kept) in zip(parent_names, families, strict=True):
         # seeded by name, so that a parent keeps its folds when others come or go
         fold_seed = (seed, zlib.crc32(parent.encode("utf-8")))
-        folds = split_words([listed for _, listed in found], split, fold_seed)
-        child_names = _names([child for child, _ in found], from_wordnet)
+        folds = split_words([words for _, words in kept], options.split, fold_seed)
+        child_names = _names([child for child, _ in kept], from_wordnet)
         rows = []
-        for child_name, (child, listed), fold in zip(child_names, found, folds, strict=True):
-            ids = {word: tokens[word] for word in sorted(listed)}
+        for child_name, (child, words), fold in zip(child_names, kept, folds, strict=True):
+            ids = {word: tokens[word] for word in sorted(words)}
             rows.append(Child(child_name, child if from_wordnet else None, fold, ids))
         parents.append(Parent(name, parent if from_wordnet else None, rows))
-    return Concepts(parents, excluded=n_words - len(tokens))
+    return Concepts(parents, excluded)
 
 
-def _check_bounds(
-    max_parents: int, max_children: int, min_children: int, min_words: int, split: Sequence[float]
-) -> None:
-    least = {
-        "max_parents": (max_parents, 1),
-        "min_children": (min_children, 2),
-        "max_children_per_parent": (max_children, min_children),
-        "min_words_per_child": (min_words, 3),
-    }
-    for field, (found, bound) in least.items():
-        if found < bound:
-            raise ValueError(f"concepts.{field}: found {found}, allowed {bound} or more")
-    if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
-        raise ValueError(f"concepts.split: found {list(split)}, allowed three positive shares that sum to 1")
+def _tree_and_tokens(
+    tokenizer: PreTrainedTokenizerBase, options: ConceptsConfig
+) -> tuple[Families, dict[str, list[int]], int]:
+    """Parents, children and words; the tokens of every word that has any and is kept; how many words are left out."""
+    exclude = read_exclusions(options.exclude)
+    if options.ontology != "wordnet":
+        tree = read_ontology(Path(options.ontology))
+        found = word_tokens(tokenizer, listed_words(tree), options.parts_of_speech[0])
+        tokens = {word: found[word] for word in exclude.kept(found, None)}
+        return tree, tokens, len(found) - len(tokens)
+    tree, tokens, n_words = {}, {}, 0
+    graphs = load_graphs(options.parts_of_speech, options.wordnet, options.nltk_data)
+    sizes = {"min_children": options.min_children, "min_words_per_child": options.min_words_per_child}
+    for part, found in graph_tokens(tokenizer, graphs).items():
+        kept = exclude.kept(found, graphs[part])
+        tree |= select_parents(graphs[part], kept, **sizes)
+        tokens |= {word: found[word] for word in kept}
+        n_words += len(found)
+    return tree, tokens, n_words - len(tokens)
 
 
 def split_words(

@@ -1,10 +1,9 @@
 """Corpora: documents of tokens from a token file, text, JSONL, Parquet or a hub dataset; splits and contexts.
 
 A document is a run of tokens that starts with the document-start token (`tokens.document_start`) where there is
-one. Its text is encoded whole: a seam inside it would be another token, or one more. A context is what the model
-sees at once: the start token and the next part of one document, so that every token of a document but its start is
-seen exactly once, and never without a start token before it. Nothing is put at the end: an encoder gets no closing
-separator.
+one. Its text is encoded whole, because a seam would change the tokens around it. A context is what the model sees at
+once: the start token and the next part of one document. So every token of a document but its start is seen exactly
+once, and never without a start token before it. Nothing is put at the end: an encoder gets no closing separator.
 Shapes: N tokens, D documents, n contexts, B sequences, T positions.
 """
 
@@ -16,9 +15,11 @@ import lzma
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,12 @@ from transformers import AutoTokenizer
 
 from polytope_hsae.config import ENDINGS
 from polytope_hsae.fileio import check_tensors, read_tensors, sha256_file, sha256_json
+from polytope_hsae.lm.tokens import document_start, plain_ids, with_start
 from polytope_hsae.parsing import shown
-from polytope_hsae.tokens import document_start, plain_ids, with_start
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PACKAGED_TOKENS = ASSETS / "quickstart_tokens.safetensors"
 PACKAGED_TOKENIZER = ASSETS / "textbook-lm-9m"
-SOURCES = (*ENDINGS, "hub")
 SPLITS = ("train", "val", "test")
 MIN_DOCUMENT_TOKENS = 2
 ENCODE_BATCH = 256  # texts that are encoded at once, or fewer with so many characters
@@ -59,14 +59,18 @@ class Documents:
     start_id: int | None
     skipped: int = 0
 
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], start_id: int | None, skipped: int = 0) -> "Documents":
+        """Documents of these tokens (each int32 [n], with its start token)."""
+        lengths_D = torch.tensor([part.numel() for part in parts])
+        return cls(torch.cat(list(parts)), lengths_D.cumsum(0) - lengths_D, start_id, skipped)
+
     @property
     def n_documents(self) -> int:
-        """D."""
         return self.starts.numel()
 
     @property
     def n_tokens(self) -> int:
-        """N."""
         return self.tokens.numel()
 
     @property
@@ -96,35 +100,32 @@ def load_documents(
 ) -> Documents:
     """Read a corpus until `max_tokens` tokens; the last document is cut to fit.
 
-    `source`: tokens (a file with `tokens` and `doc_start`; `path` None = the packaged sample; another
-    tokenizer than the file's gets the decoded text, encoded anew), text (`documents` of it: `_text_documents`; .xz
-    and .gz are unpacked), jsonl and parquet (`text_field`; a row without it is skipped), hub (NAME, NAME:SPLIT or
+    `source`: tokens (a file with `tokens` and `doc_start`; `path` None = the packaged sample; text for another
+    tokenizer than the file's is decoded and encoded anew), text (`documents` of it: `_text_documents`; .xz and .gz are
+    unpacked), jsonl and parquet (`text_field`; a row without it is skipped), hub (NAME, NAME:SPLIT or
     NAME:CONFIG:SPLIT, streamed). `path` may name several files (`corpus_files`); no document spans two. `start` is
     `corpus.document_start`. Raises ValueError for an unknown source, a missing or malformed file, a missing
     extra, a field that no row has, or an empty corpus.
     """
-    if source not in SOURCES:
-        raise ValueError(f"corpus.source: found {source!r}, allowed: {', '.join(SOURCES)}")
+    if source not in (*ENDINGS, "hub"):
+        raise ValueError(f"corpus.source: found {source!r}, allowed: {', '.join(ENDINGS)}, hub")
     if path is None and source != "tokens":
         raise ValueError(f"corpus.path: found null, allowed with corpus.source {source}: a path")
     location = str(PACKAGED_TOKENS if path is None else path)
     files = [str(file) for file in corpus_files(source, location)]
-    start_id, skipped = document_start(tokenizer, start), _Skipped()
+    start_id, skipped = document_start(tokenizer, start), Counter[str]()
     found: Iterator[list[int]]
-    texts: Iterator[str]
     if source == "tokens":
         found = chain.from_iterable(_token_documents(file, tokenizer, tokenizer_sha256, start_id) for file in files)
+    elif source == "text":
+        most = context_length - (start_id is not None)
+        texts = chain.from_iterable(_text_documents(file, documents, tokenizer, most) for file in files)
+        found = _encoded(texts, tokenizer, start_id)
     else:
-        if source == "text":
-            most = context_length - (start_id is not None)
-            texts = chain.from_iterable(_text_documents(file, documents, tokenizer, most) for file in files)
-        else:
-            readers = {"jsonl": _jsonl_records, "parquet": _parquet_records, "hub": _hub_records}
-            records = (readers[source](name, text_field) for name in files or [location])
-            texts = _field_texts(chain.from_iterable(records), text_field, location, skipped)
-        found = (with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
-    gathered = _gather(found, max_tokens, start_id, location)
-    return replace(gathered, skipped=skipped.rows)
+        read = {"jsonl": _jsonl_records, "parquet": _parquet_records, "hub": _hub_records}[source]
+        records = chain.from_iterable(read(name, text_field) for name in files or [location])
+        found = _encoded(_field_texts(records, text_field, location, skipped), tokenizer, start_id)
+    return replace(_gather(found, max_tokens, start_id, location), skipped=skipped["rows"])
 
 
 def corpus_files(source: str, path: str | Path) -> list[Path]:
@@ -179,7 +180,7 @@ def shortened(documents: Documents, most: int, doc_ids: Tensor | None = None) ->
     which = slice(None) if doc_ids is None else doc_ids
     length_D[which] = length_D[which].clamp_max(most)
     parts = [documents.tokens[start : start + n] for start, n in zip(documents.starts, length_D, strict=True)]
-    return replace(documents, tokens=torch.cat(parts), starts=length_D.cumsum(0) - length_D)
+    return Documents.of(parts, documents.start_id, documents.skipped)
 
 
 def with_held_out(train: Documents, held_out: Documents, seed: int) -> tuple[Documents, dict[str, Tensor]]:
@@ -244,18 +245,11 @@ def context_batches(
     context is longer. Padding is on the right.
     """
     order = torch.argsort(rows_n3[:, 2], descending=True, stable=True)
-    prefix = 0 if documents.start_id is None else 1
     first = 0
     while first < order.numel():
-        longest = int(rows_n3[order[first], 2]) + prefix
+        longest = int(rows_n3[order[first], 2]) + int(documents.start_id is not None)
         members = order[first : first + max(1, batch_tokens // longest)]
-        ids_BT = torch.zeros(members.numel(), longest, dtype=torch.int64)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, member in enumerate(members.tolist()):
-            ids = context_ids(documents, rows_n3[member])
-            ids_BT[row, : ids.numel()] = ids
-            mask_BT[row, : ids.numel()] = 1
-        yield members, ids_BT, mask_BT
+        yield members, *padded_contexts(documents, rows_n3[members])
         first += members.numel()
 
 
@@ -272,18 +266,17 @@ def _gather(documents: Iterable[list[int]], max_tokens: int, start_id: int | Non
             break
     if not parts:
         raise ValueError(f"corpus.path: {location!r} has no document of at least {MIN_DOCUMENT_TOKENS} tokens")
-    lengths = torch.tensor([0] + [part.numel() for part in parts[:-1]], dtype=torch.int64)
-    return Documents(torch.cat(parts), lengths.cumsum(0), start_id)
+    return Documents.of(parts, start_id)
 
 
-def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of every text."""
+def _encoded(texts: Iterable[str], tokenizer: Any, start_id: int | None) -> Iterator[list[int]]:
+    """Token ids of every text after the start token."""
     for batch in _batches(texts):
-        yield from plain_ids(tokenizer, batch)
+        yield from (with_start(ids, start_id) for ids in plain_ids(tokenizer, batch))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts by as many as are encoded at once."""
+    """The texts, in lists that are encoded at once."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -317,7 +310,7 @@ def _token_documents(
         raise ValueError(f"corpus.path: {location!r} is for a tokenizer that is neither the model's nor packaged")
     packaged = AutoTokenizer.from_pretrained(str(PACKAGED_TOKENIZER))
     texts = (str(packaged.decode(ids, skip_special_tokens=True)) for ids in stored)
-    return (with_start(ids, start_id) for ids in _encoded(texts, tokenizer))
+    return _encoded(texts, tokenizer, start_id)
 
 
 def _text_documents(location: str, documents: str, tokenizer: Any, most: int) -> Iterator[str]:
@@ -394,17 +387,10 @@ def _joined(lines: Iterable[str], location: str, what: str) -> str:
     return "".join(parts)
 
 
-@dataclass
-class _Skipped:
-    """How many rows were read that have no text."""
+def _field_texts(records: Iterable[tuple[str, Any]], field: str, location: str, skipped: Counter[str]) -> Iterator[str]:
+    """The text of every record that has one, from (where it stands, record); `skipped` counts the others.
 
-    rows: int = 0
-
-
-def _field_texts(records: Iterable[tuple[str, Any]], field: str, location: str, skipped: _Skipped) -> Iterator[str]:
-    """The text of every record that has one, from (where it stands, record); the others are counted.
-
-    Raises ValueError for a record that is no object, a field of another kind, and one that no record has.
+    Raises ValueError for a record that is no object, a field that is not text, and a field that no record has.
     """
     fields: set[str] = set()  # of the records until one has the field
     missing = True
@@ -414,17 +400,17 @@ def _field_texts(records: Iterable[tuple[str, Any]], field: str, location: str, 
         if missing:
             fields.update(record)
             missing = field not in record
-            if missing and skipped.rows == MAX_FIELDLESS:
+            if missing and skipped["rows"] == MAX_FIELDLESS:
                 break
         text = record.get(field)
         if text is None:
-            skipped.rows += 1
+            skipped["rows"] += 1
         elif not isinstance(text, str) or HALF_PAIR.search(text):
             raise ValueError(f"corpus.path: {where}: no text in field {field!r}")
         else:
             yield text
     if missing and fields:
-        found = f"{field!r}, which none of the {skipped.rows:,} rows read of {location!r} has"
+        found = f"{field!r}, which none of the {skipped['rows']:,} rows read of {location!r} has"
         raise ValueError(f"corpus.text_field: found {found}, allowed: {', '.join(sorted(fields))}")
 
 
@@ -441,10 +427,7 @@ def _jsonl_records(location: str, text_field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_records(location: str, text_field: str) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError('corpus.source: parquet needs pyarrow: pip install "polytope-hsae[data]"') from error
+    parquet = _extra("pyarrow.parquet", "parquet")
     file = parquet.ParquetFile(location)
     names = file.schema_arrow.names
     if text_field not in names:
@@ -455,11 +438,17 @@ def _parquet_records(location: str, text_field: str) -> Iterator[tuple[str, Any]
 
 
 def _hub_records(location: str, text_field: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError('corpus.source: hub needs datasets: pip install "polytope-hsae[data]"') from error
+    datasets = _extra("datasets", "hub")
     name, *rest = location.split(":")
     config = rest[0] if len(rest) > 1 else None
     for record in datasets.load_dataset(name, config, split=rest[-1] if rest else "train", streaming=True):
         yield f"dataset {name!r}", record
+
+
+def _extra(module: str, source: str) -> Any:
+    """A module of the extra `data`."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        needs = f'{module.partition(".")[0]}: pip install "polytope-hsae[data]"'
+        raise ValueError(f"corpus.source: {source} needs {needs}") from error

@@ -20,23 +20,17 @@ SHARE = 0.5  # of a GPU's free memory that rows may take
 AHEAD = 2  # batches read ahead: one on its way to the GPU, one being read
 
 
-def rows_fit(n_bytes: int, free: int, reserved: int) -> bool:
-    """Whether rows of `n_bytes` may lie on a GPU that has `free` bytes, of which training needs `reserved`."""
-    return n_bytes <= SHARE * (free - reserved)
-
-
 def place(store: ActivationStore, device: str | torch.device, reserved: int) -> ActivationStore:
-    """The store for training on a device: on a GPU one whose rows lie there, if train and val fit; else as it is.
+    """The store for training on a device: on a GPU a `ResidentStore`, if the rows of train and val fit; else as it is.
 
-    reserved: bytes that models and optimisers will need. Rows are loaded when they are first asked for.
+    They fit if they take at most `SHARE` of the free memory less `reserved`, the bytes of models and optimisers.
     """
     if torch.device(device).type != "cuda":
         return store
-    torch.cuda.empty_cache()  # what PyTorch holds without need counts as free
+    torch.cuda.empty_cache()  # PyTorch's cache counts as free
     free, _ = torch.cuda.mem_get_info(device)
-    if not rows_fit(store.n_bytes("train") + store.n_bytes("val"), free, reserved):
-        return store
-    return ResidentStore(store, device)
+    fits = store.n_bytes("train") + store.n_bytes("val") <= SHARE * (free - reserved)
+    return ResidentStore(store, device) if fits else store
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from polytope_hsae.data.corpus import SPLITS, Documents, context_batches, contex
 from polytope_hsae.data.store import FORMAT, MANIFEST, ActivationStore, read_manifest
 from polytope_hsae.fileio import sha256_file, sha256_json, write_json, write_tensors
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
-from polytope_hsae.lm_loading import DTYPES
+from polytope_hsae.lm.loading import DTYPES
 from polytope_hsae.parsing import shown
 
 CHUNK_LOGITS = 1 << 24  # logits held at once while beliefs are computed: 64 MiB
@@ -62,11 +62,10 @@ def harvest(
     """Write the activation store of `documents` at `hook` into `folder` and open it.
 
     Documents are split by `split` (train, val, test) and `seed`, unless `members` gives the document numbers (int64)
-    of every split. `belief` adds the belief labels
-    (docs/method.md §3) when the model has a head and `concepts` are given. `progress(rows done, rows in
-    all)` is called after every batch. A folder with a harvest of the same settings is continued. Raises
-    ValueError when its settings differ (naming them), for a split without rows, for contexts or tokens
-    that the model cannot read, and for activations that `dtype` cannot hold.
+    of every split. `belief` adds the belief labels (docs/method.md §3) when the model has a head and `concepts` are
+    given. `progress(rows done, rows in all)` is called after every batch. A folder with a harvest of the same settings
+    is continued. Raises ValueError when its settings differ (naming them), for a split without rows, for contexts or
+    tokens that the model cannot read, and for activations that `dtype` cannot hold.
     """
     if dtype not in DTYPES:
         raise ValueError(f"data.dtype: found {dtype!r}, allowed: {', '.join(DTYPES)}")
@@ -102,22 +101,6 @@ def harvest(
         "rows": {name: sum(int(s.rows_c.sum()) for s in plan if s.split == name) for name in SPLITS},
     }
     done = _resume(folder, manifest)
-    if len(done) < len(plan):
-        _write_shards(lm, documents, index, folder, plan, manifest, done, progress)
-    return ActivationStore.open(folder)
-
-
-def _write_shards(
-    lm: LanguageModel,
-    documents: Documents,
-    index: "ConceptIndex | None",
-    folder: Path,
-    plan: list[_Shard],
-    manifest: dict[str, Any],
-    done: list[dict[str, Any]],
-    progress: Progress | None,
-) -> None:
-    """Harvest what is missing of the plan; the manifest follows every shard."""
     total = sum(int(shard.rows_c.sum()) for shard in plan)
     counted = sum(shard["rows"] for shard in done)
 
@@ -133,11 +116,9 @@ def _write_shards(
         write_tensors(path, columns)
         entry = {"file": shard.file, "split": shard.split, "rows": columns["token"].numel()}
         done.append({**entry, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
-        width = columns["acts"].shape[1]
-        write_json(
-            folder / MANIFEST,
-            {**manifest, "width": width, "complete": len(done) == len(plan), "shards": done},
-        )
+        state = {"width": columns["acts"].shape[1], "complete": len(done) == len(plan), "shards": done}
+        write_json(folder / MANIFEST, {**manifest, **state})
+    return ActivationStore.open(folder)
 
 
 def planned_rows(documents: Documents, members: Mapping[str, Tensor], context_length: int) -> dict[str, int]:

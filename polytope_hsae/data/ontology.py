@@ -39,7 +39,8 @@ def select_parents(wordnet: WordNet, words: Iterable[str], *, min_children: int,
 
     small_enough = [s for s in below if len(below[s]) <= MAX_PARENT_SHARE * len(words)]
     candidates = families(sorted(small_enough, key=size_then_row), lambda parent, word: True)
-    candidates = {p: c for p, c in candidates.items() if _largest_share(c) <= MAX_CHILD_SHARE}
+    sizes = {parent: [len(found) for found in children.values()] for parent, children in candidates.items()}
+    candidates = {p: c for p, c in candidates.items() if max(sizes[p]) / sum(sizes[p]) <= MAX_CHILD_SHARE}
     chosen: list[str] = []
     for s in candidates:
         if not any(s in ancestors(c) or c in ancestors(s) for c in chosen):
@@ -66,8 +67,7 @@ def _words_below(wordnet: WordNet, words: Iterable[str]) -> dict[str, dict[str, 
         while level:
             for synset in level:
                 below.setdefault(synset, {})[word] = steps
-            level = [h for synset in level for h in wordnet.hypernyms[synset] if h not in seen]
-            level = list(dict.fromkeys(level))
+            level = list(dict.fromkeys(h for synset in level for h in wordnet.hypernyms[synset] if h not in seen))
             seen.update(level)
             steps += 1
     return below
@@ -105,11 +105,6 @@ def _children_of(
     return {child: sorted(words) for child, words in children.items() if len(words) >= min_words}
 
 
-def _largest_share(children: Mapping[str, list[str]]) -> float:
-    sizes = [len(words) for words in children.values()]
-    return max(sizes) / sum(sizes)
-
-
 def read_ontology(path: Path) -> Families:
     """The tree of a JSON or YAML file: {parent: {child: [words]}}, at most below names that group the parents.
 
@@ -118,14 +113,10 @@ def read_ontology(path: Path) -> Families:
     """
     if not path.is_file():
         raise ValueError(f"concepts.ontology: {path} is not a file; allowed: wordnet, or a JSON or YAML file")
-    parse = parse_json if path.suffix == ".json" else parse_yaml
-    try:
-        tree = parse(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"concepts.ontology: {path} cannot be parsed: {error}") from error
+    tree = read_tree(path, "concepts.ontology")
     families: Families = {}
     place: dict[str, tuple[str, str]] = {}
-    for parent, children in _parents(tree, f"{path}", level=1):
+    for parent, children in _parents(tree, str(path), level=1):
         if parent in families:
             raise ValueError(f"concepts.ontology: {path}: found the parent {parent!r} twice, allowed: one place")
         families[parent] = children
@@ -135,14 +126,21 @@ def read_ontology(path: Path) -> Families:
                 raise ValueError(f"concepts.ontology: {path}: {here}: found {shown(listed)}, allowed a list of words")
             for word in listed:
                 if word.lower() in place:
-                    there, as_ = place[word.lower()]
-                    first = there if as_ == word else f"{there} as {as_!r}"
-                    raise ValueError(
-                        f"concepts.ontology: {path}: {word!r} is in {first} and in {here}; one place is allowed"
-                    )
+                    there, spelt = place[word.lower()]
+                    both = f"{there if spelt == word else f'{there} as {spelt!r}'} and in {here}"
+                    raise ValueError(f"concepts.ontology: {path}: {word!r} is in {both}; one place is allowed")
                 # words that differ only in their capitals share forms, and could come into two folds
                 place[word.lower()] = (here, word)
     return families
+
+
+def read_tree(path: Path, field: str) -> Any:
+    """What a JSON or YAML file holds. Raises ValueError naming `field` and the file when it cannot be parsed."""
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{field}: {path} cannot be parsed: {error}") from error
 
 
 def listed_words(families: Families) -> list[str]:
@@ -163,10 +161,8 @@ def _parents(node: Any, where: str, level: int) -> Iterator[tuple[str, dict[str,
         elif all(groups):
             yield from _parents(below, here, level + 1)
         else:
-            raise ValueError(
-                f"concepts.ontology: {here}: found words beside mappings, allowed: lists of words (of a parent's "
-                "children) or mappings (parents of a group)"
-            )
+            allowed = "lists of words (of a parent's children) or mappings (parents of a group)"
+            raise ValueError(f"concepts.ontology: {here}: found words beside mappings, allowed: {allowed}")
 
 
 def _items(obj: Any, where: str, allowed: str) -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ Shapes: P parents, D documents.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +20,10 @@ from typing_extensions import TypedDict
 
 from polytope_hsae.data.concepts import FOLDS, Concepts, Parent
 from polytope_hsae.data.corpus import Documents
+from polytope_hsae.data.ontology import read_tree
 from polytope_hsae.data.wordnet import LETTERS, PartOfSpeech
-from polytope_hsae.parsing import checked, parse_json, parse_yaml, shown
-from polytope_hsae.tokens import plain_ids, with_start
+from polytope_hsae.lm.tokens import plain_ids, with_start
+from polytope_hsae.parsing import checked, shown
 
 PACKAGED = Path(__file__).with_name("prompts.yaml")
 GAP = "{word}"
@@ -52,11 +53,8 @@ class TemplateDocuments:
 
     def counts(self, n_parents: int) -> dict[str, list[int]]:
         """Documents of every parent, by split."""
-        parents = np.asarray(self.parent_D, dtype=np.int64)
-        return {
-            split: np.bincount(parents[numbers.numpy()], minlength=n_parents).tolist()
-            for split, numbers in self.members.items()
-        }
+        parent_D = torch.tensor(self.parent_D)
+        return {split: parent_D[found].bincount(minlength=n_parents).tolist() for split, found in self.members.items()}
 
 
 def read_templates(source: str) -> Templates:
@@ -68,11 +66,7 @@ def read_templates(source: str) -> Templates:
     path = PACKAGED if source == "packaged" else Path(source)
     if not path.is_file():
         raise ValueError(f"concepts.prompts: found {source!r}, allowed: packaged, or a YAML or JSON file")
-    parse = parse_json if path.suffix == ".json" else parse_yaml
-    try:
-        tree = parse(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"concepts.prompts: {path} cannot be parsed: {error}") from error
+    tree = read_tree(path, "concepts.prompts")
     templates: Templates = checked(tree, _Templates, f"concepts.prompts: {path}")
     unknown = sorted(set(templates) - set(LETTERS))
     if unknown:
@@ -81,9 +75,9 @@ def read_templates(source: str) -> Templates:
     for part, sentences in templates.items():
         for sentence in sentences:
             if sentence.count(GAP) != 1 or not PLACED.search(sentence):
+                found = f"{part}: found {shown(sentence)}"
                 raise ValueError(
-                    f"concepts.prompts: {path}: {part}: found {shown(sentence)}, allowed: one {GAP}, a word of its "
-                    "own after a space"
+                    f"concepts.prompts: {path}: {found}, allowed: one {GAP}, a word of its own after a space"
                 )
             if sentence in seen:
                 raise ValueError(f"concepts.prompts: {path}: found {shown(sentence)} twice, allowed: once")
@@ -130,14 +124,11 @@ def template_documents(
     empty = [split for split in FOLDS if not texts[split]]
     if empty:
         raise ValueError(f"concepts.prompts: found no sentence for {empty[0]} in which the word is one token")
-    documents = [ids for split in FOLDS for ids in texts[split]]
-    ends_D = torch.tensor([len(ids) for ids in documents]).cumsum(0)
-    starts_D = torch.cat([torch.zeros(1, dtype=torch.int64), ends_D[:-1]])
-    tokens_N = torch.tensor([token for ids in documents for token in ids], dtype=torch.int32)
-    numbers = torch.arange(len(documents)).split([len(texts[split]) for split in FOLDS])
-    members: Mapping[str, Tensor] = dict(zip(FOLDS, numbers, strict=True))
+    parts = [torch.tensor(ids, dtype=torch.int32) for split in FOLDS for ids in texts[split]]
+    numbers = torch.arange(len(parts)).split([len(texts[split]) for split in FOLDS])
+    members = dict(zip(FOLDS, numbers, strict=True))
     parent_D = [row for split in FOLDS for row in owners[split]]
-    return TemplateDocuments(Documents(tokens_N, starts_D, start_id), dict(members), parent_D, left_out)
+    return TemplateDocuments(Documents.of(parts, start_id), members, parent_D, left_out)
 
 
 def part_of_speech(parent: Parent, default: PartOfSpeech) -> PartOfSpeech:
@@ -148,14 +139,12 @@ def part_of_speech(parent: Parent, default: PartOfSpeech) -> PartOfSpeech:
 
 def _filled(parent: Parent, split: str, sentences: list[str], tokenizer: Any) -> tuple[list[list[int]], int]:
     """Token ids of every sentence with every word of the parent's fold; how many lack the word's token."""
-    words = [(word, child.tokens[word][0]) for child in parent.children for word in child.words[split]]
-    if not words or not sentences:
+    firsts = [child.tokens[word][0] for child in parent.children for word in child.words[split]]
+    if not firsts or not sentences:
         return [], 0
-    made, tokens = [], []
-    for _, token in words:
-        form = tokenizer.decode([token]).strip()
-        made += [sentence.replace(GAP, form) for sentence in sentences]
-        tokens += [token] * len(sentences)
+    forms = [(token, tokenizer.decode([token]).strip()) for token in firsts]
+    tokens = [token for token, _ in forms for _ in sentences]
+    made = [sentence.replace(GAP, form) for _, form in forms for sentence in sentences]
     encoded = plain_ids(tokenizer, made)
     kept = [ids for ids, token in zip(encoded, tokens, strict=True) if token in ids]
     return kept, len(made) - len(kept)

@@ -27,8 +27,6 @@ LABELS = {
     **dict.fromkeys(("token", "next_token", "doc", "pos", "belief_concept", "belief_token"), torch.int32),
     **dict.fromkeys(("belief_prob", "norm"), torch.float32),
 }
-LABEL_COLUMNS = tuple(LABELS)
-COLUMNS = ("acts", *LABEL_COLUMNS)
 Split = Literal["train", "val", "test"]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -60,11 +58,10 @@ class ActivationStore:
     device = torch.device("cpu")  # where `acts` gives its rows
 
     def __init__(self, folder: Path, manifest: Manifest, kept: Mapping[str, Tensor] | None = None) -> None:
-        """`kept`: ascending row numbers (int64) of every split that are to be seen, all others are not; None: all."""
-        self.folder = folder
-        self.manifest = manifest
+        """`kept`: ascending row numbers (int64) of the rows of every split that this view shows; None: all."""
+        self.folder, self.manifest, self.kept = folder, manifest, kept
         self.width = manifest["width"]
-        self.kept = kept
+        self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._files: dict[str, list[str]] = {}
         self._stored_bounds: dict[str, np.ndarray] = {}  # of the shards' rows
         self._bounds: dict[str, np.ndarray] = {}  # of those that are kept
@@ -80,11 +77,13 @@ class ActivationStore:
         """Two views of a whole store: the rows whose norm is at most `limit`, and the others."""
         assert self.kept is None
         ordinary = {split: self.column(split, "norm") <= limit for split in self._files}
-        if all(bool(rows_N.all()) for rows_N in ordinary.values()):
-            return self, ActivationStore(self.folder, self.manifest, dict.fromkeys(ordinary, torch.empty(0).long()))
-        below = {split: rows_N.nonzero().squeeze(1) for split, rows_N in ordinary.items()}
-        above = {split: (~rows_N).nonzero().squeeze(1) for split, rows_N in ordinary.items()}
-        return ActivationStore(self.folder, self.manifest, below), ActivationStore(self.folder, self.manifest, above)
+        below, above = (
+            {split: (rows_N == wanted).nonzero().squeeze(1) for split, rows_N in ordinary.items()}
+            for wanted in (True, False)
+        )
+        whole = not any(map(len, above.values()))
+        massive = ActivationStore(self.folder, self.manifest, above)
+        return self if whole else ActivationStore(self.folder, self.manifest, below), massive
 
     @classmethod
     def open(cls, folder: Path | str, *, verify: bool = False) -> "ActivationStore":
@@ -114,13 +113,11 @@ class ActivationStore:
         return cls(folder, manifest)
 
     def n_rows(self, split: str) -> int:
-        """Rows of a split."""
         return int(self._bounds[self._checked(split)][-1])
 
     def n_bytes(self, split: str) -> int:
         """Bytes of a split's activations."""
-        dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
-        return self.n_rows(split) * self.width * dtype.itemsize
+        return self.n_rows(split) * self.width * self.dtype.itemsize
 
     def shard_bounds(self, split: str) -> list[int]:
         """First row of every shard of a split, and the split's number of rows at the end."""
@@ -128,8 +125,8 @@ class ActivationStore:
 
     def column(self, split: str, name: str) -> Tensor:
         """A label column of the whole split, [N]; kept in memory once read."""
-        if name not in LABEL_COLUMNS:
-            raise ValueError(f"column: found {name!r}, allowed: {', '.join(LABEL_COLUMNS)}")
+        if name not in LABELS:
+            raise ValueError(f"column: found {name!r}, allowed: {', '.join(LABELS)}")
         files = self._files[self._checked(split)]
         if (split, name) not in self._columns:
             whole_N = torch.cat([self._read(file, name) for file in files])
@@ -153,13 +150,11 @@ class ActivationStore:
         bounds = self._stored_bounds[split]
         sorted_n, order_n = index_n.sort()  # so every shard is read once, from its beginning to its end
         edges = torch.searchsorted(sorted_n, torch.from_numpy(bounds)).tolist()
-        dtype = getattr(torch, self.manifest["dtype"])
-        sorted_nd = torch.empty(index_n.numel(), self.width, dtype=dtype)
-        for shard, (first, last) in enumerate(pairwise(edges)):
+        sorted_nd = torch.empty(index_n.numel(), self.width, dtype=self.dtype)
+        for file, start, (first, last) in zip(self._files[split], bounds, pairwise(edges), strict=False):
             if first < last:
-                rows_m, acts_Md = sorted_n[first:last] - int(bounds[shard]), self._mapped(self._files[split][shard])
-                torch.index_select(acts_Md, 0, rows_m, out=sorted_nd[first:last])
-        acts_nd = torch.empty(sorted_nd.shape, dtype=dtype, pin_memory=pinned)
+                torch.index_select(self._mapped(file), 0, sorted_n[first:last] - int(start), out=sorted_nd[first:last])
+        acts_nd = torch.empty(sorted_nd.shape, dtype=self.dtype, pin_memory=pinned)
         return torch.index_select(sorted_nd, 0, order_n.argsort(), out=acts_nd)
 
     def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, int]]:
@@ -200,10 +195,7 @@ class ActivationStore:
 
 
 class ResidentStore(ActivationStore):
-    """A store whose activations lie on a device as they are stored: a batch is taken there, without the host.
-
-    A split is loaded when it is first asked for.
-    """
+    """A store whose activations lie on a device in the stored dtype. A split is loaded when it is first asked for."""
 
     def __init__(self, store: ActivationStore, device: str | torch.device = "cpu") -> None:
         super().__init__(store.folder, store.manifest, store.kept)
@@ -217,14 +209,9 @@ class ResidentStore(ActivationStore):
         return self._resident[split].index_select(0, indices.to(self.device))
 
     def _load(self, split: str) -> Tensor:
-        dtype = getattr(torch, self.manifest["dtype"])
-        acts_Nd = torch.empty(self.n_rows(split), self.width, dtype=dtype, device=self.device)
-        shards = zip(pairwise(self.shard_bounds(split)), self._stored_bounds[split], self._files[split], strict=False)
-        for (first, last), start, file in shards:
-            acts_Md = self._read(file, "acts")
-            if self.kept is not None:
-                acts_Md = acts_Md[self.kept[split][first:last] - int(start)]
-            acts_Nd[first:last] = acts_Md.to(self.device)
+        acts_Nd = torch.empty(self.n_rows(split), self.width, dtype=self.dtype, device=self.device)
+        for first, last in pairwise(self.shard_bounds(split)):
+            acts_Nd[first:last] = super().stored(split, torch.arange(first, last)).to(self.device)
         return acts_Nd
 
 

@@ -36,21 +36,14 @@ class RowStream:
     """`next()` gives the next batch of activations; `state_dict` says how many rows were given, for an exact resume."""
 
     def __init__(
-        self,
-        store: ActivationStore,
-        split: str,
-        batch_size: int,
-        seed: int,
-        *,
-        window_rows: int = WINDOW_ROWS,
+        self, store: ActivationStore, split: str, batch_size: int, seed: int, *, window_rows: int = WINDOW_ROWS
     ) -> None:
         """Raises ValueError unless `batch_size` is between 1 and the split's rows and the window at least 1 row."""
         self.store, self.split, self.batch_size, self.seed = store, split, batch_size, seed
         self.n_rows = store.n_rows(split)
         if not 1 <= batch_size <= self.n_rows:
-            raise ValueError(
-                f"training.batch_size: found {batch_size}, allowed: 1 to {self.n_rows} (the rows of {split})"
-            )
+            allowed = f"1 to {self.n_rows} (the rows of {split})"
+            raise ValueError(f"training.batch_size: found {batch_size}, allowed: {allowed}")
         if window_rows < 1:
             raise ValueError(f"window_rows: found {window_rows}, allowed: 1 or more")
         self.window_rows = window_rows
@@ -89,13 +82,7 @@ class RowStream:
         self.rows_consumed = int(state["rows_consumed"])
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "split": self.split,
-            "n_rows": self.n_rows,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "window_rows": self.window_rows,
-        }
+        return {name: getattr(self, name) for name in ("split", "n_rows", "batch_size", "seed", "window_rows")}
 
     def _window(self, epoch: int, place: int) -> tuple[int, Tensor]:
         """The window that holds the epoch's row number `place`: (its first place in the epoch, its permuted rows)."""

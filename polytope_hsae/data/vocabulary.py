@@ -1,10 +1,10 @@
 """The words of a vocabulary, paired with directions (docs/method.md §5).
 
-A word is a vocabulary entry with a row in d coordinates, a latent a direction on the other side of the metric: one is a
-covector and the other a vector, so they pair. The score is their causal cosine, with one change: the shortest quarter
+A word is a vocabulary entry with a row in d coordinates, and a latent is a direction on the other side of the metric:
+one is a covector, the other a vector. The score of a pair is their causal cosine, with one change: the shortest quarter
 of the rows counts as long as the quarter's longest. Without the rows' lengths, word fragments with long rows lead every
-list; with the plain cosine, tokens that were never trained (control characters) and bare suffixes do, because short
-rows point anywhere.
+list. With the plain cosine, untrained tokens (control characters) and bare suffixes lead it: their short rows point
+anywhere.
 
 Shapes: W words, L directions, n words kept per direction, d residual width.
 """
@@ -32,16 +32,15 @@ class TokenTexts:
 
     def __call__(self, token: int) -> str:
         if token not in self._known:
-            self._known[token] = self._text(token)
+            piece = self.tokenizer.convert_ids_to_tokens(token)
+            if piece is None:
+                text = f"<{token}>"
+            elif "\u2581" in piece:  # SentencePiece's space, which decoding takes off the first token
+                text = piece.replace("\u2581", " ")
+            else:
+                text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            self._known[token] = text
         return self._known[token]
-
-    def _text(self, token: int) -> str:
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return f"<{token}>"
-        if "\u2581" in piece:  # SentencePiece's space, which decoding takes off the first token
-            return str(piece.replace("\u2581", " "))
-        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 class Words:

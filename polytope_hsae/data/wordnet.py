@@ -15,10 +15,7 @@ from typing import Literal
 
 PartOfSpeech = Literal["noun", "verb"]
 LETTERS: dict[PartOfSpeech, str] = {"noun": "n", "verb": "v"}
-IRREGULAR: dict[PartOfSpeech, str] = {
-    "noun": "irregular_plurals",
-    "verb": "irregular_forms",
-}  # their keys in the packaged files
+IRREGULAR = {"noun": "irregular_plurals", "verb": "irregular_forms"}  # their keys in the packaged files
 
 # Some are nouns to WordNet (as: arsenic; who: the organisation; might: power); in text they are not.
 FUNCTION_WORDS = frozenset(
@@ -55,26 +52,21 @@ class WordNet:
     irregular_forms: Mapping[str, tuple[str, ...]]
 
 
-def load_wordnet(part: PartOfSpeech = "noun") -> WordNet:
-    """The packaged graph (82,115 synsets of nouns, 13,767 of verbs); the same object at every call."""
-    return _packaged(part)
-
-
 @lru_cache(maxsize=2)
-def _packaged(part: PartOfSpeech) -> WordNet:
+def load_wordnet(part: PartOfSpeech) -> WordNet:
+    """The packaged graph (82,115 synsets of nouns, 13,767 of verbs); the same object at every call."""
     packed = resources.files("polytope_hsae.data").joinpath(f"wordnet_{part}s.json.gz").read_bytes()
     obj = json.loads(gzip.decompress(packed))
-    names: list[str] = []
     lemmas: dict[str, tuple[str, ...]] = {}
     first_sense: dict[str, str] = {}
     for text in obj["synsets"]:
         parts = [word.partition("#") for word in text.split(" ")]
         senses = [(lemma, int(number or 1)) for lemma, _, number in parts]
         name = f"{senses[0][0].lower()}.{LETTERS[part]}.{senses[0][1]:02d}"
-        names.append(name)
         lemmas[name] = tuple(lemma for lemma, _ in senses)
         first_sense.update((lemma.lower(), name) for lemma, number in senses if number == 1)
-    assert len(lemmas) == len(names), "two synsets share a name"
+    names = list(lemmas)
+    assert len(names) == len(obj["synsets"]), "two synsets share a name"
     rows_above = zip(names, obj["hypernyms"], strict=True)
     hypernyms = {name: tuple(names[i] for i in rows) for name, rows in rows_above}
     instances = obj["instance_hypernyms"].items()
@@ -109,11 +101,6 @@ def single_words(wordnet: WordNet) -> list[str]:
             if len(lemma) >= 3 and lemma.isalpha() and wordnet.first_sense[lower] == synset:
                 words.setdefault(lower, lemma)
     return [lemma for lower, lemma in words.items() if lower not in FUNCTION_WORDS]
-
-
-def noun_words() -> list[str]:
-    """The packaged nouns of one word."""
-    return single_words(load_wordnet("noun"))
 
 
 def word_forms(word: str, part: PartOfSpeech = "noun") -> list[tuple[int, str]]:

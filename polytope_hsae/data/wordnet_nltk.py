@@ -22,8 +22,13 @@ def load_nltk_wordnet(part: PartOfSpeech, folder: str | None = None) -> WordNet:
     `folder` is nltk's data folder, None for nltk's own places. Irregular forms are the packaged ones. Hypernyms of
     a synset are sorted by name, as nltk gives them.
     """
-    reader, where = _reader(folder)
+    root = _find(folder)
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader, WordNetError
+
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the reader warns that it has no language but English
+            reader = WordNetCorpusReader(root, None)
         synsets = list(reader.all_synsets(LETTERS[part]))
         hypernyms = {s.name(): tuple(above.name() for above in s.hypernyms()) for s in synsets}
         lemmas = {s.name(): tuple(s.lemma_names()) for s in synsets}
@@ -31,8 +36,8 @@ def load_nltk_wordnet(part: PartOfSpeech, folder: str | None = None) -> WordNet:
         # nltk also looks under the base forms of a word, after the word itself: the first sense is the word's own
         first_sense = {word: reader.synsets(word, LETTERS[part])[0].name() for word in sorted(words)}
         instances = {s.name(): tuple(above.name() for above in s.instance_hypernyms()) for s in synsets}
-    except _broken() as error:
-        raise ValueError(f"concepts.wordnet: {where} is not readable as WordNet's files: {error}") from error
+    except (WordNetError, OSError, ValueError, LookupError, AssertionError, StopIteration) as error:
+        raise ValueError(f"concepts.wordnet: {root} is not readable as WordNet's files: {error}") from error
     return WordNet(
         hypernyms=hypernyms,
         children=children_of(hypernyms),
@@ -80,22 +85,3 @@ def _find(folder: str | None) -> Any:
         f"concepts.wordnet: found no corpora/wordnet in {', '.join(map(str, paths))}, allowed: concepts.nltk_data "
         "with nltk's data folder; python -m nltk.downloader wordnet fetches it"
     )
-
-
-def _reader(folder: str | None) -> tuple[Any, str]:
-    root = _find(folder)
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it has no other languages than English
-            return WordNetCorpusReader(root, None), str(root)
-    except _broken() as error:
-        raise ValueError(f"concepts.wordnet: {root} is not readable as WordNet's files: {error}") from error
-
-
-def _broken() -> tuple[type[Exception], ...]:
-    """What nltk's reader raises for files that are missing or damaged."""
-    from nltk.corpus.reader.wordnet import WordNetError
-
-    return (WordNetError, OSError, ValueError, LookupError, AssertionError, StopIteration)

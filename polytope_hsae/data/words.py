@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polytope_hsae.data.wordnet import PartOfSpeech, WordNet, load_wordnet, single_words, word_forms
 from polytope_hsae.data.wordnet_nltk import load_nltk_wordnet, nltk_is_there
-from polytope_hsae.tokens import plain_ids, space_before
+from polytope_hsae.lm.tokens import plain_ids, space_before
 
 Claim = tuple[int, str, str]  # rank of the form, word, form
 Source = str  # embedded, nltk or auto

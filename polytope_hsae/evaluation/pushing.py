@@ -20,7 +20,7 @@ from torch import Tensor
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.evaluation.bootstrap import FloatArray
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
-from polytope_hsae.lm_edits import LastPosition
+from polytope_hsae.lm.edits import LastPosition
 
 EFFECT = 0
 TOLERANCE = 0.005  # nats around the effect sought

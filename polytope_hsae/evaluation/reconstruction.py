@@ -26,7 +26,7 @@ from polytope_hsae.evaluation.bootstrap import (
 )
 from polytope_hsae.evaluation.firings import GROUPS, Firings, firing_metrics, usage_metrics
 from polytope_hsae.lm import NO_HEAD, Edit, LanguageModel
-from polytope_hsae.lm_edits import EditedRuns
+from polytope_hsae.lm.edits import EditedRuns
 from polytope_hsae.models.base import SparseAutoencoder
 
 LM_METRICS = (

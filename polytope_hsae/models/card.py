@@ -149,10 +149,10 @@ class Described:
         """`with sae.steer(lm, unit, dose):` every pass of `lm.model` has the unit's direction added at the SAE's hook.
 
         dose: length of what is added, as a multiple of the median norm of the rows that the model was trained on; below
-        0 it is taken off. Padding and every sequence's first token stay as they are (`lm_steering.added`), `generate`
+        0 it is taken off. Padding and every sequence's first token stay as they are (`lm.steering.added`), `generate`
         works with any batch and cache. Raises ValueError without a card, for an unknown unit and for another width.
         """
-        from ..lm_steering import added
+        from ..lm.steering import added
 
         card = self._card("steer")
         return added(lm, card["hook"], dose * card["row_norm"] * self.direction(unit))

@@ -11,7 +11,6 @@ from ..config import Config
 from ..data.checks import check_concepts, count_contexts, require_apart, short_parents
 from ..data.concepts import Concepts, build_concepts
 from ..data.corpus import SPLITS, Documents
-from ..data.exclude import read_exclusions
 from ..data.harvest import harvest
 from ..data.ontology import read_ontology
 from ..data.prompts import TemplateDocuments, read_templates, template_documents
@@ -86,21 +85,7 @@ def say_what_stands_in(run: Run) -> None:
 
 def make_concepts(config: Config, tokenizer: Any) -> Concepts:
     """Parents and children for a tokenizer. Raises ValueError when two folds share a word."""
-    options = config.concepts
-    concepts = build_concepts(
-        tokenizer,
-        options.ontology,
-        max_parents=options.max_parents,
-        max_children_per_parent=options.max_children_per_parent,
-        min_children=options.min_children,
-        min_words_per_child=options.min_words_per_child,
-        split=options.split,
-        seed=config.run.seed,
-        parts_of_speech=options.parts_of_speech,
-        wordnet=options.wordnet,
-        nltk_data=options.nltk_data,
-        exclude=read_exclusions(options.exclude),
-    )
+    concepts = build_concepts(tokenizer, config.concepts, config.run.seed)
     require_apart(concepts)
     return concepts
 

@@ -20,7 +20,7 @@ from ..data.harvest import planned_rows
 from ..data.prompts import TemplateDocuments
 from ..data.store import LABELS
 from ..lm import LanguageModel
-from ..lm_loading import DTYPES
+from ..lm.loading import DTYPES
 from ..models.flops import latents_for, parameter_count, training_flops
 from ..units import size
 from .run import Run

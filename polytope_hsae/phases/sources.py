@@ -7,7 +7,7 @@ from ..data.corpus import corpus_sha256
 from ..data.wordnet_nltk import nltk_sha256
 from ..data.words import uses_nltk
 from ..fileio import sha256_file
-from ..lm_loading import folder_sha256
+from ..lm.loading import folder_sha256
 
 
 def source_files(config: Config) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions of a pass, S positions seen so far, d width of the hook.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polytope_hsae.lm import FINAL_HOOK, LanguageModel
+from polytope_hsae.lm.model import FINAL_HOOK, LanguageModel
 
 
 @contextmanager
 def added(lm: LanguageModel, hook: str, vector_d: Tensor) -> Iterator[None]:
     """Within this, every pass of `lm.model` adds a vector [d] to the activations at `hook`.
 
-    Two kinds of position stay as they are: padding, on either side (0 in `attention_mask`), and the first token of
-    every sequence, which has seen nothing and is no row that a model here was trained on. With a cache of keys and
-    values each new token is changed once, in its own pass. Whatever ends the block, the model is then as it was.
+    Padding on either side (0 in `attention_mask`) and the first token of every sequence stay as they are: no model is
+    trained on either. With a cache of keys and values each new token is changed once, in its own pass. At the end of
+    the block the model is as it was, also after an error.
     Raises ValueError for an unknown hook, a width that is not the hook's, and a mask that is not [B, S].
     """
     hook = lm.resolve_hook(hook)
@@ -37,7 +38,7 @@ def added(lm: LanguageModel, hook: str, vector_d: Tensor) -> Iterator[None]:
         mask_BT1 = changed[0][:, -acts_BTd.shape[1] :, None].to(acts_BTd.device)
         return torch.where(mask_BT1, acts_BTd + vector_d.to(acts_BTd), acts_BTd)
 
-    handles = [lm.model.register_forward_pre_hook(see, with_kwargs=True), lm._attach(hook, add, [0], 0, None)]
+    handles = [lm.model.register_forward_pre_hook(see, with_kwargs=True), lm._attach(hook, add, Counter(), None)]
     try:
         yield
     finally:

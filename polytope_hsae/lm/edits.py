@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from polytope_hsae.lm import FINAL_HOOK, Edit, LanguageModel
-from polytope_hsae.lm_config import block_list
+from polytope_hsae.lm.architecture import block_list
+from polytope_hsae.lm.model import FINAL_HOOK, Edit, LanguageModel
 
 
 class EditedRuns:
@@ -38,10 +38,9 @@ class LastPosition:
     """Next-token logits of fixed contexts [M,T] under edits of a hook's activations at the last position.
 
     Such an edit leaves everything before it as it was: the prefix runs once, and an edit costs a pass of the last token
-    through the blocks after the hook, with the prefix's keys and values. That is right where the cache keeps a key and
-    a value of every position and nothing else, so it is done only when all its layers are plain `DynamicLayer`s as long
-    as the prefix. For any other model (sliding windows as in Gemma-2, recurrent states, keys shared between layers) and
-    contexts of a single token, all positions go through these blocks, with the same results.
+    through the blocks after the hook, with the prefix's keys and values. `cached` says whether that is done. It needs
+    a cache of nothing but a key and a value per position. Any other model (sliding windows as in Gemma-2, recurrent
+    states, keys shared between layers) runs all positions, with the same results; so do contexts of a single token.
     """
 
     @torch.no_grad()
@@ -51,14 +50,10 @@ class LastPosition:
         self._blocks = _FirstBlocks(lm, self.hook)
         self._cache: DynamicCache | None = None
         if ids_MT.shape[-1] > 1:
-            output = lm._forward(ids_MT[:, :-1], None, [], "one", use_cache=True)
+            output = lm._forward(ids_MT[:, :-1], None, {}, "one", use_cache=True)
             found = getattr(output, "past_key_values", None)
             self._cache = found if _is_plain(found, ids_MT.shape[1] - 1) else None
-
-    @property
-    def cached(self) -> bool:
-        """Whether an edit runs the last token only."""
-        return self._cache is not None
+        self.cached = self._cache is not None
 
     @torch.no_grad()
     def logits(self, added_GMd: Tensor) -> Tensor:
@@ -82,7 +77,7 @@ class LastPosition:
             else:
                 cache = copy.deepcopy(self._cache)  # a pass appends to its cache
                 cache.batch_repeat_interleave(n_edits)
-                hooks = [(self.hook, edit)]
+                hooks = {self.hook: edit}
                 output = self.lm._forward(ids_BT[:, -1:], None, hooks, None, past_key_values=cache, use_cache=True)
                 logits_BV = output.logits[:, 0].float()
         return logits_BV.view(n_contexts, n_edits, -1).transpose(0, 1)
@@ -98,10 +93,10 @@ def _is_plain(cache: Any, length: int) -> bool:
 
 
 class _FirstBlocks:
-    """The blocks that have run, whole, when a hook sees its activations: what the last of them gave is kept."""
+    """The blocks that have run, whole, when a hook sees its activations: the output of the last one is kept."""
 
     def __init__(self, lm: LanguageModel, hook: str) -> None:
-        self.blocks = blocks_up_to(lm, hook)
+        self.blocks = _blocks_up_to(lm, hook)
         self._output: Any = None
 
     @contextmanager
@@ -120,10 +115,10 @@ class _FirstBlocks:
         def hand_on(*args: Any, **options: Any) -> Any:
             return _of_tensors(self._output, lambda rows: rows.repeat_interleave(copies, dim=0))
 
-        replaced = self.blocks[-1:] if self._output is None else self.blocks
-        function = keep if self._output is None else hand_on
+        first = self._output is None
+        replaced = self.blocks[-1:] if first else self.blocks
         for block in replaced:
-            block.forward = function
+            block.forward = keep if first else hand_on
         try:
             yield
         finally:
@@ -140,7 +135,7 @@ def _of_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
-def blocks_up_to(lm: LanguageModel, hook: str) -> list[nn.Module]:
+def _blocks_up_to(lm: LanguageModel, hook: str) -> list[nn.Module]:
     """The model's blocks that have run, whole, when `hook` sees its activations; none where that cannot be told."""
     name = block_list(lm.model)
     if name is None:
@@ -153,5 +148,5 @@ def blocks_up_to(lm: LanguageModel, hook: str) -> list[nn.Module]:
         done = int(first) + (not rest)
     else:
         done = 0
-    foreign = any("forward" in vars(block) for block in blocks)  # somebody else has replaced it already
+    foreign = any("forward" in vars(block) for block in blocks)  # other code has replaced it already
     return [] if foreign else blocks[:done]

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from polytope_hsae.fileio import sha256_file, sha256_json
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -34,17 +34,8 @@ TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json
 HUB_SECONDS = 5  # to wait for the hub before it counts as out of reach
 
 # What transformers raises for a config, a tokenizer or weights that it cannot use.
-UNUSABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    StrictDataclassError,
-    SafetensorError,
-)
+_OF_PYTHON = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError)
+UNUSABLE = (*_OF_PYTHON, StrictDataclassError, SafetensorError)
 
 
 class Loaded(NamedTuple):
@@ -84,7 +75,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "float32"
         name=folder.resolve().name if folder else name,
         has_head=has_head,
         revision=_weights_sha256(folder) if folder else source.commit(),
-        tokenizer_sha256=_tokenizer_file_sha256(source),
+        tokenizer_sha256=source.tokenizer_sha256(),
     )
 
 
@@ -97,7 +88,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
 def tokenizer_sha256(name: str, *, revision: str | None = None) -> str | None:
     """SHA-256 of the tokenizer.json of a hub id, a folder or a packaged model; None where it has no such file."""
-    return _tokenizer_file_sha256(_Source(name, revision))
+    return _Source(name, revision).tokenizer_sha256()
 
 
 class _Source:
@@ -125,6 +116,10 @@ class _Source:
         """The hub's commit that the files come from."""
         commit: str | None = extract_commit_hash(str(self.file("config.json")), None)
         return commit or self.options.get("revision")
+
+    def tokenizer_sha256(self) -> str | None:
+        path = self.file("tokenizer.json")
+        return None if path is None else sha256_file(path)
 
     def refused(self, message: str) -> ValueError:
         return ValueError(f"model.name: {message}")
@@ -165,14 +160,14 @@ def _folder(name: str) -> Path | None:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub takes a connection; behind a proxy that is for the download itself to find out."""
+    """Whether the hub takes a connection. Behind a proxy only the download itself can tell: then it is True."""
     if constants.HF_HUB_OFFLINE:
         return False
     if getproxies().keys() & {"http", "https", "all"}:
         return True
     hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
     try:
+        port = hub.port or (80 if hub.scheme == "http" else 443)
         socket.create_connection((hub.hostname or "", port), timeout=HUB_SECONDS).close()
     except OSError:
         return False
@@ -184,11 +179,8 @@ def _load_config(source: _Source) -> Any:
     name = source.name
     path = source.file("config.json")
     if path is None:
-        if source.offline:
-            raise source.refused(
-                f"no folder {name!r}, and no such model was downloaded before; the hub is out of reach"
-            )
-        raise source.refused(f"no config.json in {name!r}")
+        where = "and no such model was downloaded before; the hub is out of reach"
+        raise source.refused(f"no folder {name!r}, {where}" if source.offline else f"no config.json in {name!r}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -229,9 +221,8 @@ def _check_weights(source: _Source) -> None:
         return
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise source.refused(
-            f"{len(missing)} of {len(shards)} shards are missing in {name!r}: {', '.join(missing[:3])}"
-        )
+        shown = ", ".join(missing[:3])
+        raise source.refused(f"{len(missing)} of {len(shards)} shards are missing in {name!r}: {shown}")
     for shard in shards:
         try:
             with safe_open(folder / shard, framework="pt"):
@@ -285,10 +276,8 @@ def _check_ids(source: _Source, tokenizer: Any, model: PreTrainedModel) -> None:
         raise source.refused(f"{source.name!r}: found a {type(model).__name__}, allowed: a model that reads tokens")
     largest, rows = max(_plain_ids(tokenizer)), embedding.num_embeddings
     if largest >= rows:
-        allowed = f"at most {rows - 1}, the last row of its embedding"
-        raise source.refused(
-            f"the tokenizer of {source.name!r} is not its own: found token {largest}, allowed: {allowed}"
-        )
+        found = f"found token {largest}, allowed: at most {rows - 1}, the last row of its embedding"
+        raise source.refused(f"the tokenizer of {source.name!r} is not its own: {found}")
 
 
 def folder_sha256(folder: Path | str) -> str:
@@ -302,11 +291,6 @@ def _weights_sha256(folder: Path) -> str:
     """What stands for a revision where there is no hub: a hash over the folder's weights."""
     hashes = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return "sha256:" + hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _tokenizer_file_sha256(source: _Source) -> str | None:
-    path = source.file("tokenizer.json")
-    return None if path is None else sha256_file(path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,8 @@ Shapes: B sequences, T positions, d residual width (of the hook), V vocabulary.
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polytope_hsae.fileio import sha256_json
-from polytope_hsae.lm_config import block_list, hidden_size, logit_scale, max_context, n_blocks, softcap
-from polytope_hsae.lm_loading import load_model, quiet_transformers
-from polytope_hsae.tokens import document_start, plain_ids, space_before, with_start
+from polytope_hsae.lm.architecture import block_list, hidden_size, logit_scale, max_context, n_blocks, softcap
+from polytope_hsae.lm.loading import load_model, quiet_transformers
+from polytope_hsae.lm.tokens import document_start, plain_ids, space_before, with_start
 
 FINAL_HOOK = "final_residual_pre_unembed"
 NO_HEAD = "the language model has no output head"
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Edit = Callable[[Tensor], Tensor]
-Hook = tuple[str, Callable[[Tensor], Tensor | None]]  # a hook's name, and what sees (and may replace) its activations
+Observer = Callable[[Tensor], Tensor | None]  # sees a hook's activations and may replace them
 
 
 class Captured(NamedTuple):
@@ -43,10 +44,10 @@ class _Stop(BaseException):
 class LanguageModel:
     """A causal LM with its unembedding U (and bias, soft-cap) such that logits = softcap(U h + b).
 
-    h is the residual after the final norm. A constant that the model multiplies its logits by is folded
-    into U and b. A model without an output head, such as an encoder, uses its input embeddings as U and says so:
-    `has_head` is False, h is its last hidden state, and whatever needs logits raises ValueError. `named` is an index of
-    the rows whose id the tokenizer names, special and added tokens too: the rest of a padded vocabulary are no words.
+    h is the residual after the final norm. A constant that the model multiplies its logits by is folded into U and b.
+    A model without an output head, such as an encoder, has `has_head` False: U is its input embeddings, h its last
+    hidden state, and what needs logits raises ValueError. `named` indexes the rows of U whose id the tokenizer names,
+    special and added tokens too; the other rows only pad the vocabulary.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class LanguageModel:
         self.softcap: float | None = softcap(model) if has_head else None
         self.max_context: int | None = max_context(model)
         self.head: nn.Module | None = model.get_output_embeddings() if has_head else None
-        if has_head and self.head is None:
-            raise ValueError(f"model.name: {name} is a causal LM but names no output embedding module")
         if self.head is None:
+            if has_head:
+                raise ValueError(f"model.name: {name} is a causal LM but names no output embedding module")
             classes = ", ".join(model.config.architectures or ["none named"])
             warnings.warn(
                 f"{name} has no output head ({classes}): its input embeddings stand in for the unembedding, "
@@ -94,17 +95,10 @@ class LanguageModel:
         """Load a model and its tokenizer, and check on a few tokens that U h = logits and that it is causal.
 
         `name`: a hub id, a folder, or the name of a packaged model. `dtype`: float32, bfloat16 or float16.
-        Raises ValueError (one line) for what `lm_loading.load_model` refuses, and where a check fails.
+        Raises ValueError (one line) for what `loading.load_model` refuses, and where a check fails.
         """
         loaded = load_model(name, revision=revision, dtype=dtype, device=device)
-        lm = cls(
-            loaded.model,
-            loaded.tokenizer,
-            name=loaded.name,
-            has_head=loaded.has_head,
-            revision=loaded.revision,
-            tokenizer_sha256=loaded.tokenizer_sha256,
-        )
+        lm = cls(**loaded._asdict())
         if lm.has_head:
             ids_1T = torch.arange(0, lm.vocab_size, max(1, lm.vocab_size // 12))[None]
             lm.check_unembedding(ids_1T)
@@ -168,10 +162,10 @@ class LanguageModel:
     def resolve_hook(self, hook: str) -> str:
         """The module's own name for `layers.N`, the N-th block whatever the model calls it (N < 0 from the end).
 
-        `blocks.N.hook_resid_post` and `blocks.N.hook_resid_pre` of TransformerLens and SAELens are `layers.N` and the
-        block before it. Any other hook is returned as it is. Raises ValueError for a block or a module that the model
-        does not have, for the output head, and for the final residual where only input embeddings of another width
-        stand in for the unembedding.
+        TransformerLens's and SAELens's `blocks.N.hook_resid_post` is `layers.N`, `blocks.N.hook_resid_pre` the block
+        before it. Any other hook is returned as it is. Raises ValueError for a block or a module that the model does
+        not have, for the output head, and for the final residual of a model without a head whose input embeddings have
+        another width.
         """
         hook = self._of_transformer_lens(hook)
         match = re.fullmatch(r"layers\.(-?\d+)", hook)
@@ -194,27 +188,23 @@ class LanguageModel:
         return f"{blocks}.{number % self.n_layers}"
 
     def _of_transformer_lens(self, hook: str) -> str:
-        """`layers.N` for a name that TransformerLens gives to a block's residual; any other hook as it is.
+        """`layers.N` for TransformerLens's name of a block's residual; a hook of any other form as it is.
 
-        Raises ValueError, with what there is instead, for its names of what no module here gives just so.
+        Raises ValueError for TransformerLens's other names, with what to use instead.
         """
         match = re.fullmatch(r"blocks\.(\d+)\.(.*hook_\w+)", hook)
         if hook in self._modules or (match is None and not hook.rpartition(".")[2].startswith("hook_")):
             return hook
-        if match is None:
-            embeds = hook in ("hook_embed", "hook_pos_embed", "hook_tokens")
-            allowed = "layers.N, or a module's name" if embeds else FINAL_HOOK
-            raise ValueError(f"model.hook: found {hook!r}, a name of TransformerLens; allowed: {allowed}")
-        number, name = int(match[1]), match[2]
-        if name == "hook_resid_post":
-            return f"layers.{number}"
-        if name == "hook_resid_pre" and number > 0:
-            return f"layers.{number - 1}"
-        allowed = f"layers.{number}"
-        blocks = block_list(self.model)
-        if blocks is not None and number < self.n_layers:
-            modules = self.model.get_submodule(f"{blocks}.{number}").named_children()
-            allowed += f", or one of its modules: {', '.join(f'{blocks}.{number}.{name}' for name, _ in modules)}"
+        allowed = f"{FINAL_HOOK}, layers.N, or a module's name"
+        if match is not None:
+            number = int(match[1])
+            block = {"hook_resid_post": number, "hook_resid_pre": number - 1}.get(match[2], -1)
+            if block >= 0:
+                return f"layers.{block}"
+            allowed, blocks = f"layers.{number}", block_list(self.model)
+            if blocks is not None and number < self.n_layers:
+                modules = self.model.get_submodule(f"{blocks}.{number}").named_children()
+                allowed += f", or one of its modules: {', '.join(f'{blocks}.{number}.{name}' for name, _ in modules)}"
         raise ValueError(f"model.hook: found {hook!r}, a name of TransformerLens; allowed: {allowed}")
 
     def logits_from_final(self, acts_d: Tensor) -> Tensor:
@@ -272,7 +262,6 @@ class LanguageModel:
             self._require_head("logits")
         hook = self.resolve_hook(hook)
         seen: dict[str, Tensor] = {}
-
         stop = hook != FINAL_HOOK and not (logits or final)
 
         def keep(acts_BTd: Tensor) -> None:
@@ -283,10 +272,10 @@ class LanguageModel:
         def keep_final(acts_BTd: Tensor) -> None:
             seen["final"] = acts_BTd.float()
 
-        hooks: list[Hook] = [(hook, keep)]
-        if final:
-            hooks.append((FINAL_HOOK, keep_final))
-        output = self._forward(ids_BT, mask, hooks, None if logits else "one")
+        hooks: dict[str, Observer] = {FINAL_HOOK: keep_final} if final else {}
+        output = self._forward(ids_BT, mask, {**hooks, hook: keep}, None if logits else "one")
+        if final and hook == FINAL_HOOK:
+            seen["final"] = seen["acts"]
         return Captured(seen["acts"], output.logits.float() if logits else None, seen.get("final"))
 
     @torch.no_grad()
@@ -299,7 +288,7 @@ class LanguageModel:
         `mask` keeps. Raises ValueError as `capture` does.
         """
         self._require_head("a run with an edit")
-        hooks = [(self.resolve_hook(hook), edit)]
+        hooks = {self.resolve_hook(hook): edit}
         logits = self._forward(ids_BT, mask, hooks, "last" if last_only else None).logits.float()
         return logits[:, 0] if last_only else logits
 
@@ -307,22 +296,19 @@ class LanguageModel:
         self,
         ids_BT: Tensor,
         mask_BT: Tensor | None,
-        hooks: Sequence[Hook],
+        hooks: Mapping[str, Observer],
         positions: str | None,
         **options: Any,
     ) -> Any:
-        """One pass; the model's output, or None when a function of `hooks` raised `_Stop`.
+        """One pass; the model's output, or None when an observer raised `_Stop`.
 
-        Each function of `hooks` sees its hook's activations and may return a replacement. `positions`: which
-        positions go through the head: None all, "last" every row's last token, "one" any single position (the
-        caller does not read the logits, and a head over all of them would be wasted). `options` go to the model.
+        `positions` says which positions go through the head: None all, "last" the last token of every row, "one" any
+        single position, for callers that do not read the logits. `options` go to the model.
         """
         ids_BT = ids_BT.to(self.device, torch.int64)
         mask_BT = _checked_mask(mask_BT, ids_BT)
-        fired = [0] * len(hooks)
-        handles = []
-        for index, (name, function) in enumerate(hooks):
-            handles.append(self._attach(name, function, fired, index, ids_BT.shape))
+        fired: Counter[str] = Counter()
+        handles = [self._attach(name, observer, fired, ids_BT.shape) for name, observer in hooks.items()]
         if self.head is not None and positions is not None:
             handles.append(self.head.register_forward_pre_hook(_select(positions, mask_BT)))
         try:
@@ -334,31 +320,24 @@ class LanguageModel:
             for handle in handles:
                 if handle is not None:
                     handle.remove()
-        for index, (name, function) in enumerate(hooks):
+        for name, observer in hooks.items():
             if self.head is None and name == FINAL_HOOK:
-                function(output[0])
-                fired[index] += 1
-            if fired[index] != 1:
-                raise ValueError(f"model.hook: {name!r} ran {fired[index]} times in a pass, allowed: exactly once")
+                observer(output[0])
+                fired[name] += 1
+            if fired[name] != 1:
+                raise ValueError(f"model.hook: {name!r} ran {fired[name]} times in a pass, allowed: exactly once")
         return output
 
-    def _attach(
-        self,
-        name: str,
-        function: Callable[[Tensor], Tensor | None],
-        fired: list[int],
-        index: int,
-        shape: torch.Size | None,
-    ) -> Any:
-        """Register `function` at hook `name`; counts its calls in `fired[index]`. shape: [B, T], None: of any pass."""
+    def _attach(self, name: str, observer: Observer, fired: Counter[str], shape: torch.Size | None) -> Any:
+        """Register `observer` at hook `name`, counting its calls in `fired`. shape: [B, T], None: of any pass."""
 
         def apply(acts: Any) -> Tensor | None:
-            fired[index] += 1
+            fired[name] += 1
             if not isinstance(acts, Tensor) or acts.ndim != 3 or shape not in (None, acts.shape[:2]):
                 found = tuple(acts.shape) if isinstance(acts, Tensor) else type(acts).__name__
                 allowed = "[B, T, width]" if shape is None else f"{tuple(shape)} + (width,)"
                 raise ValueError(f"model.hook: {name!r} gives {found}, allowed: a tensor {allowed}")
-            edited = function(acts.float())
+            edited = observer(acts.float())
             assert edited is None or edited.shape == acts.shape
             return None if edited is None else edited.to(acts.dtype)
 
