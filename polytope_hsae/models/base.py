@@ -105,7 +105,7 @@ class SparseAutoencoder(Described, Part):
         """x_hat [B, d] in normalised coordinates."""
         raise NotImplementedError
 
-    def normalize_decoder_weights(self, geometry: Any = None) -> None:
+    def normalize_decoder_weights(self) -> None:
         """Restore the unit norms of decoder rows (and atoms)."""
         raise NotImplementedError
 
@@ -170,10 +170,6 @@ class SparseAutoencoder(Described, Part):
         if row_scale_B is not None:
             return x_Bd * row_scale_B[:, None]
         return x_Bd * self.data_scale + self.data_mean
-
-    def normalized_batches(self, batches: Iterable[Tensor]) -> "NormalizedBatches":
-        """The batches in normalised coordinates, as often as they are gone through."""
-        return NormalizedBatches(self, batches)
 
     def encode(self, h_Bd: Tensor) -> Codes:
         """Sparse codes of raw rows [B, d], the same in training mode: no noise, and nothing in the model moves.
@@ -258,7 +254,8 @@ class SparseAutoencoder(Described, Part):
             "normalize": self.normalize,
             "config": self.config.model_dump(mode="json"),
         }
-        kept = {self.file_names.get(name, name): t for name, t in self.lasting_state().items()}
+        state = self.state_dict()
+        kept = {self.file_names.get(name, name): state[name] for name in state if name not in self.transient_names}
         try:
             write_json(temporary / "config.json", header)
             write_tensors(temporary / "model.safetensors", without_sharing(kept))
@@ -270,11 +267,7 @@ class SparseAutoencoder(Described, Part):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def lasting_state(self) -> dict[str, Tensor]:
-        """The state that outlives a stage of training."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
-
-    transient_names: ClassVar[tuple[str, ...]] = ()
+    transient_names: ClassVar[tuple[str, ...]] = ()  # of the state that ends with a stage of training
     file_names: ClassVar[dict[str, str]] = {}  # of the state's tensors that a file has under another name
 
     @classmethod

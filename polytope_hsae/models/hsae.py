@@ -9,7 +9,7 @@ Shapes: B rows, d residual width, P parents, C children per parent, Q teacher pa
 and children, of which a batch's budget leaves some without a code.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +19,12 @@ from ..config import HSAEConfig
 from ..ops import Routing, Rows
 from . import jax_compat
 from .balance import LoadBalancer, NoBalance
-from .base import SparseAutoencoder
+from .base import NormalizedBatches, SparseAutoencoder
 from .children import CHILDREN
 from .codes import Codes, Firings, ModelOutput
 from .constraints import geometric_median
-from .init import ChildInit, SquareRoots, put_teacher, random_start
-from .losses import causal_orthogonality, loss_terms
+from .init import put_teacher, random_start
+from .losses import loss_terms
 from .router import Parents, Router
 from .sparsity import Sparsity, calibrate
 
@@ -158,26 +158,11 @@ class HierarchicalSAE(SparseAutoencoder):
         self.balance.move(self.router, self.child, frozen)
 
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
-        """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d]."""
         if self.b_dec is not None:
-            self.b_dec.data.copy_(geometric_median(self.normalized_batches(batches)))
+            self.b_dec.data.copy_(geometric_median(NormalizedBatches(self, batches)))
 
-    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the thresholds of batch budgets so that raw rows [B, d] have `target_l0` codes on average."""
-        calibrate(self, batches, target_l0)
-
-    def initialize_from_teacher(
-        self,
-        parent_vectors: Mapping[str, Tensor],
-        child_projectors: Mapping[str, ChildInit],
-        geometry: SquareRoots | None = None,
-        *,
-        seed_parent: bool = True,
-        seed_child: bool = True,
-        seed_projectors: bool = True,
-    ) -> None:
-        """Put a teacher into the first Q parents, in the order of `parent_vectors`; see `init.put_teacher`."""
-        put_teacher(self, parent_vectors, child_projectors, geometry, seed_parent, seed_child, seed_projectors)
+    calibrate = calibrate
+    initialize_from_teacher = put_teacher
 
     # constraints
 
@@ -193,10 +178,8 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.norm_metric == "causal":
             self.normalize_decoder_weights()
 
-    def norm_metric(self, geometry: Any = None) -> Tensor | None:
-        """The metric [d, d] of the constraint: `geometry`'s, else the configured one; None is Euclidean."""
-        if geometry is not None:
-            return geometry.sigma.to(self.D)
+    def norm_metric(self) -> Tensor | None:
+        """The metric [d, d] of the unit norms; None is Euclidean."""
         return self.sigma if self.config.norm_metric == "causal" else None
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -209,13 +192,10 @@ class HierarchicalSAE(SparseAutoencoder):
         """False while G is frozen: restoring norms takes Cholesky factors, whose library may not allow a capture."""
         return self.child.gram_reference is None
 
-    def normalize_decoder_weights(self, geometry: Any = None) -> None:
-        """Unit norm for D's rows and for the atoms (or G's rows), in the configured norm or in `geometry`'s.
-
-        Does nothing when `normalize_decoder` is off.
-        """
+    def normalize_decoder_weights(self) -> None:
+        """Unit norm for D's rows and for the atoms (or G's rows); nothing when `normalize_decoder` is off."""
         if self.config.normalize_decoder:
-            metric = self.norm_metric(geometry)
+            metric = self.norm_metric()
             self.router.normalize_(metric)
             self.child.normalize_(metric)
 
@@ -224,12 +204,6 @@ class HierarchicalSAE(SparseAutoencoder):
         metric = self.norm_metric()
         self.router.project_(metric)
         self.child.project_(metric)
-
-    def compute_causal_orthogonality_penalty(self, geometry: Any) -> Tensor:
-        """Mean squared causal inner product of parents and their atoms in `geometry` (a CausalGeometry)."""
-        literal = self.config.causal_orth_form == "literal"
-        metric = torch.linalg.inv(geometry.sigma) if literal else geometry.sigma
-        return causal_orthogonality(self.D, self.Up, self.G, metric.to(self.D), self.config.causal_orth_form)
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:

@@ -77,6 +77,12 @@ class PerBatch(PerRow):
         self.threshold.lerp_(self.smallest, weight.to(self.smallest))
         return torch.where(keep_N.view_as(score_Bn), value_Bn, 0.0)
 
+    @torch.no_grad()
+    def calibrate(self, scores: Callable[[], Iterable[Tensor]], per_row: float) -> None:
+        """Set the threshold above which a row has `per_row` scores on average; 0 where too few are positive."""
+        self.threshold.zero_()  # so that scores of a model in eval mode are those of all its slots
+        self.threshold.fill_(max(0.0, level_for_l0(scores, per_row)))
+
 
 class Sparsity(nn.Module):
     """Who is kept of a row's parents and of their children."""
@@ -162,20 +168,16 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
         share = model.config.topk_parent / model.config.total_l0
         wanted = target_l0 * (share if sparsity.share is None else sparsity.share.item())
         bias = balance.parent_bias
-        sparsity.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
-        level = level_for_l0(
+        sparsity.parent_budget.calibrate(
             lambda: (scores(c.parent_value, None if bias is None else bias[c.parent_index]) for c in codes()), wanted
         )
-        sparsity.parent_budget.threshold.fill_(max(0.0, level))
     if isinstance(sparsity.child_budget, PerBatch):
         active = torch.cat([(c.parent_value > 0).sum(1) for c in codes()]).double().mean().item()
         of_child = None if balance.child_bias is None else balance.child_bias.flatten()
-        sparsity.child_budget.threshold.zero_()
-        level = level_for_l0(
+        sparsity.child_budget.calibrate(
             lambda: (scores(c.child_value, None if of_child is None else of_child[c.child_index]) for c in codes()),
             max(0.0, target_l0 - active),
         )
-        sparsity.child_budget.threshold.fill_(max(0.0, level))
 
 
 def level_for_l0(scores: Callable[[], Iterable[Tensor]], target_l0: float) -> float:
