@@ -91,11 +91,11 @@ class SparseAutoencoder(Described, Part):
         self.config = config
         self.width = width
         self.normalize = normalize
-        self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
+        self.lr_mult: dict[Any, float] = {}  # learning rate multipliers by tensor; those of a stage come first
         self.register_buffer("data_mean", torch.zeros(width))
         self.register_buffer("data_scale", torch.ones(()))
 
-    # the part that each kind writes
+    # what each kind defines
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows; routing noise, if any, is drawn from `generator`, in training mode only."""
@@ -237,7 +237,7 @@ class SparseAutoencoder(Described, Part):
         """Count what fired in a micro-batch; most models have nothing to count."""
 
     def before_step(self, frozen: Container[str] = ()) -> None:
-        """Move what follows from the counts since the last step, once an optimiser step, and forget them.
+        """Use the counts since the last optimiser step, and reset them.
 
         frozen: names of tensors that do not learn in this step.
         """

@@ -1,4 +1,4 @@
-"""Flat autoencoders, the baselines an H-SAE is compared with: what they share, and TopK (Gao et al., arXiv 2406.04093).
+"""Flat autoencoders, the baselines of an H-SAE: their base class, and TopK (Gao et al., arXiv 2406.04093).
 
 Shapes: B rows, d width, P latents, k' slots of a row's codes.
 """
@@ -36,7 +36,7 @@ class FlatSAE(SparseAutoencoder):
         self.b_E = nn.Parameter(torch.zeros(config.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(width))
 
-    # the part that each kind writes
+    # what each kind defines
 
     def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Indices [B, k'], distinct within a row, and codes [B, k'] >= 0; a slot of code 0 is not in use."""
@@ -54,7 +54,7 @@ class FlatSAE(SparseAutoencoder):
         """
         return self.training and not self.ops.on_host
 
-    # the way through the model
+    # forward pass
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""

@@ -1,12 +1,12 @@
 """The hierarchical sparse autoencoder (docs/method.md sections 1 and 4).
 
-One row's way: the router picks k parents and their codes a; what these leave of the row, x - x_top, is read by their
-children; a batch's largest parents and children are kept:
+The router chooses a row's parents and their codes a. The children of these parents read the residual x - x_top and have
+codes c. Of each, only the largest codes of the batch are kept:
 
     x_hat = b_dec + sum a_p D_p + sum c_pj G_pj
 
 Shapes: B rows, d residual width, P parents, C children per parent, Q teacher parents; k and K slots for a row's parents
-and children, of which a batch's budget leaves some without a code.
+and children. Slots that the batch's budget leaves empty have code 0.
 """
 
 from collections.abc import Container, Iterable
@@ -32,7 +32,7 @@ ROUTER, OF_CHILDREN = ("E", "b_E", "D"), ("Down", "Up", "F", "b_F", "G")
 
 
 def _of(part: str, name: str) -> Any:
-    """What a part holds, under its own name."""
+    """A property of the model that reads and sets this attribute of a part."""
     return property(
         lambda model: getattr(getattr(model, part), name),
         lambda model, value: setattr(getattr(model, part), name, value),
@@ -81,13 +81,13 @@ class HierarchicalSAE(SparseAutoencoder):
     sigma: Tensor | None
     sigma_inv: Tensor | None
 
-    # the way through the model
+    # forward pass
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
-        # x is the row in normalised coordinates; rows is what the next product reads: x - b_dec, then what is left of x
+        # x: normalised coordinates. rows: what the router reads, x - b_dec, and then what the children read.
         x, rows, scale = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, self.b_dec)
-        # first the slots of each row, then the batch's budget; both choose by code plus selection bias
+        # The router fills each row's slots, then the batch's budget empties some; both rank codes plus selection bias.
         parents = self.router(rows, self.balance.parent_bias, generator)
         parents = self.sparsity.keep_parents(parents, self.balance.parent_bias)
         routes = Routing(parents.indices, self.n_parents, parents.used)
@@ -95,7 +95,7 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.child_input == "residual":
             x_top = self.ops.decode(routes, parents.value, self.router.D)
             x_top = x_top if self.b_dec is None else x_top + self.b_dec
-            rows = Rows(x - x_top)  # not detached: what children read trains the parents, too
+            rows = Rows(x - x_top)  # not detached: the children's gradient reaches the parents
         pre = self.child.encode(rows, routes)
         children = self.sparsity.keep_children(pre, parents, self.child.code, self.balance.child_bias)
         x_hat, x_top, error, error_top = self.ops.reconstruct(
@@ -107,7 +107,10 @@ class HierarchicalSAE(SparseAutoencoder):
         )
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Route rows x - b_dec: indices [B, k], codes [B, k], all logits [B, P]. In training thresholds move."""
+        """Route rows x - b_dec: indices [B, k], codes [B, k], all logits [B, P].
+
+        In training mode this updates the running threshold of a batch's budget.
+        """
         bias = self.balance.parent_bias
         parents = self.sparsity.keep_parents(self.router(Rows(x_Bd), bias, generator), bias)
         return parents.indices, parents.value, parents.logits
@@ -115,8 +118,8 @@ class HierarchicalSAE(SparseAutoencoder):
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: numbers p*C + j [B, K], codes [B, K], pre-activations [B, k, C].
 
-        x: what children read, x - x_top or x - b_dec. A child is silent where its parent's code is not above 0. In
-        training thresholds move, and the parents come first (`encode_parent`).
+        x: what children read, x - x_top or x - b_dec. A child's code is 0 where its parent's is not above 0.
+        In training mode this updates the running threshold; call `encode_parent` first.
         """
         parents = Parents(parent_Bk, value_Bk, value_Bk)
         pre = self.child.encode(Rows(x_Bd), Routing(parent_Bk, self.n_parents))
@@ -131,11 +134,11 @@ class HierarchicalSAE(SparseAutoencoder):
         return x_hat if self.b_dec is None else x_hat + self.b_dec
 
     def atoms(self, parents: Tensor | slice | int) -> Tensor:
-        """What the children of the given parents [n] (or of one) write: [n, C, d]."""
+        """Decoder rows of the children of the given parents [n] (or of one): [n, C, d]."""
         return self.child.atoms(parents)
 
     def child_readers(self, parents: Tensor | slice) -> Tensor:
-        """What the children of the given parents [n] read with: [n, C, d]."""
+        """Encoder rows of the children of the given parents [n]: [n, C, d]."""
         return self.child.readers(parents)
 
     # training; the order of a step: forward, loss_terms, backward and after_batch for every micro-batch, then

@@ -162,7 +162,7 @@ class HSAETrainer:
         }
 
     def _begin(self, stage: StageConfig) -> None:
-        """The stage's rate multipliers, and the names of what does not learn in it."""
+        """Set the stage's learning rate multipliers, and the names of tensors that do not learn in it."""
         self.stage, self.held = stage, set(stage.freeze)
         for group in self.optimizer.param_groups:
             group["multiplier"] = rate_multiplier(group["names"], {**self.model.lr_mult, **stage.lr_mult})
@@ -220,9 +220,8 @@ class HSAETrainer:
         return norm
 
     def _look_for_nan(self, loss: Tensor, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
-        """On a GPU nothing waits for a gradient norm; one that is not finite moves no parameter but lifted biases.
-
-        It is looked for on the steps that wait anyway: those that are logged, validated or saved.
+        """On a GPU no step waits for its gradient norm. One that is not finite leaves all parameters as they are, but
+        for encoder biases that the balance raises. It is looked for on steps that are logged, validated or saved.
         """
         after, config = self.step + 1, self.config
         waiting = (config.log_every, config.val_every, config.checkpoint_every)
