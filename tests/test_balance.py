@@ -149,23 +149,6 @@ def test_a_largest_rate_is_kept_under_a_batchs_budget(parents):
     assert largest(0.01, 0.6) < 0.65
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"rate_cap": None}, r"balance_rate: found 0\.1, allowed: 0 without rate_cap or rate_floor"),
-        ({"rate": 0, "rate_cap": 0.2}, r"rate_cap: found 0\.2, allowed: null unless balance_rate is above 0"),
-        ({"rate": 0, "rate_floor": 0.2}, r"rate_floor: found 0\.2, allowed: 0 unless balance_rate is above 0"),
-        (
-            {"rate_floor": 0.2, "rate_cap_spread": 1},
-            r"rate_cap_spread: found 1\.0, allowed: 1\.3 without rate_cap",
-        ),
-    ],
-)
-def test_a_balance_that_cannot_be_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_model(**options)
-
-
 def test_no_rate_means_no_limits_and_the_config_says_so():
     off = HSAEConfig(balance_rate=0)
     assert (off.rate_cap, off.rate_floor) == (None, 0)

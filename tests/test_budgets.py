@@ -9,6 +9,7 @@ from polytope_hsae.config import HSAEConfig
 from polytope_hsae.models.codes import firings
 from polytope_hsae.models.sparsity import PerBatch
 
+OFF = {"gate": "hard", "rate_cap": None, "rate_floor": 0.0}
 BUDGETS = [("batch", "per_parent"), ("batch", "shared"), ("per_row", "batch"), ("batch", "batch")]
 
 
@@ -116,9 +117,16 @@ def test_without_a_batch_budget_nothing_is_calibrated():
             {"children": "direct", "tie_projectors": True},
             "tie_projectors: found true, allowed: false or init unless children is factored",
         ),
+        ({"balance_rate": 0.1, **OFF}, r"balance_rate: found 0\.1, allowed: 0 without rate_cap or rate_floor"),
+        ({**OFF, "rate_cap": 0.2}, r"rate_cap: found 0\.2, allowed: null unless balance_rate is above 0"),
+        ({**OFF, "rate_floor": 0.2}, r"rate_floor: found 0\.2, allowed: 0 unless balance_rate is above 0"),
+        (
+            {"gate": "hard", "balance_rate": 0.1, "rate_cap": None, "rate_floor": 0.2, "rate_cap_spread": 1},
+            r"rate_cap_spread: found 1\.0, allowed: 1\.3 without rate_cap",
+        ),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_budgets_and_balances_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         factored(**options)
 
@@ -137,6 +145,9 @@ JOINT = {"topk_parent": 2, "topk_child_total": 4, "budget_slots": 8.0, "balance_
 
 
 def test_a_joint_budget_makes_the_smallest_codes_equal():
+    model = sae(**JOINT, **LOSSES)
+    random_parameters(model)
+    assert_dense(model, 2 * normal(11, WIDTH, seed=3))  # the first step has topk_parent parents and K_c children
     model = factored_sae(gate="hard", parent_budget="joint", child_budget="batch", **JOINT)
     random_parameters(model)
     x = 2 * normal(200, WIDTH, seed=3)
@@ -156,9 +167,3 @@ def test_a_joint_budget_makes_the_smallest_codes_equal():
     assert codes.l0().double().mean().item() == pytest.approx(5, abs=0.01)
     found = (codes.parent_value > 0).double().sum(1).mean().item()
     assert found == pytest.approx(5 * model.sparsity.share.item(), abs=0.01)
-
-
-def test_gradients_of_a_joint_budget_are_those_of_a_batch_with_the_same_numbers():
-    model = sae(**JOINT, **LOSSES)
-    random_parameters(model)
-    assert_dense(model, 2 * normal(11, WIDTH, seed=3))  # its first step has k and K_c

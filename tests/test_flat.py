@@ -115,23 +115,6 @@ def test_batchtopk_keeps_the_largest_of_the_batch():
     assert model(x[:0]).x_hat.shape == (0, WIDTH)
 
 
-def test_batchtopk_infers_with_a_running_mean_of_the_smallest_kept():
-    model = reads_rows(make_model("batchtopk", n_latents=WIDTH, k=1))
-    for smallest in (4.0, 2.0, 3.0, 1.0):
-        model(torch.tensor([[smallest, 0, 0, 0, 0, 0]]).double())
-    assert model.budget.threshold.item() == pytest.approx(2.5)  # the first hundred weigh alike, then 99 to 1
-    model.budget.batches.fill_(1000)
-    model(torch.tensor([[8.0, 0, 0, 0, 0, 0]]).double())
-    assert model.budget.threshold.item() == pytest.approx(0.99 * 2.5 + 0.01 * 8)
-    model.eval()
-    model.budget.threshold.fill_(2.0)
-    codes = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0], [1.0] * 6]).double())
-    assert torch.equal(codes.dense_parents(WIDTH), torch.tensor([[3.0, 0, 2.5, 0, 0, 0], [0.0] * 6]).double())
-    assert (model.budget.threshold.item(), model.budget.batches.item()) == (2.0, 1001)
-    alone = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0]]).double())
-    assert alone.parent_value[0].tolist() == codes.parent_value[0].tolist()  # no other row matters
-
-
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_loss_and_gradients_equal_autograd_of_the_dense_form(kind, reduction):
@@ -285,14 +268,6 @@ def test_calibration_reaches_the_wanted_l0(kind, normalize):
     codes = model.encode(rows)
     assert codes.l0().double().mean().item() == pytest.approx((model(rows).router_logits > 0).sum(1).double().mean())
     assert (codes.parent_value >= 0).all()
-
-
-def test_topk_needs_no_calibration():
-    model = make_model("topk")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.calibrate([normal(50, WIDTH)], 1.0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.encode(normal(50, WIDTH)).parent_index.shape == (50, 3)
 
 
 # -- dead latents, evaluation, training

@@ -10,7 +10,6 @@ from models import WIDTH, Roots, factored, factored_sae, generator, normal, rand
 from torch.utils.flop_counter import FlopCounterMode
 
 from polytope_hsae.config import LossOverrides
-from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.flops import parameter_count, training_flops
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -249,17 +248,6 @@ def test_known_answer_by_hand():
     assert codes.child_index[0].tolist() == [1 * 2 + 1]
     assert codes.child_value.tolist() == [[3.0], [0.0]]  # the second row's parent is silent, and so is its child
     assert model.decode(codes).tolist() == [[0.0, 2.0, -3.0], [0.0, 0.0, 0.0]]
-
-
-def test_codes_of_a_flat_model_have_no_children():
-    codes = Codes(
-        torch.tensor([[3, 1]]),
-        torch.tensor([[0.0, 2.0]]),
-        torch.zeros(1, 0, dtype=torch.int64),
-        torch.zeros(1, 0),
-    )
-    assert codes.l0().tolist() == [1]
-    assert codes.dense_parents(4).tolist() == [[0, 2, 0, 0]]
 
 
 @pytest.mark.parametrize("normalize", ["rms", "unit_row", "none"])

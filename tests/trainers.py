@@ -5,7 +5,6 @@ from models import assert_equal_state, factored_sae, sae
 
 from polytope_hsae.config import LossOverrides, StageConfig, TrainingConfig
 from polytope_hsae.data.stream import RowStream
-from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.tracking import JsonlTracker
 from polytope_hsae.training.checkpoint import latest_checkpoint
 from polytope_hsae.training.trainer import HSAETrainer
@@ -56,23 +55,21 @@ class Records:
         pass
 
 
-def stages(*sizes, freeze=(), first_loss=None):
+def stages(*sizes, freeze=()):
     """Stages of the given steps; the first one freezes."""
     return [
         StageConfig(
             name=f"stage{number}",
             steps=steps,
             freeze=list(freeze) if number == 0 else [],
-            loss=LossOverrides(**(first_loss or {})) if number == 0 else LossOverrides(causal_ortho_lambda=0.0),
+            loss=LossOverrides() if number == 0 else LossOverrides(causal_ortho_lambda=0.0),
         )
         for number, steps in enumerate(sizes)
     ]
 
 
 def make_model(kind="default", **options):
-    """Of the default form, of the factored form, or a flat TopK."""
-    if kind == "topk":
-        return TopKSAE(TopKConfig(n_latents=12, k=3, **options), WIDTH)
+    """An H-SAE of the default form, or of the factored one."""
     losses = {"l1_parent": 0.01, "l1_child": 0.01, "biorth_lambda": 0.01, "causal_ortho_lambda": 0.1}
     shape = {"n_parents": 8, "topk_parent": 3, "n_children_per_parent": 3, "subspace_dim": 2}
     make = factored_sae if kind == "factored" else sae
