@@ -1,16 +1,15 @@
-"""Parents and children chosen from a batch: gradients, slots, thresholds, calibration, files and resuming."""
+"""Parents and children chosen from a batch: gradients, slots, thresholds and calibration."""
 
 import pytest
 import torch
+from dense import LOSSES, assert_dense
 from models import WIDTH, factored, factored_sae, normal, random_parameters, sae
-from test_models import LOSSES, copied_tensors, dense_loss
-from test_training import assert_same_run, planted_rows, train
 
-from polytope_hsae.config import HSAEConfig, LossOverrides
-from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.config import HSAEConfig
 from polytope_hsae.models.codes import firings
 from polytope_hsae.models.sparsity import PerBatch
 
+OFF = {"gate": "hard", "rate_cap": None, "rate_floor": 0.0}
 BUDGETS = [("batch", "per_parent"), ("batch", "shared"), ("per_row", "batch"), ("batch", "batch")]
 
 
@@ -18,19 +17,6 @@ def of_budgets(parents, children, **options):
     """Fields of a model whose rows have their own number of codes unless the budgets say otherwise."""
     total = {} if children == "batch" and parents == "joint" else {"topk_child_total": None}
     return {"parent_budget": parents, "child_budget": children, "balance_rate": 0, **total, **options}
-
-
-def assert_dense(model, x, sigma=None):
-    """Loss and all gradients equal those of the dense implementation."""
-    sigma = torch.eye(WIDTH, dtype=torch.float64) if sigma is None else sigma
-    mine = sum(weight * value for weight, value in model.loss_terms(model(x), LossOverrides()).values())
-    copies = copied_tensors(model)
-    theirs = dense_loss(copies, model.config, x, 1.0, sigma)
-    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    mine.backward()
-    theirs.backward()
-    for name, tensor in model.tensors().items():
-        torch.testing.assert_close(tensor.grad, copies[name].grad, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("parents, children", BUDGETS)
@@ -111,30 +97,6 @@ def test_without_a_batch_budget_nothing_is_calibrated():
     assert not any("budget" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("parents, children", BUDGETS)
-def test_resuming_is_exact(tmp_path, parents, children):
-    def fresh():
-        return sae(6, "rms", 1, **of_budgets(parents, children)).float()
-
-    straight = train(tmp_path / "straight", model=fresh())
-    train(tmp_path / "killed", model=fresh(), kill_at=20)
-    resumed = train(tmp_path / "killed", model=fresh())
-    assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
-    budgets = [
-        budget
-        for budget in (resumed.model.sparsity.parent_budget, resumed.model.sparsity.child_budget)
-        if budget.of_batch
-    ]
-    assert [budget.batches.item() for budget in budgets] == [60] * len(budgets)  # 30 steps of two micro-batches
-    resumed.model.calibrate([planted_rows()], 4.0)
-    resumed.model.save_pretrained(tmp_path / "model")
-    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
-    state = resumed.model.state_dict()
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())
-    rows = planted_rows(seed=3)
-    assert torch.equal(loaded.reconstruct(rows), resumed.model.eval().reconstruct(rows))
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -147,9 +109,24 @@ def test_resuming_is_exact(tmp_path, parents, children):
             {"child_budget": "batch", "magnitude": "leaky_offset"},
             "child_budget: found batch, allowed: per_parent or shared unless magnitude is relu",
         ),
+        (
+            {"parent_budget": "joint", "gate": "hard"},
+            "parent_budget: found joint, allowed: per_row or batch unless child_budget is batch",
+        ),
+        (
+            {"children": "direct", "tie_projectors": True},
+            "tie_projectors: found true, allowed: false or init unless children is factored",
+        ),
+        ({"balance_rate": 0.1, **OFF}, r"balance_rate: found 0\.1, allowed: 0 without rate_cap or rate_floor"),
+        ({**OFF, "rate_cap": 0.2}, r"rate_cap: found 0\.2, allowed: null unless balance_rate is above 0"),
+        ({**OFF, "rate_floor": 0.2}, r"rate_floor: found 0\.2, allowed: 0 unless balance_rate is above 0"),
+        (
+            {"gate": "hard", "balance_rate": 0.1, "rate_cap": None, "rate_floor": 0.2, "rate_cap_spread": 1},
+            r"rate_cap_spread: found 1\.0, allowed: 1\.3 without rate_cap",
+        ),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_budgets_and_balances_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         factored(**options)
 
@@ -168,6 +145,9 @@ JOINT = {"topk_parent": 2, "topk_child_total": 4, "budget_slots": 8.0, "balance_
 
 
 def test_a_joint_budget_makes_the_smallest_codes_equal():
+    model = sae(**JOINT, **LOSSES)
+    random_parameters(model)
+    assert_dense(model, 2 * normal(11, WIDTH, seed=3))  # the first step has topk_parent parents and K_c children
     model = factored_sae(gate="hard", parent_budget="joint", child_budget="batch", **JOINT)
     random_parameters(model)
     x = 2 * normal(200, WIDTH, seed=3)
@@ -187,29 +167,3 @@ def test_a_joint_budget_makes_the_smallest_codes_equal():
     assert codes.l0().double().mean().item() == pytest.approx(5, abs=0.01)
     found = (codes.parent_value > 0).double().sum(1).mean().item()
     assert found == pytest.approx(5 * model.sparsity.share.item(), abs=0.01)
-
-
-def test_gradients_of_a_joint_budget_are_those_of_a_batch_with_the_same_numbers():
-    model = sae(**JOINT, **LOSSES)
-    random_parameters(model)
-    assert_dense(model, 2 * normal(11, WIDTH, seed=3))  # its first step has k and K_c
-
-
-def test_a_joint_budget_resumes_exactly_and_is_saved(tmp_path):
-    def fresh():
-        return sae(6, "rms", 1).float()
-
-    straight = train(tmp_path / "straight", model=fresh())
-    train(tmp_path / "killed", model=fresh(), kill_at=20)
-    resumed = train(tmp_path / "killed", model=fresh())
-    assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
-    assert resumed.model.sparsity.share != fresh().sparsity.share
-    resumed.model.save_pretrained(tmp_path / "model")
-    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
-    assert torch.equal(loaded.sparsity.share, resumed.model.sparsity.share)
-
-
-def test_a_joint_budget_needs_children_of_a_batch():
-    message = "parent_budget: found joint, allowed: per_row or batch unless child_budget is batch"
-    with pytest.raises(ValueError, match=message):
-        factored(parent_budget="joint", gate="hard")

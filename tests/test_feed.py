@@ -10,7 +10,7 @@ import tiny
 import torch
 from running import script
 from test_data import SETTINGS, documents
-from test_training import KilledError, MemoryStore, assert_same_run, make_trainer, planted_rows, validation
+from trainers import KilledError, MemoryStore, assert_same_run, make_trainer, planted_rows, validation
 
 from polytope_hsae.data.feed import AHEAD, Prefetch, feed, place
 from polytope_hsae.data.harvest import harvest

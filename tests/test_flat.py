@@ -1,12 +1,13 @@
-"""The flat autoencoders: selection, gradients, thresholds, files, resuming; and TopK against a loop of its own."""
+"""The flat autoencoders: selection, gradients, thresholds; and TopK against a plainly written loop."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from models import normal
-from test_training import assert_same_run, planted_rows, train
+from dense import copied_tensors
+from models import normal, total
+from trainers import MemoryStore, Records, planted_rows
 
 from polytope_hsae.config import (
     FLAT_KINDS,
@@ -21,8 +22,6 @@ from polytope_hsae.data.corpus import context_batches, contexts, load_documents
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.lm import LanguageModel
-from polytope_hsae.models import matryoshka
-from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.codes import firings
 from polytope_hsae.models.flat import TopKSAE, pack
 from polytope_hsae.models.flops import parameter_count
@@ -59,34 +58,6 @@ def reads_rows(model):
     return model
 
 
-class OneSplit:
-    """A store of one split in memory."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def n_rows(self, split):
-        return len(self.rows)
-
-    def shard_bounds(self, split):
-        return [0, len(self.rows)]
-
-    def acts(self, split, indices):
-        return self.rows[indices]
-
-
-class Silent:
-    """A tracker that listens to nothing."""
-
-    def log(self, values, step, tokens):
-        pass
-
-    def close(self):
-        pass
-
-
 # -- packing
 
 
@@ -112,7 +83,7 @@ def test_the_level_of_an_l0_is_exact(target):
 
 
 @pytest.mark.parametrize("kind", sorted(FLAT_KINDS))
-def test_tied_latents_have_one_tensor(kind, tmp_path):
+def test_tied_latents_have_one_tensor(kind):
     model = make_model(kind, tied=True)
     assert model.E is model.D
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(model.config, WIDTH)
@@ -123,9 +94,6 @@ def test_tied_latents_have_one_tensor(kind, tmp_path):
     for each in (model, free):
         each(x).x_hat.pow(2).sum().backward()
     torch.testing.assert_close(model.D.grad, free.D.grad + free.E.grad)
-    model.save_pretrained(tmp_path / "model")
-    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
-    assert loaded.E is loaded.D
 
 
 # -- BatchTopK
@@ -147,49 +115,33 @@ def test_batchtopk_keeps_the_largest_of_the_batch():
     assert model(x[:0]).x_hat.shape == (0, WIDTH)
 
 
-def test_batchtopk_infers_with_a_running_mean_of_the_smallest_kept():
-    model = reads_rows(make_model("batchtopk", n_latents=WIDTH, k=1))
-    for smallest in (4.0, 2.0, 3.0, 1.0):
-        model(torch.tensor([[smallest, 0, 0, 0, 0, 0]]).double())
-    assert model.budget.threshold.item() == pytest.approx(2.5)  # the first hundred weigh alike, then 99 to 1
-    model.budget.batches.fill_(1000)
-    model(torch.tensor([[8.0, 0, 0, 0, 0, 0]]).double())
-    assert model.budget.threshold.item() == pytest.approx(0.99 * 2.5 + 0.01 * 8)
-    model.eval()
-    model.budget.threshold.fill_(2.0)
-    codes = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0], [1.0] * 6]).double())
-    assert torch.equal(codes.dense_parents(WIDTH), torch.tensor([[3.0, 0, 2.5, 0, 0, 0], [0.0] * 6]).double())
-    assert (model.budget.threshold.item(), model.budget.batches.item()) == (2.0, 1001)
-    alone = model.encode(torch.tensor([[3.0, 2.0, 2.5, -4, 0, 0]]).double())
-    assert alone.parent_value[0].tolist() == codes.parent_value[0].tolist()  # no other row matters
-
-
-def check_gradients(model, loss, expected, leaves):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_loss_and_gradients_equal_autograd_of_the_dense_form(kind, reduction):
+    model = make_model(kind, n_latents=16, k=4, recon_reduction=reduction)
+    bounds = [1, 2, 4, 8, 16] if kind == "matryoshka" else [16]
+    x, t = normal(20, WIDTH), copied_tensors(model)
+    r = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
+    if kind == "topk":
+        mask = torch.zeros_like(r).scatter(1, r.topk(4, dim=1).indices, 1.0)
+    else:
+        mask = torch.zeros(r.numel()).scatter(0, r.flatten().topk(80).indices, 1.0).view_as(r)
+        assert mask.sum(1).min() < 4 < mask.sum(1).max()
+    codes, errors = mask * torch.relu(r), []
+    for m in bounds:
+        x_hat = t["b_dec"] + codes[:, :m] @ t["D"][:m]
+        errors.append(((x - x_hat) ** 2).sum(1).mean() / (WIDTH if reduction == "mean" else 1))
+    output, expected = model(x), sum(errors) / len(errors)
+    torch.testing.assert_close(output.x_hat, x_hat)
+    torch.testing.assert_close(model.decode(output.codes), x_hat)
+    assert torch.equal(output.x_hat, output.x_hat_top)
+    assert output.codes.child_index.shape == (20, 0)
+    loss = total(model.loss_terms(output, LossOverrides(l1_parent=1.0)))  # which is an H-SAE's
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
     for name, tensor in model.tensors().items():
-        torch.testing.assert_close(tensor.grad, leaves[name].grad, rtol=1e-9, atol=1e-12)
-
-
-def leaf_copies(model):
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in model.tensors().items()}
-
-
-def total(terms):
-    return sum(weight * value for weight, value in terms.values())
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_batchtopk_gradients_equal_autograd_of_the_dense_form(reduction):
-    model = make_model("batchtopk", recon_reduction=reduction)
-    x, t = normal(20, WIDTH), leaf_copies(model)
-    r = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
-    mask = torch.zeros(r.numel()).scatter(0, r.flatten().topk(60).indices, 1.0).view_as(r)
-    x_hat = t["b_dec"] + (mask * torch.relu(r)) @ t["D"]
-    expected = ((x - x_hat) ** 2).sum(1).mean() / (WIDTH if reduction == "mean" else 1)
-    assert mask.sum(1).min() < 3 < mask.sum(1).max()
-    check_gradients(model, total(model.loss_terms(model(x), LossOverrides())), expected, t)
+        torch.testing.assert_close(tensor.grad, t[name].grad, rtol=1e-9, atol=1e-12)
 
 
 # -- JumpReLU
@@ -199,7 +151,7 @@ def test_jumprelu_gradients_equal_the_formulas():
     """Pseudo-derivatives of the paper: -(theta / eps) K((z - theta) / eps) of a code, -(1 / eps) K of the L0."""
     eps, B, k, weight = 0.8, 25, 3, 0.7
     model = make_model("jumprelu", bandwidth=eps, l0_weight=weight)
-    x, t = normal(B, WIDTH), leaf_copies(model)
+    x, t = normal(B, WIDTH), copied_tensors(model)
     theta = t["log_threshold"].detach().exp()
     z = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
     active = z.detach() > theta
@@ -253,7 +205,7 @@ def test_thresholds_learn_at_their_own_rate(lr_mult, factor):
     model = make_model("jumprelu").float()
     stage = StageConfig(name="train", steps=4, lr_mult=lr_mult)
     config = TrainingConfig(batch_size=16, lr=0.01, warmup_steps=0, schedule="constant")
-    trainer = HSAETrainer(model, RowStream(OneSplit(planted_rows()), "train", 16, seed=0), [stage], config)
+    trainer = HSAETrainer(model, RowStream(MemoryStore(planted_rows()), "train", 16, seed=0), [stage], config)
     trainer.train_step(stage)
     rates = {group["names"][0]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates["E"] == rates["D"] == 0.01
@@ -263,39 +215,9 @@ def test_thresholds_learn_at_their_own_rate(lr_mult, factor):
 # -- Matryoshka
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_matryoshka_loss_and_gradients_equal_a_loop_over_prefixes(reduction):
-    model = make_model("matryoshka", n_latents=16, k=4, recon_reduction=reduction)
-    assert model.bounds == [1, 2, 4, 8, 16]
-    x, t = normal(20, WIDTH), leaf_copies(model)
-    r = (x - t["b_dec"]) @ t["E"].T + t["b_E"]
-    mask = torch.zeros(r.numel()).scatter(0, r.flatten().topk(80).indices, 1.0).view_as(r)
-    codes, errors = mask * torch.relu(r), []
-    for m in (1, 2, 4, 8, 16):
-        x_hat = t["b_dec"] + codes[:, :m] @ t["D"][:m]
-        errors.append(((x - x_hat) ** 2).sum(1).mean() / (WIDTH if reduction == "mean" else 1))
-    output = model(x)
-    torch.testing.assert_close(output.x_hat, x_hat)
-    torch.testing.assert_close(model.decode(output.codes), x_hat)
-    check_gradients(model, total(model.loss_terms(output, LossOverrides())), sum(errors) / 5, t)
-
-
-def test_matryoshka_decodes_every_code_once(monkeypatch):
-    decoded, plain = [], matryoshka.embedding_bag
-
-    def counted(index, *args, **options):
-        decoded.append(index.numel())
-        return plain(index, *args, **options)
-
-    monkeypatch.setattr(matryoshka, "embedding_bag", counted)
-    model = make_model("matryoshka", n_latents=16, k=4)
-    assert decoded == [model(normal(20, WIDTH)).codes.parent_index.numel()]
-    assert model.eval()(normal(0, WIDTH)).x_hat.shape == (0, WIDTH)
-
-
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
 def test_all_latents_at_once_are_the_same_as_the_picked_ones(kind, monkeypatch):
-    """On a GPU a batch is trained through whole products: same error, same loss, same gradients, same use."""
+    """On a GPU a batch is trained through whole products: same error, same loss, same gradients, same firings."""
     config = FLAT_KINDS[kind](n_latents=24, k=3)
     x_Bd = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     found = []
@@ -303,10 +225,10 @@ def test_all_latents_at_once_are_the_same_as_the_picked_ones(kind, monkeypatch):
         model = MODELS[kind](config, 8, "none", seed=0)
         model.initialize_bias([x_Bd])
         model.train()
-        monkeypatch.setattr(model, "trains_whole", lambda logits_BP, whole=whole: whole)
+        monkeypatch.setattr(model, "trains_whole", lambda whole=whole: whole)
         output = model(x_Bd)
         terms = model.loss_terms(output, LossOverrides())
-        loss = sum(weight * value for weight, value in terms.values())
+        loss = total(terms)
         loss.backward()
         usage = Usage(24, 0, torch.device("cpu"))
         usage.update(firings(output.codes, 24, 0))
@@ -348,15 +270,7 @@ def test_calibration_reaches_the_wanted_l0(kind, normalize):
     assert (codes.parent_value >= 0).all()
 
 
-def test_topk_needs_no_calibration():
-    model = make_model("topk")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.calibrate([normal(50, WIDTH)], 1.0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.encode(normal(50, WIDTH)).parent_index.shape == (50, 3)
-
-
-# -- dead latents, files, resuming, evaluation
+# -- dead latents, evaluation, training
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -381,65 +295,16 @@ def test_dead_latents_rebuild_the_error(kind):
     assert model.D.grad[5:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
-def test_saving_and_loading_is_exact(kind, tmp_path):
-    model = make_model(kind, "rms").float()
-    x = normal(50, WIDTH).float()
-    model(x)
-    model.calibrate([x], 2.0)
-    model.save_pretrained(tmp_path / "model")
-    loaded = SparseAutoencoder.from_pretrained(tmp_path / "model")
-    assert type(loaded) is MODELS[kind]
-    assert loaded.config == model.config
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))
-
-
-@pytest.mark.parametrize("kind", WITH_THRESHOLDS)
-def test_resuming_is_exact_and_so_is_the_calibration_after_it(tmp_path, kind):
-    def fresh():
-        return MODELS[kind](FLAT_KINDS[kind](n_latents=12, k=3, aux_weight=0.1), WIDTH)
-
-    straight = train(tmp_path / "straight", model=fresh())
-    train(tmp_path / "killed", model=fresh(), kill_at=20)
-    resumed = train(tmp_path / "killed", model=fresh())
-    assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "killed")
-    done = train(tmp_path / "straight", model=fresh())  # nothing is left but the calibration
-    for trainer in (straight, resumed, done):
-        trainer.model.calibrate([planted_rows()], 3)
-    for other in (resumed, done):
-        state = other.model.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in straight.model.state_dict().items())
-    codes = straight.model.eval().encode(planted_rows())
-    assert codes.l0().double().mean().item() == pytest.approx(3, rel=0.02)
-
-
 def test_batches_of_different_slots_make_one_table():
     model = make_model("batchtopk").float().eval()
     model.calibrate([normal(90, WIDTH).float()], 3.0)
     rows = torch.cat([normal(45, WIDTH).float(), 3 * normal(45, WIDTH, seed=1).float()])
-    table = row_codes(model, OneSplit(rows), "train", np.arange(90), batch_size=45).parents
+    table = row_codes(model, MemoryStore(rows), "train", np.arange(90), batch_size=45).parents
     widths = {model.encode(part).parent_index.shape[1] for part in rows.split(45)}
     assert len(widths) == 2
     assert table.value_Nk.shape == (90, max(widths))
     everything = model.encode(rows).dense_parents(12).detach().numpy()
     np.testing.assert_allclose(table.columns(np.arange(12)), everything, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", list(MODELS))
-def test_training_lowers_the_error_and_keeps_unit_rows(kind):
-    rows = planted_rows(600)
-    model = MODELS[kind](FLAT_KINDS[kind](n_latents=16, k=2), WIDTH)
-    model.initialize_bias([rows])
-    config = TrainingConfig(batch_size=64, lr=0.02, warmup_steps=5)
-    stages = [StageConfig(name="train", steps=150)]
-    before = model.eval().reconstruct(rows)
-    HSAETrainer(model, RowStream(OneSplit(rows), "train", 64, seed=0), stages, config).fit(Silent())
-    model.calibrate([rows], 2)
-    after = model.eval().reconstruct(rows)
-    assert (rows - after).square().sum() < 0.3 * (rows - before).square().sum()
-    torch.testing.assert_close(model.D.norm(dim=1), torch.ones(16))
-    assert model.encode(rows).l0().double().mean().item() == pytest.approx(2, rel=0.02)
 
 
 # -- TopK against a plainly written loop
@@ -496,7 +361,7 @@ def test_topk_is_as_good_as_a_plainly_written_loop(quickstart_rows):
     model.initialize_bias([rows[:4096]])
     config = TrainingConfig(batch_size=512, lr=2e-3, schedule="constant", warmup_steps=0, grad_clip=None)
     stages = [StageConfig(name="train", steps=200)]
-    HSAETrainer(model, RowStream(OneSplit(rows), "train", 512, seed=0), stages, config).fit(Silent())
+    HSAETrainer(model, RowStream(MemoryStore(rows), "train", 512, seed=0), stages, config).fit(Records())
 
     def explained(rebuilt):
         return 1 - ((held_out - rebuilt).square().sum() / (held_out - rows.mean(0)).square().sum()).item()

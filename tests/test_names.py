@@ -1,11 +1,10 @@
-"""Names that are nearly right: what may be meant is said; hook names of TransformerLens; where a study's files go."""
+"""Names that are nearly right: what may be meant is said; hook names of TransformerLens."""
 
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from polytope_hsae.study.files import study_folder
 from running import hsae, refused
 
 from polytope_hsae.lm import FINAL_HOOK
@@ -24,12 +23,12 @@ SYNTHETIC = STUDIES / "synthetic-small" / "study.yaml"
         (["run", "smoke", "--set", "training.batchsize=4"], "batch_size"),
         (["run", "smoke", "--set", "corpse.path=a"], "corpus"),
         (["rum", "smoke"], "run"),
-        (["study", "run", STUDIES / "wim" / "study.yaml"], STUDIES / "win" / "study.yaml"),
-        (["study", "run", STUDIES / "win"], STUDIES / "win" / "study.yaml"),
-        (["findings", "run", STUDIES / "evidense" / "study.yaml"], STUDIES / "evidence" / "study.yaml"),
-        (["synthetic", "run", STUDIES / "synthetic-smal" / "study.yaml"], SYNTHETIC),
-        (["synthetic", "run", SYNTHETIC, "--only", "matryoska", "--out", "nowhere"], "matryoshka"),
-        (["study", "run", STUDIES / "win" / "study.yaml", "--only", "batchtop", "--out", "nowhere"], "batchtopk"),
+        (["sweep", "run", STUDIES / "wim" / "study.yaml"], STUDIES / "win" / "study.yaml"),
+        (["sweep", "run", STUDIES / "win"], STUDIES / "win" / "study.yaml"),
+        (["sweep", "run", STUDIES / "evidense" / "study.yaml"], STUDIES / "evidence" / "study.yaml"),
+        (["sweep", "run", STUDIES / "synthetic-smal" / "study.yaml"], SYNTHETIC),
+        (["sweep", "run", SYNTHETIC, "--only", "matryoska", "--out", "nowhere"], "matryoshka"),
+        (["sweep", "run", STUDIES / "win" / "study.yaml", "--only", "batchtop", "--out", "nowhere"], "batchtopk"),
     ],
 )
 def test_a_misspelt_name_gets_the_one_that_is_meant(tmp_path, monkeypatch, arguments, meant):
@@ -92,13 +91,3 @@ def test_hooks_are_resolved_wherever_they_are_given():
     assert torch.equal(runs.logits(edit), expected)  # now without the blocks before it
     added = torch.randn(1, 2, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
     assert torch.equal(LastPosition(lm, ids, "layers.0").logits(added), LastPosition(lm, ids, module).logits(added))
-
-
-# -- where a study's files go
-
-
-def test_a_studys_records_lie_beside_its_file():
-    file = Path("a") / "b" / "study.yaml"
-    assert study_folder(file, "name", None) == Path("a") / "b"
-    assert study_folder(file.with_name("mine.yaml"), "name", None) == Path("a") / "b" / "name"
-    assert study_folder(file, "name", Path("out")) == Path("out")

@@ -1,4 +1,4 @@
-"""Selection biases: added to logits for the choice only, they hold firing rates within limits.
+"""Selection biases keep firing rates within limits. They are added to logits when latents are chosen, not to codes.
 
 See docs/method.md, section 1. Shapes: P parents, C children per parent.
 """
@@ -13,7 +13,7 @@ from .children import DirectChildren
 from .codes import Firings
 from .router import Router
 
-RARE = 0.3  # rows of a batch: a smallest rate below it moves its bias as fast as if it were that (docs/LOG.md)
+RARE = 0.3  # rows of a batch: a floor of fewer rows moves a bias as fast as a floor of this many (docs/LOG.md)
 
 
 class NoBalance(nn.Module):
@@ -35,11 +35,12 @@ class NoBalance(nn.Module):
 
 
 class LoadBalancer(NoBalance):
-    """Biases of the parents [P] and, with a smallest rate, of the children [P, C], moved once an optimiser step.
+    """Biases of the parents [P] and, with `rate_floor`, of the children [P, C], moved once an optimiser step.
 
-    A firing rate above the largest one (rate_cap of the rows, or rate_cap_spread times the mean rate if that is more)
-    moves a parent's bias down (a lifted one to 0 at once), below it up again to 0. One below rate_floor times
-    the mean moves a bias up by as much as it lacks, above it down again to 0. What a bias cannot lift goes to the
+    The largest firing rate of a parent is rate_cap, or rate_cap_spread times the mean rate if that is more. Above it
+    the bias falls (a positive one goes to 0 at once), and below it a negative bias rises back to 0.
+    The smallest firing rate is rate_floor times the mean. Below it the bias rises in proportion to the missing rows,
+    and above it a positive bias falls back to 0. A bias that has reached its maximum passes the rest on to the
     encoder's bias.
     """
 
@@ -77,8 +78,8 @@ class LoadBalancer(NoBalance):
         if router.b_E is not None and router.b_E.requires_grad and "b_E" not in frozen:
             router.b_E.add_(lacking_P)
         if self.child_bias is not None:
-            # Half of a mean child's part of its parent's rows: if all of a rare parent's children asked for more, they
-            # would take the rows from each other, and lift each other without end.
+            # At most half of a mean child's share of its parent's rows. If all children of a rare parent wanted more,
+            # they would take rows from each other and their biases would rise without end.
             part = fired_R.mean() / (2 * fired_P.mean().clamp_min(1e-6))
             within_R = (part * fired_P).repeat_interleave(self.n_children)
             lacking_R = self._step(self.child_bias.view(-1), fired_R, self.sums[1], within_m=within_R)
@@ -96,15 +97,15 @@ class LoadBalancer(NoBalance):
         limit: Tensor | None = None,
         within_m: Tensor | None = None,
     ) -> Tensor:
-        """Move the biases in place by the rows in which each parent, or child, was on; at most `limit` rows are right.
+        """Move the biases in place, by the number of rows in which each latent was on. limit: the largest number.
 
-        Below the floor a bias rises by the rate for every row that is lacking, at most one: so in the mean over batches
-        even what is on in less than one row of a batch gets its share. Where that share is below RARE rows it moves
-        faster, by RARE / share: else what is rare would rise too slowly. It rises to the mean code at most, with which
-        a code just above 0 is chosen. total: the sum of all codes.
+        The floor is a number of rows. Below it a bias rises by balance_rate times the missing rows, at most one. So a
+        latent meets its floor on average over batches, even if that is less than one row of a batch. A floor below RARE
+        rows moves the bias faster, by RARE / floor. A bias is at most the mean code: then a code just above 0 is
+        chosen. total: the sum of all codes.
 
-        Returns by how much each would have risen beyond that, [m], for the encoder's bias: mostly what is above 0
-        nowhere. There the share is `within` [m] at most, the rows that a child can ask of its parent's.
+        Returns how much each bias [m] would have risen beyond its maximum, for the encoder's bias; mostly of latents
+        whose logit is above 0 on no row. For this, the floor of a child is at most `within` [m] rows.
         """
         highest, wanted = total / fired_m.sum().clamp_min(1), self.floor * fired_m.mean()
         speed = self.rate * (RARE / wanted.clamp(1e-6, RARE))

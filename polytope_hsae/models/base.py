@@ -91,11 +91,11 @@ class SparseAutoencoder(Described, Part):
         self.config = config
         self.width = width
         self.normalize = normalize
-        self.lr_mult: dict[Any, float] = {}  # of tensors that learn at another rate, unless a stage says otherwise
+        self.lr_mult: dict[Any, float] = {}  # learning rate multipliers by tensor; those of a stage come first
         self.register_buffer("data_mean", torch.zeros(width))
         self.register_buffer("data_scale", torch.ones(()))
 
-    # the part that each kind writes
+    # what each kind defines
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows; routing noise, if any, is drawn from `generator`, in training mode only."""
@@ -105,7 +105,7 @@ class SparseAutoencoder(Described, Part):
         """x_hat [B, d] in normalised coordinates."""
         raise NotImplementedError
 
-    def normalize_decoder_weights(self, geometry: Any = None) -> None:
+    def normalize_decoder_weights(self) -> None:
         """Restore the unit norms of decoder rows (and atoms)."""
         raise NotImplementedError
 
@@ -170,10 +170,6 @@ class SparseAutoencoder(Described, Part):
         if row_scale_B is not None:
             return x_Bd * row_scale_B[:, None]
         return x_Bd * self.data_scale + self.data_mean
-
-    def normalized_batches(self, batches: Iterable[Tensor]) -> "NormalizedBatches":
-        """The batches in normalised coordinates, as often as they are gone through."""
-        return NormalizedBatches(self, batches)
 
     def encode(self, h_Bd: Tensor) -> Codes:
         """Sparse codes of raw rows [B, d], the same in training mode: no noise, and nothing in the model moves.
@@ -241,7 +237,7 @@ class SparseAutoencoder(Described, Part):
         """Count what fired in a micro-batch; most models have nothing to count."""
 
     def before_step(self, frozen: Container[str] = ()) -> None:
-        """Move what follows from the counts since the last step, once an optimiser step, and forget them.
+        """Use the counts since the last optimiser step, and reset them.
 
         frozen: names of tensors that do not learn in this step.
         """
@@ -258,7 +254,8 @@ class SparseAutoencoder(Described, Part):
             "normalize": self.normalize,
             "config": self.config.model_dump(mode="json"),
         }
-        kept = {self.file_names.get(name, name): t for name, t in self.lasting_state().items()}
+        state = self.state_dict()
+        kept = {self.file_names.get(name, name): state[name] for name in state if name not in self.transient_names}
         try:
             write_json(temporary / "config.json", header)
             write_tensors(temporary / "model.safetensors", without_sharing(kept))
@@ -270,11 +267,7 @@ class SparseAutoencoder(Described, Part):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def lasting_state(self) -> dict[str, Tensor]:
-        """The state that outlives a stage of training."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.transient_names}
-
-    transient_names: ClassVar[tuple[str, ...]] = ()
+    transient_names: ClassVar[tuple[str, ...]] = ()  # of the state that ends with a stage of training
     file_names: ClassVar[dict[str, str]] = {}  # of the state's tensors that a file has under another name
 
     @classmethod

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import BatchTopKConfig
+from .base import NormalizedBatches
 from .flat import FlatSAE, pack
-from .sparsity import PerBatch, level_for_l0
+from .sparsity import PerBatch
 
 
 class BatchTopKSAE(FlatSAE):
@@ -32,14 +33,10 @@ class BatchTopKSAE(FlatSAE):
         """Indices and codes [B, k'], k' the largest row's number of codes."""
         return pack(logits_BP, self.budget.keep(logits_BP.detach(), logits_BP, self.config.k) > 0)
 
-    def every(self, logits_BP: Tensor) -> Tensor | None:
-        """As `FlatSAE.every`."""
-        if not self.trains_whole(logits_BP):
-            return None
+    def every(self, logits_BP: Tensor) -> Tensor:
         return self.budget.keep(logits_BP, logits_BP, self.config.k)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the threshold at which raw rows [B, d] have `target_l0` active latents on average, or 0 if none is."""
-        rows = self.normalized_batches(batches)
-        self.budget.threshold.fill_(max(0.0, level_for_l0(lambda: map(self.logits, rows), target_l0)))
+        rows = NormalizedBatches(self, batches)
+        self.budget.calibrate(lambda: map(self.logits, rows), target_l0)

@@ -1,4 +1,4 @@
-"""The children of a row's parents: what they read and what they write (docs/method.md section 1).
+"""The children of a row's parents: their encoder and decoder (docs/method.md section 1).
 
 Shapes: B rows, k parents of a row, P parents, C children per parent, s subspace width, d width.
 """
@@ -40,7 +40,7 @@ class DirectChildren(Part):
         return pre_BkC
 
     def decode(self, index_BK: Tensor, value_BK: Tensor) -> Tensor:
-        """What children write, by their numbers p*C + j: [B, d]."""
+        """The children's part of x_hat, by their numbers p*C + j: [B, d]."""
         return self.ops.decode_children(index_BK, value_BK, self.G, self.Up)
 
     def atoms(self, parents: Tensor | slice | int) -> Tensor:
@@ -48,7 +48,7 @@ class DirectChildren(Part):
         return self.G[parents]
 
     def readers(self, parents: Tensor | slice) -> Tensor:
-        """What the children of the given parents [n] read with: [n, C, d]."""
+        """Encoder rows of the children of the given parents [n]: [n, C, d]."""
         return self.F[parents]
 
     def l1(self, output: ModelOutput) -> Tensor:
@@ -56,11 +56,11 @@ class DirectChildren(Part):
         return output.codes.child_value.sum(1).mean()
 
     def norms(self, metric: Tensor | None) -> Tensor:
-        """Norms [P, C, 1] of what the constraint holds at 1: the atoms, or G's rows."""
+        """Norms [P, C, 1] that the constraint keeps at 1: of the atoms, or of G's rows."""
         return row_norms(self.G, None if self.config.normalize_child == "decoder" else metric)
 
     def hold_norms(self, metric: Tensor | None) -> None:
-        """Remember, where G is frozen, what keeps its atoms' norms."""
+        """Prepare for a frozen G; direct children have nothing to prepare."""
 
     @torch.no_grad()
     def normalize_(self, metric: Tensor | None) -> None:
@@ -106,7 +106,7 @@ class FactoredChildren(DirectChildren):
         return atom_norms(self.Up, self.G, metric)
 
     def hold_norms(self, metric: Tensor | None) -> None:
-        """A frozen G fixes the Gram matrices of Up, hence the atoms' norms."""
+        """While G is frozen, keep the Gram matrices of Up: they fix the atoms' norms."""
         held = not self.G.requires_grad and self.config.normalize_child == "atom"
         self.gram_reference = gram(self.Up.detach(), metric) if held else None
 

@@ -1,4 +1,4 @@
-"""Flat autoencoders, the baselines an H-SAE is compared with: what they share, and TopK (Gao et al., arXiv 2406.04093).
+"""Flat autoencoders, the baselines of an H-SAE: their base class, and TopK (Gao et al., arXiv 2406.04093).
 
 Shapes: B rows, d width, P latents, k' slots of a row's codes.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LossOverrides, TopKConfig
 from ..ops import Routing, Rows
-from .base import SparseAutoencoder
+from .base import NormalizedBatches, SparseAutoencoder
 from .codes import Codes, ModelOutput
 from .constraints import geometric_median
 from .init import unit_rows
@@ -36,32 +36,35 @@ class FlatSAE(SparseAutoencoder):
         self.b_E = nn.Parameter(torch.zeros(config.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(width))
 
-    # the part that each kind writes
+    # what each kind defines
 
     def select(self, logits_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Indices [B, k'], distinct within a row, and codes [B, k'] >= 0; a slot of code 0 is not in use."""
         raise NotImplementedError
 
     def every(self, logits_BP: Tensor) -> Tensor | None:
-        """The codes of all latents [B, P] where a batch is trained as a whole; None: `select` picks them out."""
+        """The codes of all latents [B, P]; None for a kind whose rows all have the same number of codes."""
         return None
 
-    def trains_whole(self, logits_BP: Tensor) -> bool:
-        """Whether a kind whose rows have varying numbers of codes computes with all latents: in training on a GPU.
+    def trains_whole(self) -> bool:
+        """Whether `every` stands in for `select`: in training on a GPU.
 
-        It would have to wait for the largest number there, and a whole product is faster than gathering. Codes, losses
-        and gradients are the same.
+        `select` would wait there for the largest number of codes in a row, and one dense product is faster than
+        gathering. Codes, losses and gradients are the same.
         """
         return self.training and not self.ops.on_host
 
-    # the way through the model
+    # forward pass
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
         x, row_scale = self.to_normalized(h_Bd)
         logits = self.logits(x)
-        whole = self.every(logits)
-        index, value = self.select(logits) if whole is None else (all_latents(logits), whole)
+        whole = self.every(logits) if self.trains_whole() else None
+        if whole is None:
+            index, value = self.select(logits)
+        else:
+            index, value = torch.arange(self.n_parents, device=logits.device).expand(logits.shape), whole
         empty = index.new_zeros(len(index), 0)
         codes = Codes(index, value, empty, empty.to(x.dtype), row_scale)
         prefixes = self.decode_prefixes(codes) if whole is None else self.decode_whole(whole)
@@ -73,7 +76,6 @@ class FlatSAE(SparseAutoencoder):
         return self.ops.linear(Rows(x_Bd - self.b_dec), self.E, self.b_E)
 
     def decode_normalized(self, codes: Codes) -> Tensor:
-        """x_hat [B, d]."""
         return self.ops.decode(Routing(codes.parent_index, self.n_parents), codes.parent_value, self.D) + self.b_dec
 
     def decode_prefixes(self, codes: Codes) -> Tensor:
@@ -100,26 +102,18 @@ class FlatSAE(SparseAutoencoder):
         return terms
 
     @torch.no_grad()
-    def normalize_decoder_weights(self, geometry: Any = None) -> None:
-        """Unit norm for D's rows (Euclidean)."""
+    def normalize_decoder_weights(self) -> None:
         if self.D.requires_grad:
             self.ops.normalize_rows_(self.D)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Remove the gradient's component along the rows of D."""
         if self.D.grad is not None:
             self.ops.project_out_(self.D.grad, self.D.detach())
 
     @torch.no_grad()
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
-        """Start b_dec at the geometric median of raw rows, given as batches [B, d]."""
-        self.b_dec.copy_(geometric_median(self.normalized_batches(batches)))
-
-
-def all_latents(logits_BP: Tensor) -> Tensor:
-    """Indices [B, P] of a slot for every latent, one row of memory for all."""
-    return torch.arange(logits_BP.shape[1], device=logits_BP.device).expand(logits_BP.shape)
+        self.b_dec.copy_(geometric_median(NormalizedBatches(self, batches)))
 
 
 class TopKSAE(FlatSAE):

@@ -1,15 +1,15 @@
 """The hierarchical sparse autoencoder (docs/method.md sections 1 and 4).
 
-One row's way: the router picks k parents and their codes a; what these leave of the row, x - x_top, is read by their
-children; a batch's largest parents and children are kept:
+The router chooses a row's parents and their codes a. The children of these parents read the residual x - x_top and have
+codes c. Of each, only the largest codes of the batch are kept:
 
     x_hat = b_dec + sum a_p D_p + sum c_pj G_pj
 
 Shapes: B rows, d residual width, P parents, C children per parent, Q teacher parents; k and K slots for a row's parents
-and children, of which a batch's budget leaves some without a code.
+and children. Slots that the batch's budget leaves empty have code 0.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +19,12 @@ from ..config import HSAEConfig
 from ..ops import Routing, Rows
 from . import jax_compat
 from .balance import LoadBalancer, NoBalance
-from .base import SparseAutoencoder
+from .base import NormalizedBatches, SparseAutoencoder
 from .children import CHILDREN
 from .codes import Codes, Firings, ModelOutput
 from .constraints import geometric_median
-from .init import ChildInit, SquareRoots, put_teacher, random_start
-from .losses import causal_orthogonality, loss_terms
+from .init import put_teacher, random_start
+from .losses import loss_terms
 from .router import Parents, Router
 from .sparsity import Sparsity, calibrate
 
@@ -32,7 +32,7 @@ ROUTER, OF_CHILDREN = ("E", "b_E", "D"), ("Down", "Up", "F", "b_F", "G")
 
 
 def _of(part: str, name: str) -> Any:
-    """What a part holds, under its own name."""
+    """A property of the model that reads and sets this attribute of a part."""
     return property(
         lambda model: getattr(getattr(model, part), name),
         lambda model, value: setattr(getattr(model, part), name, value),
@@ -81,13 +81,13 @@ class HierarchicalSAE(SparseAutoencoder):
     sigma: Tensor | None
     sigma_inv: Tensor | None
 
-    # the way through the model
+    # forward pass
 
     def forward(self, h_Bd: Tensor, generator: torch.Generator | None = None) -> ModelOutput:
         """One pass over raw rows [B, d]."""
-        # x is the row in normalised coordinates; rows is what the next product reads: x - b_dec, then what is left of x
+        # x: normalised coordinates. rows: what the router reads, x - b_dec, and then what the children read.
         x, rows, scale = self.ops.enter(h_Bd, self.normalize, self.data_mean, self.data_scale, self.b_dec)
-        # first the slots of each row, then the batch's budget; both choose by code plus selection bias
+        # The router fills each row's slots, then the batch's budget empties some; both rank codes plus selection bias.
         parents = self.router(rows, self.balance.parent_bias, generator)
         parents = self.sparsity.keep_parents(parents, self.balance.parent_bias)
         routes = Routing(parents.indices, self.n_parents, parents.used)
@@ -95,7 +95,7 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.child_input == "residual":
             x_top = self.ops.decode(routes, parents.value, self.router.D)
             x_top = x_top if self.b_dec is None else x_top + self.b_dec
-            rows = Rows(x - x_top)  # not detached: what children read trains the parents, too
+            rows = Rows(x - x_top)  # not detached: the children's gradient reaches the parents
         pre = self.child.encode(rows, routes)
         children = self.sparsity.keep_children(pre, parents, self.child.code, self.balance.child_bias)
         x_hat, x_top, error, error_top = self.ops.reconstruct(
@@ -107,7 +107,10 @@ class HierarchicalSAE(SparseAutoencoder):
         )
 
     def encode_parent(self, x_Bd: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Route rows x - b_dec: indices [B, k], codes [B, k], all logits [B, P]. In training thresholds move."""
+        """Route rows x - b_dec: indices [B, k], codes [B, k], all logits [B, P].
+
+        In training mode this updates the running threshold of a batch's budget.
+        """
         bias = self.balance.parent_bias
         parents = self.sparsity.keep_parents(self.router(Rows(x_Bd), bias, generator), bias)
         return parents.indices, parents.value, parents.logits
@@ -115,8 +118,8 @@ class HierarchicalSAE(SparseAutoencoder):
     def encode_children(self, x_Bd: Tensor, parent_Bk: Tensor, value_Bk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the routed parents: numbers p*C + j [B, K], codes [B, K], pre-activations [B, k, C].
 
-        x: what children read, x - x_top or x - b_dec. A child is silent where its parent's code is not above 0. In
-        training thresholds move, and the parents come first (`encode_parent`).
+        x: what children read, x - x_top or x - b_dec. A child's code is 0 where its parent's is not above 0.
+        In training mode this updates the running threshold; call `encode_parent` first.
         """
         parents = Parents(parent_Bk, value_Bk, value_Bk)
         pre = self.child.encode(Rows(x_Bd), Routing(parent_Bk, self.n_parents))
@@ -131,11 +134,11 @@ class HierarchicalSAE(SparseAutoencoder):
         return x_hat if self.b_dec is None else x_hat + self.b_dec
 
     def atoms(self, parents: Tensor | slice | int) -> Tensor:
-        """What the children of the given parents [n] (or of one) write: [n, C, d]."""
+        """Decoder rows of the children of the given parents [n] (or of one): [n, C, d]."""
         return self.child.atoms(parents)
 
     def child_readers(self, parents: Tensor | slice) -> Tensor:
-        """What the children of the given parents [n] read with: [n, C, d]."""
+        """Encoder rows of the children of the given parents [n]: [n, C, d]."""
         return self.child.readers(parents)
 
     # training; the order of a step: forward, loss_terms, backward and after_batch for every micro-batch, then
@@ -158,26 +161,11 @@ class HierarchicalSAE(SparseAutoencoder):
         self.balance.move(self.router, self.child, frozen)
 
     def initialize_bias(self, batches: Iterable[Tensor]) -> None:
-        """Start b_dec, where there is one, at the geometric median of raw rows, given as batches [B, d]."""
         if self.b_dec is not None:
-            self.b_dec.data.copy_(geometric_median(self.normalized_batches(batches)))
+            self.b_dec.data.copy_(geometric_median(NormalizedBatches(self, batches)))
 
-    def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
-        """Set the thresholds of batch budgets so that raw rows [B, d] have `target_l0` codes on average."""
-        calibrate(self, batches, target_l0)
-
-    def initialize_from_teacher(
-        self,
-        parent_vectors: Mapping[str, Tensor],
-        child_projectors: Mapping[str, ChildInit],
-        geometry: SquareRoots | None = None,
-        *,
-        seed_parent: bool = True,
-        seed_child: bool = True,
-        seed_projectors: bool = True,
-    ) -> None:
-        """Put a teacher into the first Q parents, in the order of `parent_vectors`; see `init.put_teacher`."""
-        put_teacher(self, parent_vectors, child_projectors, geometry, seed_parent, seed_child, seed_projectors)
+    calibrate = calibrate
+    initialize_from_teacher = put_teacher
 
     # constraints
 
@@ -193,10 +181,8 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.norm_metric == "causal":
             self.normalize_decoder_weights()
 
-    def norm_metric(self, geometry: Any = None) -> Tensor | None:
-        """The metric [d, d] of the constraint: `geometry`'s, else the configured one; None is Euclidean."""
-        if geometry is not None:
-            return geometry.sigma.to(self.D)
+    def norm_metric(self) -> Tensor | None:
+        """The metric [d, d] of the unit norms; None is Euclidean."""
         return self.sigma if self.config.norm_metric == "causal" else None
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -209,13 +195,10 @@ class HierarchicalSAE(SparseAutoencoder):
         """False while G is frozen: restoring norms takes Cholesky factors, whose library may not allow a capture."""
         return self.child.gram_reference is None
 
-    def normalize_decoder_weights(self, geometry: Any = None) -> None:
-        """Unit norm for D's rows and for the atoms (or G's rows), in the configured norm or in `geometry`'s.
-
-        Does nothing when `normalize_decoder` is off.
-        """
+    def normalize_decoder_weights(self) -> None:
+        """Unit norm for D's rows and for the atoms (or G's rows); nothing when `normalize_decoder` is off."""
         if self.config.normalize_decoder:
-            metric = self.norm_metric(geometry)
+            metric = self.norm_metric()
             self.router.normalize_(metric)
             self.child.normalize_(metric)
 
@@ -224,12 +207,6 @@ class HierarchicalSAE(SparseAutoencoder):
         metric = self.norm_metric()
         self.router.project_(metric)
         self.child.project_(metric)
-
-    def compute_causal_orthogonality_penalty(self, geometry: Any) -> Tensor:
-        """Mean squared causal inner product of parents and their atoms in `geometry` (a CausalGeometry)."""
-        literal = self.config.causal_orth_form == "literal"
-        metric = torch.linalg.inv(geometry.sigma) if literal else geometry.sigma
-        return causal_orthogonality(self.D, self.Up, self.G, metric.to(self.D), self.config.causal_orth_form)
 
 
 def freeze_decoder_weights(model: HierarchicalSAE) -> None:

@@ -91,10 +91,11 @@ def put_teacher(
     model: "HierarchicalSAE",
     parent_vectors: Mapping[str, Tensor],
     child_projectors: Mapping[str, ChildInit],
-    geometry: SquareRoots | None,
-    seed_parent: bool,
-    seed_child: bool,
-    seed_projectors: bool,
+    geometry: SquareRoots | None = None,
+    *,
+    seed_parent: bool = True,
+    seed_child: bool = True,
+    seed_projectors: bool = True,
 ) -> None:
     """Put a teacher into the first Q parents, in the order of `parent_vectors`; the others stay as they are.
 

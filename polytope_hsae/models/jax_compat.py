@@ -27,7 +27,6 @@ class JaxRouter(Router):
         self.register_buffer("threshold", torch.tensor(self.D.shape[1] ** -0.5))
 
     def forward(self, rows: Rows, bias: Tensor | None = None, generator: torch.Generator | None = None) -> Parents:
-        """As `Router.forward`."""
         wants_sum = self.config.l1_parent > 0
         found = self.ops.route(
             rows, self.E, self.b_E, self.slots, bias=bias, threshold=self.threshold, sum_codes=wants_sum
@@ -57,8 +56,3 @@ class JaxChildren(FactoredChildren):
     def l1(self, output: ModelOutput) -> Tensor:
         """The summed sizes of all opened children's codes, mean over rows."""
         return self.ops.l1(output.child_pre, self.threshold, CHILD_SLOPE).mean()
-
-
-def orthogonality(router: Router) -> Tensor:
-    """The published code's orthogonality of E and D."""
-    return router.ops.biorth_jax(router.E, router.D)

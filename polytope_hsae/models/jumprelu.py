@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import JumpReLUConfig, LossOverrides
+from .base import NormalizedBatches
 from .codes import ModelOutput
 from .flat import FlatSAE, pack
 from .losses import mean_error
@@ -84,10 +85,7 @@ class JumpReLUSAE(FlatSAE):
         z_Bk = logits_BP.gather(1, index_Bk)
         return index_Bk, JumpReLU.apply(z_Bk, threshold_P[index_Bk], self.config.bandwidth)
 
-    def every(self, logits_BP: Tensor) -> Tensor | None:
-        """As `FlatSAE.every`."""
-        if not self.trains_whole(logits_BP):
-            return None
+    def every(self, logits_BP: Tensor) -> Tensor:
         return JumpReLU.apply(logits_BP, self.log_threshold.exp().expand_as(logits_BP), self.config.bandwidth)
 
     def loss_terms(
@@ -120,6 +118,6 @@ class JumpReLUSAE(FlatSAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor], target_l0: float) -> None:
         """Scale all thresholds by one factor, so that raw rows [B, d] have `target_l0` active latents on average."""
-        rows, threshold_P = self.normalized_batches(batches), self.log_threshold.exp()
+        rows, threshold_P = NormalizedBatches(self, batches), self.log_threshold.exp()
         factor = level_for_l0(lambda: (self.logits(x_Bd) / threshold_P for x_Bd in rows), target_l0)
         self.log_threshold.add_(math.log(max(LOWEST_FACTOR, factor)))

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..config import LossOverrides
 from ..ops import CPU, Ops, Routing
 from ..ops.orthogonality.naive import gram_product
-from . import jax_compat
 from .codes import ModelOutput
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def loss_terms(
     if config.l1_child > 0:
         terms["l1_child"] = (config.l1_child, children.l1(output))
     if config.biorth_lambda > 0 and config.use_offdiag_biorth == "jax":
-        terms["biorth_router"] = (config.biorth_lambda, jax_compat.orthogonality(router))
+        terms["biorth_router"] = (config.biorth_lambda, router.ops.biorth_jax(router.E, router.D))
     elif config.biorth_lambda > 0:
         for name, read, write in (("router", router.E, router.D), ("child", children.F, children.G)):
             value = (

@@ -1,4 +1,4 @@
-"""The router: which parents a row meets, and with what codes (docs/method.md section 1).
+"""The router: which parents a row activates, and their codes (docs/method.md section 1).
 
 Shapes: B rows, k parents of a row, P parents, d width.
 """
@@ -18,10 +18,10 @@ from .constraints import project_out, row_norms
 
 
 class Parents(NamedTuple):
-    """A row's parents: indices int64 [B, k], value [B, k], their codes, 0 in a slot that is not in use.
+    """A row's parents: indices int64 [B, k], and value [B, k], their codes, 0 in an empty slot.
 
-    logits [B, P] of all parents, without a gradient. code_sum [B]: all P codes summed, where the model's L1 is of them.
-    used (bool) [B, k]: slots with a code, where a batch's budget leaves many without one; None: all.
+    logits [B, P] of all parents, without a gradient. code_sum [B]: the sum of all P codes, for the published form's L1.
+    used (bool) [B, k]: slots with a code under a batch's budget; None: all.
     """
 
     indices: Tensor
@@ -46,7 +46,7 @@ class Router(Part):
         self.temperature: float | Tensor = config.router_temp_start
 
     def forward(self, rows: Rows, bias: Tensor | None = None, generator: torch.Generator | None = None) -> Parents:
-        """The parents of rows x - b_dec. bias [P]: selection biases, added for the choice only."""
+        """The parents of rows x - b_dec. bias [P]: selection biases, which change the choice and not the codes."""
         noise = self._noise(generator) if self.training and self.config.gate == "straight_through" else None
         found = self.ops.route(rows, self.E, self.b_E, self.slots, bias=bias, noise=noise)
         if self.config.gate == "straight_through":
@@ -66,10 +66,9 @@ class Router(Part):
         return noise
 
     def _through(self, found: Routed, rows: Rows) -> Tensor:
-        """Codes behind a gate of value 1, whose gradient is that of the soft mask softmax(r / temperature).
+        """Codes times a gate of value 1 with the gradient of softmax(r / temperature), a straight-through estimate.
 
-        It is renormalised over the chosen; over a single one that would be constant, so the mask over all parents
-        stands in.
+        The softmax is over the chosen parents. For k = 1 that would be constant, so it is over all P parents.
         """
         if self.slots == 1:
             soft_BP = torch.softmax(self.ops.linear(rows, self.E, self.b_E) / self.temperature, dim=1)

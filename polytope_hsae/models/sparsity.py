@@ -1,4 +1,4 @@
-"""How many codes a row has: the same number for every row, or one number for a batch, which its rows share.
+"""How many codes a row has: the same number for every row, or a budget that the rows of a batch share.
 
 Shapes: B rows, P latents, k and K slots for a row's parents and children, n for either, C children per parent.
 """
@@ -23,10 +23,10 @@ THRESHOLD_DECAY = 0.99  # memory of a batch budget's running mean of its smalles
 
 
 class PerRow(nn.Module):
-    """The budget of every row by itself: all of its slots are in use."""
+    """Every row has the same budget: all of its slots are used."""
 
     of_batch = False
-    smallest: Tensor  # score in use of the last batch, where rows share a budget
+    smallest: Tensor  # the last batch's smallest kept score, under a batch's budget
 
     def keep(self, value_Bn: Tensor, score_Bn: Tensor, per_row: float | Tensor) -> Tensor:
         """The codes [B, n] as they are."""
@@ -34,11 +34,11 @@ class PerRow(nn.Module):
 
 
 class PerBatch(PerRow):
-    """A budget that the rows of a batch share. In training its largest positive scores are in use, afterwards those
-    above `threshold`: the running mean of the smallest score in use, until it is calibrated.
+    """A budget that the rows of a batch share. In training the batch's largest positive scores are kept, in eval mode
+    those above `threshold`: the running mean of the smallest kept score, until it is calibrated.
 
-    A row has a fixed number of slots, more than it has codes on average: so no shape depends on the data, and nothing
-    has to wait for a GPU. What a row would have beyond its slots is cut.
+    A row has a fixed number of slots, more than it has codes on average. So no shape depends on the data, and nothing
+    waits for a GPU. A row never has more codes than slots.
     """
 
     of_batch = True
@@ -51,9 +51,9 @@ class PerBatch(PerRow):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def keep(self, value_Bn: Tensor, score_Bn: Tensor, per_row: float | Tensor) -> Tensor:
-        """The codes [B, n] with 0 in the slots that are not in use; per_row of them on average, or by the threshold.
+        """The codes [B, n] with 0 in the slots that are not kept: `per_row` on average in training, else by threshold.
 
-        per_row may be a tensor: nothing waits for its value.
+        per_row may be a tensor on the GPU: nothing waits for its value.
         """
         score_Bn = score_Bn.detach()
         if not self.training:
@@ -77,12 +77,18 @@ class PerBatch(PerRow):
         self.threshold.lerp_(self.smallest, weight.to(self.smallest))
         return torch.where(keep_N.view_as(score_Bn), value_Bn, 0.0)
 
+    @torch.no_grad()
+    def calibrate(self, scores: Callable[[], Iterable[Tensor]], per_row: float) -> None:
+        """Set the threshold above which a row has `per_row` scores on average; 0 where too few are positive."""
+        self.threshold.zero_()  # so that scores of a model in eval mode are those of all its slots
+        self.threshold.fill_(max(0.0, level_for_l0(scores, per_row)))
+
 
 class Sparsity(nn.Module):
-    """Who is kept of a row's parents and of their children."""
+    """Which parents and children of a row keep their code."""
 
     share: Tensor | None  # of the parents in a joint budget
-    gap: Tensor  # smallest parent's score in use less the smallest child's, since the last step
+    gap: Tensor  # smallest kept score of a parent minus that of a child, summed since the last step
 
     def __init__(self, config: HSAEConfig):
         super().__init__()
@@ -105,9 +111,9 @@ class Sparsity(nn.Module):
     def keep_children(
         self, pre_BkC: Tensor, parents: Parents, code: Callable[[Tensor], Tensor], bias: Tensor | None
     ) -> Children:
-        """The children that the budget lets a row have; a child is silent where its parent's code is not above 0.
+        """The children that the budget keeps; a child's code is 0 where its parent's is not above 0.
 
-        code: of a pre-activation. bias [P, C]: the selection biases.
+        code: from pre-activation to code. bias [P, C]: the selection biases.
         """
         C = pre_BkC.shape[2]
         choice_BkC = scores(pre_BkC.detach(), None if bias is None else bias[parents.indices])
@@ -133,7 +139,7 @@ class Sparsity(nn.Module):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Move the parents' share of a joint budget, so that the smallest score of both becomes the same."""
+        """Move the parents' share of a joint budget until parents and children have the same smallest kept score."""
         if self.share is None:
             return
         start = self.mean_parents / self.total
@@ -143,7 +149,7 @@ class Sparsity(nn.Module):
 
 
 def scores(value: Tensor, bias: Tensor | None) -> Tensor:
-    """What codes compete with: themselves, or where they are above 0 themselves plus a selection bias."""
+    """What codes are ranked by: the code, plus its selection bias where it is above 0."""
     return value if bias is None else torch.where(value > 0, value + bias, value)
 
 
@@ -162,20 +168,16 @@ def calibrate(model: "HierarchicalSAE", batches: Iterable[Tensor], target_l0: fl
         share = model.config.topk_parent / model.config.total_l0
         wanted = target_l0 * (share if sparsity.share is None else sparsity.share.item())
         bias = balance.parent_bias
-        sparsity.parent_budget.threshold.zero_()  # every positive code, up to the number of slots
-        level = level_for_l0(
+        sparsity.parent_budget.calibrate(
             lambda: (scores(c.parent_value, None if bias is None else bias[c.parent_index]) for c in codes()), wanted
         )
-        sparsity.parent_budget.threshold.fill_(max(0.0, level))
     if isinstance(sparsity.child_budget, PerBatch):
         active = torch.cat([(c.parent_value > 0).sum(1) for c in codes()]).double().mean().item()
         of_child = None if balance.child_bias is None else balance.child_bias.flatten()
-        sparsity.child_budget.threshold.zero_()
-        level = level_for_l0(
+        sparsity.child_budget.calibrate(
             lambda: (scores(c.child_value, None if of_child is None else of_child[c.child_index]) for c in codes()),
             max(0.0, target_l0 - active),
         )
-        sparsity.child_budget.threshold.fill_(max(0.0, level))
 
 
 def level_for_l0(scores: Callable[[], Iterable[Tensor]], target_l0: float) -> float:

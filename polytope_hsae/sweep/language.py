@@ -17,7 +17,7 @@ from ..data.feed import place
 from ..evaluation.firings import count_firings
 from ..fileio import read_json, sha256_file, sha256_json, write_tensors
 from ..lm import LanguageModel
-from ..lm_loading import load_tokenizer, tokenizer_sha256
+from ..lm.loading import load_tokenizer, tokenizer_sha256
 from ..models.base import SparseAutoencoder
 from ..phases.arms import train_arm
 from ..phases.measure import HeldOut, measure_models

@@ -22,7 +22,7 @@ from .trainer import HSAETrainer
 
 HELD_ROWS = 32_768  # rows at most that are held out: thresholds are set on them, and the last line rests on them
 SAMPLE_ROWS = 65_536  # rows at most that mean, scale and the start of b_dec are taken from
-FEW_FIRINGS, MANY_EPOCHS = 100, 100  # below which a latent has hardly learned, above which rows are learned by heart
+FEW_FIRINGS, MANY_EPOCHS = 100, 100  # fewer firings hardly train a latent; more epochs overfit the rows
 
 
 class TensorRows:
@@ -66,15 +66,15 @@ def train(
         config: HSAEConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig or MatryoshkaConfig.
         steps: optimiser steps.
         batch_size: rows per step; a stream has its own.
-        lr: peak learning rate; None = 1.6 / d, a guess through the rates of two runs of `recommended`: 6e-3 at width
-            256 and 3e-3 at 576 (docs/LOG.md). The quickstart, smaller and shorter, has 8e-3 at 256.
+        lr: peak learning rate; None = 1.6 / d, a guess from the learning rates of two runs of `recommended`: 6e-3 at
+            width 256 and 3e-3 at 576 (docs/LOG.md). The quickstart, smaller and shorter, has 8e-3 at 256.
         normalize: rms, unit_row or none.
         device: None = a GPU where there is one, else the CPU.
         folder: for checkpoints, from which the same call goes on; None = none.
         quiet: print nothing; else progress on standard error, and at the end EV and L0 on the held-out rows.
         training: further fields of `training` in a config, e.g. warmup_steps=100.
 
-    Returns the model in eval mode. Raises ValueError with one line for rows, a rate or sizes that make no sense.
+    Returns the model in eval mode. Raises ValueError with one line for bad rows, learning rates or sizes.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True, quiet=quiet)
@@ -147,7 +147,7 @@ def _options(batch_size: int, lr: float, steps: int, fields: dict[str, Any]) -> 
 def _look_at(
     options: TrainingConfig, config: HSAEConfig | FlatConfig, width: int, steps: int, rows: int | None
 ) -> None:
-    """Refuse a rate that cannot work, and warn of a training that is too short or too long for its rows."""
+    """Refuse a learning rate that is too large; warn of a training that is too short, or too long for its rows."""
     if options.lr >= width**-0.5:
         found = f"found {options.lr:g}, allowed: below 1/sqrt(d) = {width**-0.5:.3g}"
         raise ValueError(f"lr: {found}; a step would change a unit row's entries by as much as they are")

@@ -162,7 +162,7 @@ class HSAETrainer:
         }
 
     def _begin(self, stage: StageConfig) -> None:
-        """The stage's rate multipliers, and the names of what does not learn in it."""
+        """Set the stage's learning rate multipliers, and the names of tensors that do not learn in it."""
         self.stage, self.held = stage, set(stage.freeze)
         for group in self.optimizer.param_groups:
             group["multiplier"] = rate_multiplier(group["names"], {**self.model.lr_mult, **stage.lr_mult})
@@ -220,9 +220,8 @@ class HSAETrainer:
         return norm
 
     def _look_for_nan(self, loss: Tensor, grad_norm: Tensor, terms: dict[str, tuple[float, Tensor]]) -> None:
-        """On a GPU nothing waits for a gradient norm; one that is not finite moves no parameter but lifted biases.
-
-        It is looked for on the steps that wait anyway: those that are logged, validated or saved.
+        """On a GPU no step waits for its gradient norm. One that is not finite leaves all parameters as they are, but
+        for encoder biases that the balance raises. It is looked for on steps that are logged, validated or saved.
         """
         after, config = self.step + 1, self.config
         waiting = (config.log_every, config.val_every, config.checkpoint_every)
@@ -234,7 +233,8 @@ class HSAETrainer:
         for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not torch.isfinite(value):
                 kept = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
-                found = f"the {what} is {value.item()} at step {self.step} ({_parts(terms)})"
+                parts = ", ".join(f"{name} {term.item():.4g}" for name, (_, term) in terms.items())
+                found = f"the {what} is {value.item()} at step {self.step} ({parts})"
                 raise Diverged(f"training: {found}; last good checkpoint: {kept}")
 
     @torch.no_grad()
@@ -329,12 +329,9 @@ def clip_gradients(parameters: Sequence[Tensor], limit: float | None) -> Tensor:
 
     Exactly g * limit / |g|, where `torch.nn.utils.clip_grad_norm_` adds 1e-6 to |g|.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+    norm, factor = clip_factor(parameters, limit)
     if limit is not None:
-        scale = (limit / norm).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
     return norm
 
 
@@ -350,7 +347,3 @@ def clip_factor(parameters: Sequence[Tensor], limit: float | None) -> tuple[Tens
 def discard_checkpoints(folder: Path) -> None:
     """Delete an arm's checkpoints, so that it starts anew."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _parts(terms: dict[str, tuple[float, Tensor]]) -> str:
-    return ", ".join(f"{name} {value.item():.4g}" for name, (_, value) in terms.items())

@@ -1,4 +1,4 @@
-"""Which parents and children are in use: two counters, never one (docs/method.md section 2)."""
+"""Dead parents and dead children, each with its own counter (docs/method.md section 2)."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from ..models.codes import Firings
 
 
 class Usage:
-    """Counts, for every parent, tokens since it was last active; for every child, its parent's routed tokens since.
+    """idle_parent int64 [P]: tokens since each parent last fired.
 
-    idle_parent [P] and idle_child [P*C], int64.
+    idle_child int64 [P*C]: tokens routed to its parent since each child last fired.
     """
 
     def __init__(self, n_parents: int, n_children: int, device: torch.device):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from common import CUDA, DEVICE, assert_close, normal
-from models import factored
+from models import factored, total
 
 from polytope_hsae import ops
 from polytope_hsae.config import HSAEConfig, LossOverrides
@@ -96,8 +96,8 @@ def test_a_model_and_all_its_gradients(name, B):
     for key, (weight, value) in terms.items():
         assert terms_found[key][0] == weight
         assert_close(terms_found[key][1], value, 1e-4)
-    sum(weight * value for weight, value in terms.values()).backward()
-    sum(weight * value for weight, value in terms_found.values()).backward()
+    total(terms).backward()
+    total(terms_found).backward()
     for (_, a), (_, b) in zip(mine.named_parameters(), reference.named_parameters(), strict=True):
         if b.grad is not None and b.grad.norm() > 1e-12:
             assert_close(a.grad, b.grad, 1e-4)
@@ -133,6 +133,6 @@ def test_the_same_bits_twice():
     h, grads = normal(3000, 48).float().cuda(), []
     for _ in range(2):
         model.zero_grad()
-        sum(w * value for w, value in model.loss_terms(model(h), LossOverrides()).values()).backward()
+        total(model.loss_terms(model(h), LossOverrides())).backward()
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from common import BACKENDS, assert_close, leaf, normal, parents
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from polytope_hsae.ops import Children, Routing, Rows
+from polytope_hsae.ops import CPU, Children, Routing, Rows
+from polytope_hsae.ops.routed.cpu import composes
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 B, k, P, C, s, d = 23, 3, 7, 5, 4, 37
@@ -68,6 +70,19 @@ def test_rows_that_ask_for_a_gradient_get_it_through_enter(backend):
 
 
 @backends
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])  # of the logits that a gradient reaches
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(backend, share, biased):
+    x, weight, b = normal(30, d), normal(40, d), normal(40)
+    on = torch.rand(30, 40, generator=torch.Generator().manual_seed(5)) < share
+    both = Both(backend, x, weight, b if biased else None)
+    found = both.ops.linear(Rows(both.of(x)), both.of(weight), both.of(b) if biased else None)
+    expected = x @ weight.T + (b if biased else 0)
+    assert_close(found, expected, 2e-5)
+    both.check([found.where(on.to(found.device), 0.0)], [expected.where(on, 0.0)])
+
+
+@backends
 @pytest.mark.parametrize("sum_codes", [False, True])
 @pytest.mark.parametrize("by_code", [False, True])
 @pytest.mark.parametrize("noisy,biased", [(False, False), (True, False), (False, True), (True, True)])
@@ -121,7 +136,8 @@ def test_decode(backend, partial):
 def test_encode_children(backend, width, partial):
     rows = 60 if width == "many rows" else B  # where all atoms of width d are made first on a CPU
     index, x, b_F = parents(rows, k, P), normal(rows, d), normal(P, C)
-    F, Down = (normal(P, C, d), None) if width == "direct" else (normal(P, C, 6), normal(P, 6, d))
+    inner = 6 if width == "many rows" else s
+    F, Down = (normal(P, C, d), None) if width == "direct" else (normal(P, C, inner), normal(P, inner, d))
     used = normal(rows, k, seed=1) > 0 if partial else None
     both = Both(backend, x, F, b_F, Down)
     routes = Routing(both.of(index), P, None if used is None else both.of(used))
@@ -251,3 +267,31 @@ def test_no_rows(backend):
     assert ops.decode_children(none, codes, F, Down).shape == (0, 8)
     found = ops.reconstruct(empty, None, routes, codes, Children(none, none, codes), D, None, F, Down)
     assert [tuple(part.shape) for part in found] == [(0, 8), (0, 8), (0,), (0,)]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor of the work inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("C, s", [(4, 8), (8, 4)])  # atoms made first; through the subspaces
+def test_no_tensor_grows_with_rows_and_width_and_slots_together(C, s):
+    B, k, P, d = 64, 8, 16, 256
+    assert composes(B * k, P, C, s) == (s >= C)
+    shapes = (B, d), (P, s, d), (P, C, s), (P, s, d), (P, C, s), (P, C)
+    x, Down, F, Up, G, b_F = (normal(*shape).requires_grad_() for shape in shapes)
+    parent = parents(B, k, P)
+    with Largest() as largest:
+        pre = CPU.encode_children(Rows(x), Routing(parent, P), F, b_F, Down)
+        value, place = pre.flatten(1).topk(k, dim=1)
+        index = (parent.unsqueeze(2) * C + torch.arange(C)).flatten(1).gather(1, place)
+        CPU.decode_children(index, value, G, Up).square().sum().backward()
+    assert largest.numbers <= P * max(C, s) * d < B * k * d

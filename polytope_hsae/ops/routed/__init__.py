@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
 @dataclass
 class Routing:
-    """Which of n_parents every row meets, int64 [B, k]; used (bool) [B, k]: the slots that are in use, None: all.
+    """The parents that each row is routed to, int64 [B, k]. used (bool) [B, k]: the slots in use; None: all.
 
     `plan` is the kernels' own: their pairs of a row and a parent, grouped by parent.
     """
