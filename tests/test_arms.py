@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from polytope_hsae.findings.plan import load_findings
 
 from polytope_hsae.config import ArmConfig, Config, load_config
 from polytope_hsae.evaluation.concepts import labelled_rows
-from polytope_hsae.findings.plan import load_findings
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
 from polytope_hsae.phases.run import Run

@@ -1,4 +1,4 @@
-"""The published commands and the study that chose the quickstart's options."""
+"""The published commands."""
 
 from pathlib import Path
 
@@ -23,29 +23,3 @@ def test_the_published_commands_are_those_of_hsae(finished, name):
     for words in SCRIPTS[name]:
         assert words in answer.out
     assert files(finished) == before
-
-
-TINY = [
-    "run.threads=1",
-    "corpus.max_tokens=3000", "corpus.context_length=128", "corpus.split=[0.4, 0.3, 0.3]",
-    "geometry.permutations=100",
-    "concepts.max_parents=4", "concepts.max_children_per_parent=6", "concepts.split=[0.5, 0.2, 0.3]",
-    "concepts.min_test_rows=1", "hsae.n_parents=16", "hsae.topk_parent=4", "hsae.topk_child_total=4",
-    "hsae.n_children_per_parent=4", "hsae.subspace_dim=4", "training.batch_size=64",
-    "training.baseline.stages=[{name: train, steps: 2}]", "training.teacher.stages=[{name: adapt, steps: 2}]",
-    "eval.bootstrap=100", "eval.lm_contexts=1", "eval.steering.max_concepts=1", "eval.steering.contexts=1",
-    "eval.steering.context_length=4",
-]  # fmt: skip
-
-
-def test_the_study_of_the_quickstarts_options(tmp_path):
-    settings = [part for setting in TINY for part in ("--set", setting)]
-    study = EXPERIMENTS / "choose_quickstart.py"
-    for part, hooks, rows in (("model", "", 9), ("hook", "model.layers.3", 11)):
-        answer = script(study, "--out", tmp_path, "--part", part, "--hooks", hooks, *settings)
-        assert answer.code == 0, answer.err
-        lines = (tmp_path / f"{part}.md").read_text().splitlines()
-        assert len(lines) == 2 + rows
-        columns = {line.count("|") for line in lines}
-        assert columns == {13}, columns
-        assert lines[2] in answer.out

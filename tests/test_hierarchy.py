@@ -12,7 +12,7 @@ from tiny import concepts
 from polytope_hsae.config import TopKConfig
 from polytope_hsae.data.store import FORMAT, ActivationStore, ResidentStore
 from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics, sampled_rows
-from polytope_hsae.evaluation.hierarchy import Probes, make_probes, probe_metrics
+from polytope_hsae.evaluation.hierarchy import Probes, child_probes, probe_metrics, read_classes
 from polytope_hsae.fileio import sha256_file, write_json, write_tensors
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKSAE
@@ -168,12 +168,13 @@ def labelled(tmp_path) -> ActivationStore:
 
 def test_probes_are_those_of_linear_discriminant_analysis(labelled):
     tree = concepts()
-    probes = make_probes(labelled, tree, label="current_token", vocab_size=64, rows_per_child=20, shrinkage=0.0)
+    classes = read_classes(labelled, tree, label="current_token", vocab_size=64)
+    probes = child_probes(classes, rows_per_child=20, shrinkage=0.0)
     acts = labelled.acts("train", torch.arange(4000)).double()
     child = tree.token_to_child(vocab_size=64, folds=("train",))[labelled.column("train", "token").long()].long()
-    classes = torch.where(child < 0, tree.n_children, child)
-    means = torch.stack([acts[classes == c].mean(0) for c in range(tree.n_children + 1)])
-    within = acts - means[classes]
+    class_N = torch.where(child < 0, tree.n_children, child)
+    means = torch.stack([acts[class_N == c].mean(0) for c in range(tree.n_children + 1)])
+    within = acts - means[class_N]
     covariance = within.T @ within / len(acts)
     covector = torch.linalg.solve(covariance, (means[:-1] - acts.mean(0)).T).T
     # In the unified coordinate a covector w is S^(1/2) w and a vector a is S^(-1/2) a: their product is w.a.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from polytope_hsae.study.plan import stated_config
 from running import contents, hsae, refused
 from tiny import packaged_texts
 
@@ -14,6 +13,7 @@ from polytope_hsae.config import load_config
 from polytope_hsae.data.corpus import PACKAGED_TOKENIZER
 from polytope_hsae.fileio import read_json
 from polytope_hsae.provenance import dependencies
+from polytope_hsae.sweep.plan import Sweep, stated_config
 
 ONTOLOGY = {
     "animal": {"pet": ["dog", "cat", "horse"], "wild": ["wolf", "lion", "bear"], "water": ["fish", "whale", "shark"]},
@@ -135,9 +135,14 @@ def test_runs_in_different_folders_have_the_same_bytes_and_no_paths(made, tmp_pa
         assert read_json(other / "run" / name)["model"] == "lm"
 
 
-def test_paths_do_not_count_among_a_studys_settings():
+def stated(config: str, fields: dict) -> dict:
+    tree = {"name": "a", "config": config, "hooks": ["layers.1"], "arms": [{"name": "b"}], "set": fields}
+    return stated_config(Sweep.model_validate(tree), "layers.1")
+
+
+def test_paths_do_not_count_among_a_sweeps_settings():
     fields = {"concepts.prompts": "a.yaml", "concepts.exclude": "b.txt", "corpus.heldout_path": "c.txt"}
     elsewhere = {field: f"/elsewhere/{path}" for field, path in fields.items()}
-    assert stated_config("smoke", fields) == stated_config("smoke", elsewhere) == stated_config("smoke", {})
-    words = stated_config("smoke", {"concepts.exclude": ["dog"], "concepts.prompts": "packaged"})
-    assert words == stated_config("smoke", {}) | {"concepts.exclude.0": "dog", "concepts.prompts": "packaged"}
+    assert stated("smoke", fields) == stated("smoke", elsewhere) == stated("smoke", {})
+    words = stated("smoke", {"concepts.exclude": ["dog"], "concepts.prompts": "packaged"})
+    assert words == stated("smoke", {}) | {"concepts.exclude.0": "dog", "concepts.prompts": "packaged"}

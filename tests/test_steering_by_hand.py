@@ -10,10 +10,10 @@ import pytest
 import torch
 from fakes import FakeConcepts, FakeSAE, language_model, sampled_ids
 
-from polytope_hsae.lm import edits as lm_edits
 from polytope_hsae.evaluation.pushing import Search, evenly_spaced, solve_alpha
 from polytope_hsae.evaluation.steering import evaluate_steering
 from polytope_hsae.lm import FINAL_HOOK
+from polytope_hsae.lm import edits as lm_edits
 
 
 @pytest.fixture(scope="module")

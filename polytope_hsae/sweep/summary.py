@@ -45,8 +45,8 @@ def spread(values: Sequence[float]) -> Spread | None:
 class Result:
     """A cell at its chosen learning rate.
 
-    records: by seed, those that have values of the split; trials: the first seed's, by learning rate; failed: runs whose
-    loss was not finite.
+    records: by seed, those that have values of the split; trials: the first seed's, by learning rate; failed: how many
+    runs had a loss that is not finite.
     """
 
     cell: Cell

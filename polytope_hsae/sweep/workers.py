@@ -20,8 +20,8 @@ Say = Callable[[str], None]
 class Options:
     """How a sweep is run; nothing of it changes a result.
 
-    only: an arm or a glob of HOOK/RUN; limit: runs made now; device: one, or several with commas; cache: None is a folder
-    of the sweep's.
+    only: an arm or a glob of HOOK/RUN; limit: runs made now; device: one, or several with commas; cache: None is a
+    folder of the sweep's.
     """
 
     only: str | None
@@ -45,7 +45,7 @@ class _Here(Executor):
 def worker_pool(
     workers: int, start: Callable[[int, Any], None], argument: Any, name: str, kept: str = ""
 ) -> Iterator[Executor]:
-    """So many processes, each of which begins with `start(number, argument)`; a single worker is this process, as it is.
+    """So many processes, each of which begins with `start(number, argument)`; a single worker is this process.
 
     Only this process writes records, so that none is half-written when the workers are ended with it. Raises OSError,
     naming the command `name` and what is kept, if one is killed.
