@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from worlds import WORLDS, WorldSize, draw_world, try_world
 
 from polytope_hsae.geometry import difference, polytopes, signal, statistics
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.decision import LARGEST_SPREAD, hierarchy_decision, partial_conjunction
 from polytope_hsae.geometry.estimators import ConceptEstimator
 from polytope_hsae.geometry.orthogonality import omega
-from polytope_hsae.geometry.worlds import WORLDS, WorldSize, draw_world, try_world
 
 SIZE = WorldSize(width=96, parents=14, children=6, words=8, background=200, permutations=200, halvings=4)
 

@@ -268,3 +268,21 @@ def test_activation_statistics_refuse_bad_batches() -> None:
         stats.update(torch.zeros(2, 3), torch.tensor([-1, 2]))
     with pytest.raises(ValueError, match=r"allowed: \[N, 3\] and \[N\]"):
         stats.update(torch.zeros(2, 4), torch.tensor([-1, 1]))
+
+
+def test_published_names_match_by_name(unembedding: Tensor, geometry: CausalGeometry) -> None:
+    estimator = ConceptEstimator(unembedding, geometry)
+    tokens = {"animal": {"dog": [1, 2], "cat": [3]}, "plant": {"tree": [4, 5], "herb": [6]}}
+    union = {p: [t for ids in c.values() for t in ids] for p, c in tokens.items()}
+    parents = estimator.estimate_parent_vectors(union)
+    reordered = {p: dict(reversed(c.items())) for p, c in reversed(tokens.items())}
+    deltas = estimator.estimate_child_deltas(parents, reordered)
+    expected = estimator.concept_vectors([[3]])[0] - estimator.concept_vectors([[1, 2, 3]])[0]
+    torch.testing.assert_close(deltas["animal"]["cat"], expected)
+    bases = estimator.estimate_child_subspace_projectors(parents, deltas, 4, energy=1.0)
+    assert list(bases) == ["animal", "plant"]
+    for parent, basis in bases.items():
+        for delta in deltas[parent].values():
+            torch.testing.assert_close(delta @ basis.T @ basis, delta)
+    with pytest.raises(ValueError, match="found parent 'stone'"):
+        estimator.estimate_child_deltas(parents, {"stone": {"gem": [7]}})

@@ -7,6 +7,7 @@ config's last baseline stage has on. What has no number has a `why`.
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 
 from ..config import ConfigError, TopKConfig
 from ..models.hsae import HierarchicalSAE
-from ..ops import HAS_TRITON
 from ..provenance import environment
 from ..training.trainer import HSAETrainer
 from .floor import Ceilings, Part, flat_parts, floor_record, hsae_parts
@@ -81,7 +81,7 @@ def bench(
     limits = ceilings(options.device, options.steps)
     records: list[dict[str, Any]] = []
     document = {
-        "environment": {**environment(options.device), "triton": version("triton") if HAS_TRITON else None},
+        "environment": {**environment(options.device), "triton": version("triton") if find_spec("triton") else None},
         "cuda": torch.version.cuda,
         "steps": options.steps,
         "ceilings": limits._asdict(),

@@ -5,13 +5,14 @@ numbered over all parents), K children of one parent, s subspace width, N activa
 unified coordinate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self, cast, get_args
 
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
+from polytope_hsae.geometry.bases import subspace_bases
 from polytope_hsae.geometry.causal import CausalGeometry, Space, row_mean
 
 Estimator = Literal["mean", "lda"]
@@ -90,6 +91,41 @@ class ConceptEstimator:
             return segment_sum(rows_nd, sizes_S) / sizes_S.to(rows_nd).unsqueeze(1)
         blocks = rows_nd.split(sizes_S.tolist()) if len(sizes_S) else ()
         return torch.stack([_lda_vector(block) for block in blocks]) if blocks else rows_nd
+
+    def estimate_parent_vectors(self, parent_tokens: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """l_p [d] of every named parent."""
+        return dict(zip(parent_tokens, self.concept_vectors(list(parent_tokens.values())), strict=True))
+
+    def estimate_child_deltas(
+        self, parent_vectors: Mapping[str, Tensor], child_tokens: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """delta_{c|p} = l_c - l_p [d], by parent name and child name. Raises ValueError for an unknown
+        parent."""
+        deltas: dict[str, dict[str, Tensor]] = {}
+        for parent, children in child_tokens.items():
+            if parent not in parent_vectors:
+                raise ValueError(f"child_tokens: found parent {parent!r}, allowed: the names in parent_vectors")
+            rows = self.concept_vectors(list(children.values())) - parent_vectors[parent]
+            deltas[parent] = dict(zip(children, rows, strict=True))
+        return deltas
+
+    def estimate_child_subspace_projectors(
+        self,
+        parent_vectors: Mapping[str, Tensor],
+        child_deltas: Mapping[str, Mapping[str, Tensor]],
+        subspace_dim: int,
+        energy: float = 0.85,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Orthonormal bases B_p [s, d] of the children's differences, by parent name (see
+        `subspace_bases`)."""
+        names = list(parent_vectors)
+        deltas = [delta for name in names for delta in child_deltas.get(name, {}).values()]
+        owner = [row for row, name in enumerate(names) for _ in child_deltas.get(name, {})]
+        parents_Qd = torch.stack([parent_vectors[name] for name in names])
+        deltas_Rd = torch.stack(deltas) if deltas else parents_Qd.new_zeros(0, parents_Qd.shape[1])
+        bases_Qsd = subspace_bases(parents_Qd, deltas_Rd, owner, subspace_dim, energy, seed)
+        return dict(zip(names, bases_Qsd, strict=True))
 
 
 def segment_sum(rows_nd: Tensor, sizes_S: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .children import CHILDREN
 from .codes import Codes, Firings, ModelOutput
 from .constraints import geometric_median
 from .init import put_teacher, random_start
-from .losses import loss_terms
+from .losses import causal_orthogonality, loss_terms
 from .router import Parents, Router
 from .sparsity import Sparsity, calibrate
 
@@ -181,8 +181,10 @@ class HierarchicalSAE(SparseAutoencoder):
         if self.config.norm_metric == "causal":
             self.normalize_decoder_weights()
 
-    def norm_metric(self) -> Tensor | None:
-        """The metric [d, d] of the unit norms; None is Euclidean."""
+    def norm_metric(self, geometry: Any = None) -> Tensor | None:
+        """The metric [d, d] of the unit norms: `geometry`'s, or the configured one; None is Euclidean."""
+        if geometry is not None:
+            return geometry.sigma.to(self.D)
         return self.sigma if self.config.norm_metric == "causal" else None
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -195,12 +197,21 @@ class HierarchicalSAE(SparseAutoencoder):
         """False while G is frozen: restoring norms takes Cholesky factors, whose library may not allow a capture."""
         return self.child.gram_reference is None
 
-    def normalize_decoder_weights(self) -> None:
-        """Unit norm for D's rows and for the atoms (or G's rows); nothing when `normalize_decoder` is off."""
+    def normalize_decoder_weights(self, geometry: Any = None) -> None:
+        """Unit norm for D's rows and for the atoms (or G's rows), in the configured metric or in `geometry`'s.
+
+        Does nothing when `normalize_decoder` is off.
+        """
         if self.config.normalize_decoder:
-            metric = self.norm_metric()
+            metric = self.norm_metric(geometry)
             self.router.normalize_(metric)
             self.child.normalize_(metric)
+
+    def compute_causal_orthogonality_penalty(self, geometry: Any) -> Tensor:
+        """Mean squared causal inner product of parents and their atoms in `geometry` (a CausalGeometry)."""
+        literal = self.config.causal_orth_form == "literal"
+        metric = torch.linalg.inv(geometry.sigma) if literal else geometry.sigma
+        return causal_orthogonality(self.D, self.Up, self.G, metric.to(self.D), self.config.causal_orth_form)
 
     def project_gradients(self) -> None:
         """Remove from the gradients of D and G what would change a constrained norm at first order."""

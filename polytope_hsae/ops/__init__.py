@@ -55,7 +55,7 @@ CPU = NAIVE._replace(
     decode=cpu.decode,
     encode_children=cpu.encode_children,
     decode_children=cpu.decode_children,
-    reconstruct=partial(naive.reconstruct, decode=cpu.decode, decode_children=cpu.decode_children),
+    reconstruct=cpu.reconstruct,
 )
 
 

@@ -46,7 +46,7 @@ def made_from(results: Results) -> list[str]:
         "A seed changes a model's start, the order of its rows, and the control teachers. Documents, folds of words and"
         f" the evidence are those of seed {config.run.seed}. Text (sha256): {hashes}. An interval is a 95 % bootstrap"
         " interval over concepts (FVU: over groups of documents), paired where arms are compared. *Over seeds*: a"
-        " concept's values of all seeds are added up first; the interval resamples concepts and says nothing of how much"
+        " concept's values of all seeds are added up first; the interval resamples concepts and does not show how much"
         " seeds differ. PASS: the interval lies wholly beyond the threshold. FAIL: wholly short of it. INCONCLUSIVE:"
         f" neither, or fewer than {MIN_UNITS} concepts or groups of documents. Metrics: docs/method.md, section 5.",
         *of_versions(results),

@@ -149,8 +149,8 @@ def summary(results: Results) -> list[str]:
     said = [f"in {won} of {of} at equal {size}" for size, (won, of) in ahead.items() if of]
     header = ["hook", "arm", "EV", "at equal", "EV − best flat arm", "CE recovered", "dead children"]
     return [
-        f"{SPLITS[results.split].capitalize()} values, mean ± standard deviation over seeds. In EV, hierarchical arms are"
-        f" ahead of the best flat arm {' and '.join(said)}. †: not at matched L0.",
+        f"{SPLITS[results.split].capitalize()} values, mean ± standard deviation over seeds. In EV, hierarchical arms"
+        f" are ahead of the best flat arm {' and '.join(said)}. †: not at matched L0.",
         "",
         *markdown_table(header, rows),
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from . import Routed, Routing, Rows
+from . import Children, Decoded, Routed, Routing, Rows
 from .naive import chosen
 
 SPARSE = 1 / 8  # share of a gradient's entries that are not 0, up to which its products take those entries alone
@@ -68,6 +68,18 @@ def decode_children(index_BK: Tensor, value_BK: Tensor, G: Tensor, Up: Tensor | 
         rows_Kn = (index_BK // C).unsqueeze(2) * s + torch.arange(s, device=index_BK.device)
         decoded = _Sum.apply(Up.flatten(0, 1), rows_Kn.flatten(1), codes.view(B, K * s))
     return decoded
+
+
+def reconstruct(
+    x: Tensor, top: Tensor | None, routes: Routing, value_Bk: Tensor, children: Children,
+    D: Tensor, b_dec: Tensor | None, G: Tensor, Up: Tensor | None,
+) -> Decoded:  # fmt: skip
+    """As `naive.reconstruct`."""
+    if top is None:
+        top = decode(routes, value_Bk, D)
+        top = top if b_dec is None else top + b_dec
+    x_hat = top + decode_children(children.indices, children.value, G, Up)
+    return Decoded(x_hat, top, (x - x_hat).square().sum(1), (x - top).square().sum(1))
 
 
 def composes(pairs: int, P: int, C: int, s: int) -> bool:

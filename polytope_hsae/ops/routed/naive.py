@@ -118,7 +118,6 @@ def decode_children(index_BK: Tensor, value_BK: Tensor, G: Tensor, Up: Tensor | 
 def reconstruct(
     x: Tensor, top: Tensor | None, routes: Routing, value_Bk: Tensor, children: Children,
     D: Tensor, b_dec: Tensor | None, G: Tensor, Up: Tensor | None,
-    decode: Callable[..., Tensor] = decode, decode_children: Callable[..., Tensor] = decode_children,
 ) -> Decoded:  # fmt: skip
     """x_hat = top + what the children write, and both errors. top [B, d]: b_dec and the parents; None: made here.
 
