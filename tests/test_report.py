@@ -106,10 +106,10 @@ def test_the_summary_counts_verdicts_and_names_what_passed(files):
     set_target(files, "leakage_reduction", verdict="FAIL")
     set_target(files, "reconstruction_parity", verdict="INCONCLUSIVE")
     lead, *rest = summary(run_files(files))
-    over = "angle of the hierarchy over 16 parents, gain of purity over 16 concepts and"
+    over = "hierarchy angle over 16 parents, purity gain over 16 concepts and"
     assert lead.startswith(f"Of 5 targets, 3 pass ({over}")
-    assert "1 fails (fall of leakage over 16 concepts)" in lead
-    assert "1 is inconclusive (change of reconstruction error over 16 documents)" in lead
+    assert "1 fails (leakage reduction over 16 concepts)" in lead
+    assert "1 is inconclusive (change of FVU over 16 documents)" in lead
     assert "no verdict" not in lead
     said = " ".join(rest)
     assert "words: 0.20 (baseline), 0.30 (flat TopK), 0.50 (teacher) and 0.20 (permuted teacher)" in said
@@ -119,7 +119,7 @@ def test_the_summary_counts_verdicts_and_names_what_passed(files):
 def test_a_handful_is_said_in_the_headline(files):
     set_target(files, "purity_gain_pp", n=6, verdict="INCONCLUSIVE", why="6 concepts, 8 are needed for a verdict")
     lead, *_ = summary(run_files(files))
-    assert "1 is inconclusive (gain of purity over 6 concepts). Fewer than 8 units give no verdict." in lead
+    assert "1 is inconclusive (purity gain over 6 concepts). Fewer than 8 units give no verdict." in lead
 
 
 # -- arms of every kind, in one order

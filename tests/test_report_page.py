@@ -203,7 +203,7 @@ def no_concept_is_mapped(files):
             parent.update(concept=None, mapped=False, purity=None, leakage=None, recall=None)
     metrics = ("purity", "leakage", "recall", "edge_recall")
     said = without_value(files, metrics, ("purity_gain_pp", "leakage_reduction"), "2 concepts are needed")
-    return [*said, "gain of purity over 0 concepts"]
+    return [*said, "purity gain over 0 concepts"]
 
 
 @pytest.mark.parametrize("missing", [absent_evidence, few_parents, no_output_head, no_concept_is_mapped])

@@ -167,7 +167,7 @@ def test_the_words_follow_the_numbers(concepts, tmp_path):
     assert f"Permuted control (permuted) at {HOOKS[0]}: passes none of the targets" in good
     assert "**40.0 [40.0, 40.0] PASS**" in good
     assert f"counted as leaked, over seeds: {HOOKS[0]} 33.2 [33.2, 33.2] %; {HOOKS[1]} 33.2" in good
-    assert "Gain of purity at" not in good  # nothing of it is missed
+    assert "Purity gain at" not in good  # nothing of it is missed
     assert "PASS** | 8 groups of documents |" in good
     assert good.count(".svg)") == 5
     few = page(planted(concepts, tmp_path, {"teacher": 0.6}, units=7))
@@ -176,14 +176,14 @@ def test_the_words_follow_the_numbers(concepts, tmp_path):
     assert "Not decided: 7 concepts, 8 are needed for a verdict." in few
     bad = page(planted(concepts, tmp_path, {"teacher": 0.25, "permuted": 0.6}))
     assert "at 0 of 2 hooks" in bad
-    assert "passes gain of purity in 2 of 2 seeds, which it should not" in bad
-    assert f"**Gain of purity at {HOOKS[0]}**: PASS in 0 of 2 seeds; over seeds 5.0 [5.0, 5.0] FAIL" in bad
+    assert "passes purity gain in 2 of 2 seeds, which it should not" in bad
+    assert f"**Purity gain at {HOOKS[0]}**: PASS in 0 of 2 seeds; over seeds 5.0 [5.0, 5.0] FAIL" in bad
     assert "The estimate itself falls short." in bad
 
 
 def test_n_is_of_the_value_over_seeds_and_each_seed_stands_beside(concepts, tmp_path):
     text = table(planted(concepts, tmp_path, {"teacher": 0.6}, lacking=(HOOKS[0], 1)))
-    rows = [line for line in text.splitlines() if line.startswith("| Gain of purity")]
+    rows = [line for line in text.splitlines() if line.startswith("| Purity gain")]
     assert [row.split("|")[-2].strip() for row in rows] == ["8 concepts (8 and 5)"] * 2 + ["8 concepts"] * 2
 
 

@@ -26,7 +26,7 @@ class LatentsConfig(Block):
 
 class TargetsConfig(Block):
     angle_deg: tuple[float, float] = Field((80.0, 100.0), description="Range for the median causal angle, degrees.")
-    purity_gain_pp: float = Field(10.0, description="Minimum gain of purity, percentage points.")
+    purity_gain_pp: float = Field(10.0, description="Minimum purity gain, percentage points.")
     leakage_reduction: float = Field(0.20, description="Minimum relative reduction of leakage.")
     steering_leakage_reduction: float = Field(0.20, description="Minimum relative reduction of steering leakage.")
     reconstruction_parity: float = Field(0.05, gt=0, description="Maximum relative change of FVU, either way.")

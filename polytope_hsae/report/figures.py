@@ -52,7 +52,7 @@ def figures(run: RunFiles) -> dict[str, Drawing]:
     low, high = run.target("median_angle_deg")["required"]
     distributions = (
         Distribution("z", "parents", "z", "z of the shared direction", "z", (3.0, np.inf)),
-        Distribution("angle", "children", "angle_deg", "Angle of the hierarchy", "angle, degrees", (low, high)),
+        Distribution("angle", "children", "angle_deg", "Hierarchy angle", "angle, degrees", (low, high)),
         Distribution("beta", "children", "beta", "Orthogonality ratio β", "β", (0.8, 1.25), (-1.0, 3.0)),
     )
     drawn = [

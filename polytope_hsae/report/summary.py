@@ -93,7 +93,7 @@ def _verdict_sentence(run: RunFiles) -> str:
 
 
 def _over(target: dict[str, Any]) -> str:
-    """'gain of purity over 16 concepts'."""
+    """'purity gain over 16 concepts'."""
     name = TARGETS[target["name"]].name
     return f"{name[0].lower()}{name[1:]} over {counted_units(target['name'], target['n'])}"
 

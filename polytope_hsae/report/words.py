@@ -62,35 +62,35 @@ class TargetWords(NamedTuple):
 
 TARGETS = {
     "median_angle_deg": TargetWords(
-        "Angle of the hierarchy",
+        "Hierarchy angle",
         "Median angle between a parent's direction and what sets its children apart from it.",
         1,
         "°",
         1,
     ),
     "purity_gain_pp": TargetWords(
-        "Gain of purity",
+        "Purity gain",
         "How much more of a parent's activation falls on its own concept's rows, teacher minus baseline.",
         1,
         " points",
         1,
     ),
     "leakage_reduction": TargetWords(
-        "Fall of leakage",
+        "Leakage reduction",
         "How much less of a row's activation lands on other concepts' parents, relative to the baseline.",
         100,
         PERCENT,
         1,
     ),
     "steering_leakage_reduction": TargetWords(
-        "Fall of steering side effects",
+        "Steering leakage reduction",
         "How much less other words move when a concept is pushed by the same amount, relative to the baseline.",
         100,
         PERCENT,
         1,
     ),
     "reconstruction_parity": TargetWords(
-        "Change of reconstruction error",
+        "Change of FVU",
         "Unexplained variance of the teacher arm relative to the baseline's.",
         100,
         PERCENT,

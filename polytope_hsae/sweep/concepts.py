@@ -305,7 +305,7 @@ def _in_short(results: Results) -> list[str]:
     ]
     if said:
         rows = "rows on which no concept's latent is on"
-        lines.append(f"- Fall of leakage with {rows} counted as leaked, over seeds: {'; '.join(said)}.")
+        lines.append(f"- Leakage reduction with {rows} counted as leaked, over seeds: {'; '.join(said)}.")
     return lines + [_control(results, hook) for hook in judged] + decisions(results)
 
 
