@@ -29,7 +29,7 @@ class TargetsConfig(Block):
     purity_gain_pp: float = Field(10.0, description="Minimum purity gain, percentage points.")
     leakage_reduction: float = Field(0.20, description="Minimum relative reduction of leakage.")
     steering_leakage_reduction: float = Field(0.20, description="Minimum relative reduction of steering leakage.")
-    reconstruction_parity: float = Field(0.05, gt=0, description="Maximum relative change of FVU, either way.")
+    reconstruction_parity: float = Field(0.05, gt=0, description="Maximum relative FVU change, either way.")
 
 
 class EvalConfig(Block):

@@ -59,6 +59,11 @@ class TargetWords(NamedTuple):
     unit: str
     digits: int
 
+    @property
+    def within(self) -> str:
+        """The name within a sentence."""
+        return self.name if self.name.startswith("FVU") else self.name.lower()
+
 
 TARGETS = {
     "median_angle_deg": TargetWords(
@@ -90,7 +95,7 @@ TARGETS = {
         1,
     ),
     "reconstruction_parity": TargetWords(
-        "Change of FVU",
+        "FVU change",
         "Unexplained variance of the teacher arm relative to the baseline's.",
         100,
         PERCENT,

@@ -163,7 +163,7 @@ ABLATION_WORDS = (
 def _ablations(results: Results, hook: str) -> list[str]:
     names = [name for name in results.metric_names if name in results.sweep.shown]
     header = ["arm", "against", *(name.replace("_", " ") for name in names)]
-    header += [TARGETS[target].name.lower() for target in TOGETHER] + ["seeds"]
+    header += [TARGETS[target].within for target in TOGETHER] + ["seeds"]
     rows, gaps = [], []
     for found in results.at(hook):
         itself = results.sweep.against(found.cell.arm) == found.cell.arm
@@ -284,7 +284,7 @@ def _judged(results: Results) -> dict[str, Result]:
 
 def _in_short(results: Results) -> list[str]:
     judged = _judged(results)
-    names = listed([TARGETS[target].name.lower() for target in TOGETHER])
+    names = listed([TARGETS[target].within for target in TOGETHER])
     held = [hook for hook, result in judged.items() if results.together(result)]
     over = [hook for hook, result in judged.items() if results.together_over_seeds(result)]
     arms = dict.fromkeys(result.cell.arm for result in judged.values())
@@ -316,7 +316,7 @@ def _control(results: Results, hook: str) -> str:
     if found is None:
         return f"- Permuted control at {hook}: not measured."
     passed = {target: results.passes(found, target)[0] for target in OF_CONCEPTS}
-    beyond = [f"{TARGETS[target].name.lower()} in {count}" for target, count in passed.items() if count]
+    beyond = [f"{TARGETS[target].within} in {count}" for target, count in passed.items() if count]
     said = "passes none of the targets on concepts in any seed, as it should"
     if beyond:
         said = f"passes {listed(beyond)} of {counted(len(found.records), 'seed')}, which it should not"

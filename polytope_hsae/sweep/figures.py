@@ -101,7 +101,7 @@ def _target(results: Results, name: str) -> Drawing:
             if bound is not None:
                 axes.axvline(bound * words.factor, color=LIGHT["ink"], linewidth=0.8, linestyle=(0, (4, 2)))
         _name_rows(axes, [row for row, *_ in rows])
-        axes.set_xlabel(f"{words.name.lower()},{words.unit or ' degrees'}")
+        axes.set_xlabel(f"{words.within},{words.unit or ' degrees'}")
 
     said = "; ".join(f"{row}: {number(over['measured'] * words.factor, 1)} {over['verdict']}" for row, over, _ in rows)
     figure = f"{results.sweep.name}-target-{name}"
