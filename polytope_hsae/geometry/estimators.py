@@ -27,8 +27,8 @@ class ConceptEstimator:
     Args:
         unembedding: [V, d] rows gamma_y.
         geometry: the metric; g_y is computed only for the tokens asked for.
-        method: `mean`: l = mean g. `lda`: S = Ledoit-Wolf covariance of the set, w = S^+ mu / |S^+ mu|, l =
-        (w . mu) w.
+        method: `mean`: l = mean g. `lda`: S = Ledoit-Wolf covariance of the set, w = S^+ mu / |S^+ mu|,
+            l = (w . mu) w.
         named: index of the rows that stand for a token: the others are in no mean.
     """
 

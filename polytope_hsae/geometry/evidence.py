@@ -44,7 +44,7 @@ def hierarchical_orthogonality(
 ) -> dict[str, Any]:
     """The published criterion: angles between l_p and delta_{c|p} in the unified coordinate, one- and two-sided.
 
-    Args: l_p [Q, d], delta [R, d], and the parent row of every delta [R].
+    Takes l_p [Q, d], delta [R, d] and the parent row of every delta [R].
     Returns `angles_deg` [R], `median_angle_deg` with `median_ci95` (bootstrap over parents),
     `fraction_above_threshold` (80 degrees), `fraction_two_sided` (80 to 100), `passes_validation` (median at or above
     80, as published) and `passes_two_sided`. It passes for random vectors too: read it beside the other evidence.
@@ -97,9 +97,10 @@ def collect_evidence(
     ready for JSON.
 
     Args:
-        unembedding: [V, d]; geometry: its metric.
-        child_words: per child row its words, each a list of token ids; child_parent: parent row of each
-        child.
+        unembedding: [V, d].
+        geometry: its metric.
+        child_words: the words of each child row, each word a list of token ids.
+        child_parent: the parent row of each child.
         pool: first-sense nouns, each a list of token ids, or single tokens (then children are taken token by
             token too). Words of the concepts that a pool of words lacks are added to it.
         estimator: of the angles. All else uses the mean: the nulls need it so often.

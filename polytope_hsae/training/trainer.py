@@ -49,10 +49,12 @@ class HSAETrainer:
     Args:
         model: initialised; its device is where training happens.
         stream: yields [batch_size, d] float32 rows and can be resumed.
-        stages, config: what to do.
+        stages: what is trained, in order: steps, frozen tensors, loss weights.
+        config: batch, learning rate, schedules, logging.
         folder: checkpoints/ lies here; None = no checkpoints.
         evaluate: validation metrics of the model, called every `val_every` steps.
-        teacher, n_teacher: the anchor and how many rows it holds.
+        teacher: how its rows are held (`anchor`).
+        n_teacher: number of leading parents that the teacher initialised.
         seed: of the routing noise.
     """
 
