@@ -110,7 +110,7 @@ def test_a_grid_has_the_tables_of_its_sizes(grid, tmp_path):
     assert "no flat arm" in nested  # none has as few atoms
     shown = page(tmp_path)
     assert "hierarchical arms are ahead of the best flat arm in" in shown
-    assert shown.count(".svg)") == 4
+    assert shown.count(".svg)") == 2
     refused(hsae("sweep", "table", tmp_path, "--test"), "test values", "--test")
 
 
