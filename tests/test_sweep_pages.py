@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import files, hsae, refused
+from running import contents, hsae, refused
 from sweeps import CONCEPTS, GRID, HOOKS, WORLD, records, rewrite, run, written
 from tiny import save_family
 
@@ -80,7 +80,7 @@ def test_the_committed_page_is_remade_from_the_records(tmp_path, monkeypatch):
     answer = hsae("sweep", "page", *names, "--page", tmp_path / "results.md", "--test")
     assert answer.code == 0, answer.err
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
-    assert files(tmp_path / "results") == files(ROOT / "docs" / "results")
+    assert contents(tmp_path / "results") == contents(ROOT / "docs" / "results")
     assert len((tmp_path / "results.md").read_text().split()) <= 4000
 
 
