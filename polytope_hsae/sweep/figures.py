@@ -86,8 +86,8 @@ def _lines(
             axes.set_xticks(results.sweep.l0, labels=[str(l0) for l0 in results.sweep.l0])
             axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
         if lines:
-            place = (-0.02, -0.42 / HEIGHT)
-            axes.legend(loc="upper left", bbox_to_anchor=place, ncols=2, borderaxespad=0, handlelength=3.5)
+            corner = (-0.02, -0.42 / HEIGHT)
+            axes.legend(loc="upper left", bbox_to_anchor=corner, ncols=2, borderaxespad=0, handlelength=3.5)
         axes.grid()
         axes.set_xlabel(x_label)
         axes.set_title(title)
