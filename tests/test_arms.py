@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from polytope_hsae.findings.plan import load_findings
 
 from polytope_hsae.config import ArmConfig, Config, load_config
 from polytope_hsae.evaluation.concepts import labelled_rows
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
 from polytope_hsae.phases.run import Run
+from polytope_hsae.sweep.plan import load_sweep
 from polytope_hsae.teacher import Teacher
 
 STUDY = Path(__file__).parents[1] / "studies" / "evidence" / "study.yaml"
@@ -20,7 +20,7 @@ STUDY = Path(__file__).parents[1] / "studies" / "evidence" / "study.yaml"
 
 @cache
 def study_config() -> Config:
-    return load_findings(STUDY)[1]["layers.4"]
+    return load_sweep(STUDY)[1]["layers.4"]
 
 
 @pytest.fixture(scope="module")

@@ -94,8 +94,8 @@ def _verdict_sentence(run: RunFiles) -> str:
 
 def _over(target: dict[str, Any]) -> str:
     """'purity gain over 16 concepts'."""
-    name = TARGETS[target["name"]].name
-    return f"{name[0].lower()}{name[1:]} over {counted_units(target['name'], target['n'])}"
+    name = TARGETS[target["name"]].within
+    return f"{name} over {counted_units(target['name'], target['n'])}"
 
 
 def _decision(run: RunFiles) -> list[str]:

@@ -9,11 +9,10 @@ from ..geometry.controls import CONTROLS
 from ..report.palette import LIGHT, LINE_STYLES, SERIES
 from ..report.svg import Drawing, Frame, draw
 from ..report.words import TARGETS, number
-from .summary import TOGETHER, Result, Results, named, variants
+from .summary import TOGETHER, Result, Results, difference, mean, named, variants
 
-COSTS = {"l0": "L0, active latents a row", "flops_per_row": "training FLOPs a row"}
-KEPT = {"ev": "explained variance", "ce_recovered": "CE recovered"}
 HEIGHT, LEFT, LINE_HEIGHT = 2.2, 0.6, 0.17
+LOWEST = -3.0  # points of EV below the best flat arm that are shown
 ROW, LETTER = 0.19, 0.063  # inches: a row's height, and the width of a letter of its name
 VERDICTS = {"PASS": "s4", "FAIL": "s3", "INCONCLUSIVE": "s2"}
 
@@ -25,19 +24,50 @@ def drawings(results: Results) -> list[Drawing]:
         return []
     if any(plan.teacher for plan in results.sweep.hooks):
         return [*(_target(results, target) for target in TOGETHER), *_evidence(results)]
-    return [
-        _pareto(results, f"{name}-{place}-{kept}-{cost}", hook, cost, kept)
-        for place, hook in enumerate(results.shown_hooks)
-        for kept in KEPT
-        for cost in COSTS
-    ]
+    made = []
+    for place, hook in enumerate(results.shown_hooks):
+        if results.sweep.l0:
+            made.append(_lead(results, f"{name}-{place}-lead", hook))
+        made.append(_cost(results, f"{name}-{place}-cost", hook))
+    return made
 
 
-def _pareto(results: Results, name: str, hook: str, cost: str, kept: str) -> Drawing:
-    """A line per arm through its L0s; bars are standard deviations over seeds."""
+Points = list[tuple[float, float, float]]  # (x, y, deviation of y)
+
+
+def _lead(results: Results, name: str, hook: str) -> Drawing:
+    """EV of every arm minus that of the best flat one of the same L0, whatever their sizes, against L0."""
+    lines: dict[str, Points] = {}
+    for l0 in results.sweep.l0s:
+        found = results.at(hook, l0)
+        flat = [result for result in found if result.kind != "hsae" and result.metric("ev")]
+        if not flat:
+            continue
+        best = max(flat, key=lambda result: mean(result.metric("ev")))
+        for result in found:
+            gap = difference(result, best, result.split, "metrics", "ev")
+            if gap is not None:
+                lines.setdefault(result.cell.arm, []).append((l0 or 0, 100 * gap.mean, 100 * (gap.sd or 0.0)))
+    title = f"EV, points from the best flat arm (from {LOWEST:g} up): {_short(hook)}"
+    return _lines(results, name, title, "L0, active latents a row", lines, lowest=LOWEST)
+
+
+def _cost(results: Results, name: str, hook: str) -> Drawing:
+    """EV against training FLOPs, a point for every L0."""
+    lines: dict[str, Points] = {}
+    for l0 in results.sweep.l0s:
+        for result in results.at(hook, l0):
+            x, y = result.spread("flops_per_row"), result.metric("ev")
+            if x is not None and y is not None:
+                lines.setdefault(result.cell.arm, []).append((x.mean, y.mean, y.sd or 0.0))
+    return _lines(results, name, f"EV: {_short(hook)}", "training FLOPs a row", lines)
+
+
+def _lines(
+    results: Results, name: str, title: str, x_label: str, lines: dict[str, Points], lowest: float | None = None
+) -> Drawing:
+    """A line per arm; bars are standard deviations over seeds; what lies below `lowest` is cut off."""
     arms = [arm.name for arm in results.sweep.arms]
-    by_arm = {arm: _points(results, hook, arm, cost, kept) for arm in arms}
-    lines = {arm: points for arm, points in by_arm.items() if points}
 
     def paint(axes: Axes) -> None:
         for arm, points in lines.items():
@@ -45,35 +75,26 @@ def _pareto(results: Results, name: str, hook: str, cost: str, kept: str) -> Dra
             colour = LIGHT[list(SERIES)[place % len(SERIES)]]
             style = LINE_STYLES[place // len(SERIES) % len(LINE_STYLES)]
             x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, yerr=error, color=colour, linestyle=style, marker="o", markersize=3.5, label=arm)
+            axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=3.5, label=arm)
+            axes.errorbar(x, y, yerr=error, color=colour, linestyle="none")
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        if lowest is None:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        else:
+            axes.set_xticks(results.sweep.l0, labels=[str(l0) for l0 in results.sweep.l0])
+            axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
         if lines:
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_locator(NullLocator())
-            if cost == "l0" and results.sweep.l0:
-                axes.set_xticks(results.sweep.l0, labels=[str(l0) for l0 in results.sweep.l0])
-            else:
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.42 / HEIGHT), ncols=2, borderaxespad=0)
+            corner = (-0.02, -0.42 / HEIGHT)
+            axes.legend(loc="upper left", bbox_to_anchor=corner, ncols=2, borderaxespad=0, handlelength=3.5)
         axes.grid()
-        axes.set_xlabel(COSTS[cost])
-        axes.set_title(f"{KEPT[kept]}, {hook}")
+        axes.set_xlabel(x_label)
+        axes.set_title(title)
 
     said = "; ".join(f"{arm}: {', '.join(f'{y:.3f} at {x:.4g}' for x, y, _ in p)}" for arm, p in lines.items())
     frame = Frame(HEIGHT, LEFT, LINE_HEIGHT * ((len(arms) + 1) // 2))
-    return draw(name, f"{KEPT[kept]} against {COSTS[cost]}", said or "no runs", frame, paint)
-
-
-def _points(results: Results, hook: str, arm: str, cost: str, kept: str) -> list[tuple[float, float, float]]:
-    """(cost, value, deviation) of an arm at every L0, by rising cost."""
-    points = []
-    for l0 in results.sweep.l0s:
-        for result in results.at(hook, l0):
-            x = result.metric("l0") if cost == "l0" else result.spread(cost)
-            y = result.metric(kept)
-            if result.cell.arm == arm and x is not None and y is not None and x.mean > 0:
-                points.append((x.mean, y.mean, y.sd or 0.0))
-    return sorted(points)
+    return draw(name, title, said or "no runs", frame, paint)
 
 
 def _target(results: Results, name: str) -> Drawing:
