@@ -11,7 +11,7 @@ SIZE_NOTES = (
     "In brackets behind a hierarchy value: its chance level (docs/method.md, section 5). Dead: never on in the train",
     "rows read for it. Max firing rate: share of validation rows with the most used parent (or flat latent) on.",
     "P(parent on) given its child is 1 by construction where a parent gates its children; flat arms have none.",
-    f"†: not at matched L0, the two arms' differ by more than {TOLERANCE:.0%}. What every arm is: study.yaml.",
+    f"†: not at matched L0: the two L0s differ by more than {TOLERANCE:.0%}. What every arm is: study.yaml.",
 )
 
 
@@ -23,10 +23,10 @@ def tables(results: Results) -> list[str]:
         f"# Study {sweep.name}",
         "",
         f"{first['steps']:,} steps of {first['tokens'] // first['steps']:,} rows; {SPLITS[results.split]} values"
-        f" ({first['val']['rows']:,} validation rows), mean ± standard deviation over seeds. The rate is the one of "
+        f" ({first['val']['rows']:,} validation rows), mean ± standard deviation over seeds. The learning rate is the one of "
         f"{len(sweep.lr)} with the largest validation EV at seed {sweep.seeds[0]}; the other seeds use it."
         f" Differences are paired by seed; *equal* means within {TOLERANCE:.0%}. Training times are of"
-        f" {listed([str(count) for count in workers])} runs at once on {devices(results)}. {len(results.runs)} runs.",
+        f" {listed([str(count) for count in workers])} workers on {devices(results)}. {len(results.runs)} runs.",
         *of_versions(results),
     ]
     for hook in sweep.places:
@@ -57,7 +57,7 @@ def _sizes_at(results: Results, found: list[Result]) -> list[str]:
         Column("dead parents", lambda result: percent(result.spread("usage", "dead_parents"))),
         Column("dead children", lambda result: percent(result.spread("usage", "dead_children"))),
         Column("max firing rate", lambda result: percent(result.spread("val", "metrics", "max_firing_rate"))),
-        Column("rate", lambda result: DASH if result.lr is None else f"{result.lr:g}"),
+        Column("learning rate", lambda result: DASH if result.lr is None else f"{result.lr:g}"),
         Column("trials", lambda result: f"{len(result.trials)}" + f", {result.failed} failed" * (result.failed > 0)),
         Column("seeds", lambda result: f"{len(result.records)}"),
     ]
@@ -73,7 +73,7 @@ def _sizes_at(results: Results, found: list[Result]) -> list[str]:
         ]
         lines += [
             "",
-            f"Every rate with seed {results.sweep.seeds[0]}, validation values:",
+            f"Every learning rate with seed {results.sweep.seeds[0]}, validation values:",
             "",
             *rows_of(TRIALS, trials),
         ]
@@ -112,7 +112,7 @@ HIERARCHY = [
     Column("concepts", lambda result: mean_text(result.spread("val", "metrics", "probe_min", "n"), 0)),
 ]
 TRIALS = [
-    Column("rate", lambda result: f"{result.lr:g}"),
+    Column("learning rate", lambda result: f"{result.lr:g}"),
     Column("EV", lambda result: _tried(result, "ev")),
     Column("CE recovered", lambda result: _tried(result, "ce_recovered")),
     Column("dead parents", lambda result: percent(result.spread("usage", "dead_parents"))),
@@ -150,7 +150,7 @@ def summary(results: Results) -> list[str]:
     header = ["hook", "arm", "EV", "at equal", "EV − best flat arm", "CE recovered", "dead children"]
     return [
         f"{SPLITS[results.split].capitalize()} values, mean ± standard deviation over seeds. In EV, hierarchical arms"
-        f" are ahead of the best flat arm {' and '.join(said)}. †: not at matched L0.",
+        f" are ahead of the best flat arm {' and '.join(said)}. †: not at matched L0 (more than {TOLERANCE:.0%} apart).",
         "",
         *markdown_table(header, rows),
     ]
