@@ -23,8 +23,8 @@ def tables(results: Results) -> list[str]:
         f"# Study {sweep.name}",
         "",
         f"{first['steps']:,} steps of {first['tokens'] // first['steps']:,} rows; {SPLITS[results.split]} values"
-        f" ({first['val']['rows']:,} validation rows), mean ± standard deviation over seeds. The learning rate is the one of "
-        f"{len(sweep.lr)} with the largest validation EV at seed {sweep.seeds[0]}; the other seeds use it."
+        f" ({first['val']['rows']:,} validation rows), mean ± standard deviation over seeds. The learning rate is the one"
+        f" of {len(sweep.lr)} with the largest validation EV at seed {sweep.seeds[0]}; the other seeds use it."
         f" Differences are paired by seed; *equal* means within {TOLERANCE:.0%}. Training times are of"
         f" {listed([str(count) for count in workers])} workers on {devices(results)}. {len(results.runs)} runs.",
         *of_versions(results),
@@ -150,7 +150,7 @@ def summary(results: Results) -> list[str]:
     header = ["hook", "arm", "EV", "at equal", "EV − best flat arm", "CE recovered", "dead children"]
     return [
         f"{SPLITS[results.split].capitalize()} values, mean ± standard deviation over seeds. In EV, hierarchical arms"
-        f" are ahead of the best flat arm {' and '.join(said)}. †: not at matched L0 (more than {TOLERANCE:.0%} apart).",
+        f" are ahead of the best flat arm {' and '.join(said)}. †: L0s more than {TOLERANCE:.0%} apart.",
         "",
         *markdown_table(header, rows),
     ]
