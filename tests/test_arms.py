@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from polytope_hsae.findings.plan import load_findings
 
 from polytope_hsae.config import ArmConfig, Config, load_config
 from polytope_hsae.evaluation.concepts import labelled_rows
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
 from polytope_hsae.phases.run import Run
+from polytope_hsae.sweep.plan import load_sweep
 from polytope_hsae.teacher import Teacher
 
 STUDY = Path(__file__).parents[1] / "studies" / "evidence" / "study.yaml"
@@ -20,7 +20,7 @@ STUDY = Path(__file__).parents[1] / "studies" / "evidence" / "study.yaml"
 
 @cache
 def study_config() -> Config:
-    return load_findings(STUDY)[1]["layers.4"]
+    return load_sweep(STUDY)[1]["layers.4"]
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +61,6 @@ def test_a_random_teacher_has_other_directions_and_a_permuted_one_the_concepts(r
     assert torch.cosine_similarity(permuted.parent_unified, real.parent_unified).max() < 0.9
     assert not torch.equal(permuted.parent_unified, teacher(run, "permuted_pull", seed=1).parent_unified)
     assert torch.equal(real.parent_unified, teacher(run, "teacher_pull", seed=1).parent_unified)
-
-
-def test_a_euclidean_teacher_reads_what_it_writes_but_for_its_length(run):
-    euclidean, causal = teacher(run, "euclidean"), teacher(run, "teacher_pull")
-    torch.testing.assert_close(euclidean.parent_read, euclidean.parent_write)
-    assert torch.cosine_similarity(causal.parent_read, causal.parent_write).max() < 0.999
-    assert (euclidean.metadata["metric"], causal.metadata["metric"]) == ("identity", "causal")
-
-
-def test_a_literal_start_reads_and_writes_one_direction(run):
-    Q = run.concepts.n_parents
-    model = started(run, "literal")
-    torch.testing.assert_close(model.E[:Q], model.D[:Q])
-    model = started(run, "teacher_pull")
-    assert (model.E[:Q] - model.D[:Q]).norm(dim=1).min() > 0.01
-    torch.testing.assert_close((model.E[:Q] * model.D[:Q]).sum(1), torch.ones(Q))
 
 
 def test_random_projectors_keep_the_parents_alone(run):
