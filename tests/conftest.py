@@ -11,7 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # asked when kernels are defined: they run in the interpreter
 
+import sweeps
 from running import SMOKE, hsae
+from tiny import save_family
 
 from polytope_hsae.phases.run import Run
 
@@ -53,3 +55,20 @@ def run(finished) -> Iterator[Run]:
     yield Run.open(finished, "cpu", quiet=True)
     torch.set_num_threads(before[0])
     torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.fixture(scope="session")
+def fixtures(tmp_path_factory) -> Path:
+    """A tiny language model, and the cache that all sweeps share."""
+    folder = tmp_path_factory.mktemp("fixtures")
+    save_family(folder / "lm", "llama")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory, fixtures) -> Path:
+    """The folder of a finished grid of learning rates. Read only."""
+    folder = tmp_path_factory.mktemp("grid")
+    answer = sweeps.run(sweeps.written(folder, sweeps.GRID), folder / "out", fixtures)
+    assert answer.code == 0, answer.err
+    return folder / "out"

@@ -5,7 +5,9 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from polytope_hsae.data.store import FORMAT, LABELS
 from polytope_hsae.evaluation.row_codes import SparseActivations
+from polytope_hsae.fileio import sha256_file, write_json, write_tensors
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.codes import Codes
 
@@ -34,6 +36,24 @@ class Store:
     def batches(self, split, batch_size):
         for start in range(0, self.n_rows(split), batch_size):
             yield self.acts(split, slice(start, start + batch_size)), start
+
+
+def write_store(folder, splits, shard_rows):
+    """An activation store of columns by split, `acts` among them; labels that are not given are 0."""
+    shards = []
+    for split, given in splits.items():
+        n = len(given["acts"])
+        columns = {name: torch.zeros(n, dtype=dtype) for name, dtype in LABELS.items()} | given
+        columns["norm"] = given["acts"].norm(dim=1)
+        for part, rows in enumerate(torch.arange(n).split(shard_rows)):
+            path = folder / f"{split}-{part:05d}.safetensors"
+            write_tensors(path, {name: column[rows] for name, column in columns.items()})
+            made = {"file": path.name, "split": split, "rows": len(rows), "bytes": path.stat().st_size}
+            shards.append({**made, "sha256": sha256_file(path)})
+    sizes = {split: len(given["acts"]) for split, given in splits.items()}
+    about = {"format": FORMAT, "dtype": "float32", "rows": sizes, "width": given["acts"].shape[1], "complete": True}
+    write_json(folder / "manifest.json", {**about, "shards": shards})
+    return folder
 
 
 class FakeConcepts:

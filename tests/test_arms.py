@@ -63,22 +63,6 @@ def test_a_random_teacher_has_other_directions_and_a_permuted_one_the_concepts(r
     assert torch.equal(real.parent_unified, teacher(run, "teacher_pull", seed=1).parent_unified)
 
 
-def test_a_euclidean_teacher_reads_what_it_writes_but_for_its_length(run):
-    euclidean, causal = teacher(run, "euclidean"), teacher(run, "teacher_pull")
-    torch.testing.assert_close(euclidean.parent_read, euclidean.parent_write)
-    assert torch.cosine_similarity(causal.parent_read, causal.parent_write).max() < 0.999
-    assert (euclidean.metadata["metric"], causal.metadata["metric"]) == ("identity", "causal")
-
-
-def test_a_literal_start_reads_and_writes_one_direction(run):
-    Q = run.concepts.n_parents
-    model = started(run, "literal")
-    torch.testing.assert_close(model.E[:Q], model.D[:Q])
-    model = started(run, "teacher_pull")
-    assert (model.E[:Q] - model.D[:Q]).norm(dim=1).min() > 0.01
-    torch.testing.assert_close((model.E[:Q] * model.D[:Q]).sum(1), torch.ones(Q))
-
-
 def test_random_projectors_keep_the_parents_alone(run):
     Q = run.concepts.n_parents
     real, baseline = started(run, "teacher_pull"), started(run, "baseline")

@@ -10,10 +10,9 @@ from running import hsae, refused, script
 
 from polytope_hsae.bench import run
 from polytope_hsae.bench.floor import Ceilings, flat_parts, floor_record, hsae_parts
-from polytope_hsae.bench.measure import deterministic, guarded, make_rows, max_rate, times
+from polytope_hsae.bench.measure import guarded
 from polytope_hsae.bench.peers import FlatTopK, NaiveHSAE, PeerStep
 from polytope_hsae.bench.shapes import load_shape
-from polytope_hsae.bench.table import markdown
 from polytope_hsae.config import HSAEConfig, LossOverrides, TopKConfig
 from polytope_hsae.models.flat import TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -102,16 +101,6 @@ def test_a_step_of_the_naive_peer_is_a_step_of_ours(name):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["jax-compat", "v2-focused", "factored"])
-def test_the_naive_peer_trains_in_bf16(name):
-    shape = load_shape(name, ["hsae.n_parents=16", "hsae.topk_parent=4", "hsae.subspace_dim=4"])
-    model = HierarchicalSAE(shape.hsae, 32, shape.normalize)
-    before = model.D.detach().clone()
-    PeerStep(NaiveHSAE(model, shape.stage.loss), shape.training, "bf16")(torch.randn(20, 32))
-    assert model.D.isfinite().all()
-    assert not torch.equal(model.D, before)
-
-
 def test_the_plain_flat_topk_is_ours():
     config = TopKConfig(n_latents=12, k=3)
     model = TopKSAE(config, 16, "rms").double()
@@ -120,41 +109,6 @@ def test_the_plain_flat_topk_is_ours():
     rows = torch.randn(20, 16, dtype=torch.float64)
     expected = model.loss_terms(model(rows), LossOverrides())["recon"][1]
     torch.testing.assert_close(plain(rows), expected)
-
-
-TIES = ["hsae.use_tied_decoders_parent=true", "hsae.tie_projectors=true"]
-
-
-@pytest.mark.parametrize("name, ties", [("jax-compat", []), ("jax-compat", TIES), ("v2-focused", []), ("factored", [])])
-def test_a_start_on_the_device_looks_like_a_real_one(name, ties):
-    shape = load_shape(name, ["hsae.n_parents=64", "hsae.topk_parent=8", *ties])
-    real = HierarchicalSAE(shape.hsae, shape.width, shape.normalize)
-    drawn = run.start(shape, "cpu")
-    assert (drawn.E is drawn.D, drawn.Down is drawn.Up) == (real.E is real.D, real.Down is real.Up)
-    for name, parameter in real.named_parameters():
-        found = dict(drawn.named_parameters())[name]
-        assert found.shape == parameter.shape
-        assert float(found.detach().std()) == pytest.approx(float(parameter.detach().std()), rel=0.1), name
-    for name, buffer in real.named_buffers():
-        assert torch.equal(drawn.get_buffer(name), buffer), name
-
-
-def test_zipf_rows_favour_few_parents():
-    torch.manual_seed(0)
-    E = torch.nn.functional.normalize(torch.randn(64, 256), dim=1)
-    rates = {}
-    for routing in ("uniform", "zipf"):
-        rows = make_rows(routing, 32, E, 4).next()
-        assert rows.shape == (32, 256)
-        rates[routing] = max_rate((rows @ E.T).topk(4, dim=1).indices, 64)
-    assert rates["zipf"] > 2 * rates["uniform"]
-
-
-def test_the_time_limit_ends_a_measurement():
-    calls = []
-    assert len(times(lambda: calls.append(0), "cpu", 4, warm_up=2)) == 4
-    assert len(calls) == 6
-    assert len(times(lambda: calls.append(0), "cpu", 4, warm_up=0, seconds=0)) == 1
 
 
 def test_too_little_memory_is_a_why_and_halves_a_batch():
@@ -172,26 +126,6 @@ def test_too_little_memory_is_a_why_and_halves_a_batch():
     assert "memory" in run.halving(lambda batch: step(batch + 64), 1024, "cpu")["why"]
     assert tried == [1088, 576, 320, 192, 128]  # down to a sixteenth
     assert "memory" in guarded(lambda: step(65), "cpu")["why"]
-
-
-def test_jax_and_ours_are_timed_in_one_run(tmp_path, monkeypatch):
-    for name in ("jax", "equinox", "optax"):
-        pytest.importorskip(name)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = ROOT / "benchmarks/jax_peer.py", "--out", tmp_path, "--shape", "smoke", *SET, "--steps", 2
-    answer = script(*command, "--device", "cpu")
-    assert answer.code == 0, answer.err
-    ours, jax = json.loads((tmp_path / "jax_peer.json").read_text())["measured"].values()
-    assert ours["batch"] == jax["batch"] == 16
-    assert f"| JAX | 16 | {jax['ms']:.2f} | {16e3 / jax['ms']:,.0f} | - |" in answer.out
-    assert f"ours / JAX: {jax['ms'] / ours['ms']:.2f}." in answer.out
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import jax_peer
-
-    shape = load_shape("smoke", TINY_SET)
-    assert "not finished" in jax_peer.jax_record(shape, "cpu", 2, 0.05)["why"]
-    monkeypatch.setattr(jax_peer.sys, "executable", "false")
-    assert jax_peer.jax_record(shape, "cpu", 2, 9)["why"] == "JAX failed: no message"
 
 
 def test_a_run_prints_and_writes_its_tables(tmp_path):
@@ -215,28 +149,6 @@ def test_a_run_prints_and_writes_its_tables(tmp_path):
     assert "B 16." in text
     assert shape["training"]["batch_size"] == 16
     assert document["ceilings"]["copy_tb_per_s"] > 0
-
-
-def test_the_deterministic_step_is_that_of_a_run():
-    def settings() -> tuple[bool, bool]:
-        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-
-    before = settings()
-    with deterministic():
-        assert settings() == (True, False)  # a run fills no fresh memory
-    assert settings() == before
-
-
-def test_what_has_no_numbers_says_why(monkeypatch):
-    def out_of_memory(*arguments: object, **named: object) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(run, "ours", out_of_memory)
-    document = run.bench([load_shape("smoke", TINY_SET)], run.Options("cpu", 1, ("naive",), ("uniform",)))
-    assert document["shapes"][0]["measured"][-1]["of_ours"] is None
-    text = markdown(document)
-    assert f"| ours, float32 | uniform |{' - |' * 8}" in text
-    assert "ours, float32, uniform: no numbers: needs more memory than the GPU has." in text
 
 
 @pytest.mark.parametrize(

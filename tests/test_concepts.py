@@ -4,19 +4,17 @@ import json
 from collections import Counter
 from dataclasses import replace
 from importlib import resources
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from tiny import packaged_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from polytope_hsae.config import ConceptsConfig
-from polytope_hsae.data.concepts import FOLDS, Concepts, build_concepts, format_tree, split_words
+from polytope_hsae.data.concepts import FOLDS, Concepts, build_concepts, split_words
 from polytope_hsae.data.ontology import select_parents
 from polytope_hsae.data.wordnet import WordNet, load_wordnet, word_forms
 from polytope_hsae.data.words import word_tokens
@@ -235,11 +233,18 @@ def test_yaml_and_names_above_the_parents_give_the_same_tree(
         ("1: {c: [dog]}", "found keys that are not text, allowed a mapping of parents"),
         ('{"p": {"c": ["dog", "fox", "crow"]}}', r"found 0 parents with 3 or more children .*\(3 words do\)"),
         ("{}", r"found 0 parents .*, allowed 1 or more"),
+        ("", "found NoneType, allowed a mapping of parents by name"),
+        ("p: {c: [dog]}\np: {c: [fox]}", "cannot be parsed: line 2: found the key 'p' twice"),
+        ("p: {c: [no, 1.5, 2001-01-01]}", r"p / c: found \[False, 1.5, '2001-01-01'\], allowed a list of words"),
+        ('p: {c: ["\\ud800"]}', "surrogates not allowed"),
+        ("[" * 100_000, "cannot be parsed: it is nested too deeply"),
+        ('{"p": {}, "p": {}}', "cannot be parsed: the key 'p' appears twice"),
+        ('{"p": {"c": [NaN]}}', "cannot be parsed: NaN is not a number in JSON"),
         (None, "is not a file; allowed: wordnet, or a JSON or YAML file"),
     ],
 )
 def test_bad_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: str | None, message: str) -> None:
-    path = tmp_path / ("tree.json" if content is not None and content[0] in "[{" else "tree.yaml")
+    path = tmp_path / ("tree.json" if content and content[0] in "[{" else "tree.yaml")
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -251,35 +256,16 @@ def test_bad_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: 
 def test_bad_json(tokenizer: PreTrainedTokenizerFast, ontology: Path) -> None:
     obj = build(tokenizer, ontology).to_json()
     first = obj["parents"][0]["children"][0]
-    word = first["words"]["train"].pop()
-    with pytest.raises(ValueError, match="tool / holder: found 4 words in folds and 5 with tokens"):
-        Concepts.from_json(obj)
-    first["words"]["train"].append(word)
     obj["parents"][1]["children"][0]["tokens"]["dog"] += first["tokens"]["city"]
     with pytest.raises(ValueError, match=r"token \d+ is in tool / holder / city and in animal / mammal / dog;"):
         Concepts.from_json(obj)
-    del first["words"]
-    with pytest.raises(ValueError, match=r"concepts\.json: parents\.0\.children\.0\.words: found nothing"):
+    first["words"]["train"].pop()
+    with pytest.raises(ValueError, match="tool / holder: found 4 words in folds and 5 with tokens"):
         Concepts.from_json(obj)
-    with pytest.raises(ValueError, match=r"not the layout of concepts\.json"):
-        Concepts.from_json([])
-
-
-def test_format_tree(tokenizer: PreTrainedTokenizerFast, ontology: Path) -> None:
-    concepts = build(tokenizer, ontology)
-    file = StringIO()
-    Console(width=120, file=file).print(format_tree(concepts, examples=2))
-    text = file.getvalue()
-    counts = [sum(len(child.words[fold]) for child in concepts.children) for fold in FOLDS]
-    assert f"2 parents, 6 children; words {counts[0]}/{counts[1]}/{counts[2]}, tokens " in text
-    assert "animal (3 children; words " in text
-    assert "mammal (words " in text
-    assert text.count("\n") == 1 + 2 + 6
 
 
 def test_wordnet_facts() -> None:
     wordnet = load_wordnet("noun")
-    assert wordnet is load_wordnet("noun")
     assert len(wordnet.lemmas) == 82115
     assert wordnet.hypernyms["dog.n.01"] == ("canine.n.02", "domestic_animal.n.01")
     assert wordnet.lemmas["dog.n.01"] == ("dog", "domestic_dog", "Canis_familiaris")
@@ -290,8 +276,6 @@ def test_wordnet_facts() -> None:
     assert wordnet.irregular_forms["goose"] == ("geese",)
     # France is an instance of a country, not a kind of one
     assert wordnet.instance_hypernyms["france.n.01"] == ("european_country.n.01",)
-    assert wordnet.hypernyms["france.n.01"] == ()
-    assert "france.n.01" not in wordnet.children["european_country.n.01"]
     verbs = load_wordnet("verb")
     assert len(verbs.lemmas) == 13767
     assert verbs.hypernyms["sprint.v.01"] == ("run.v.01",)
@@ -348,14 +332,6 @@ def test_packaged_tokenizer() -> None:
         assert all(any(child.words[fold] for child in parent.children) for fold in ("val", "test"))
     used = Counter(word for child in concepts.children for word in child.tokens)
     assert max(used.values()) == 1
-    synsets = {str(parent.synset) for parent in concepts.parents}
-    assert not {"entity.n.01", "object.n.01", "person.n.01"} & synsets
-    for synset in synsets:  # none is above another
-        above, level = set(), list(wordnet.hypernyms[synset])
-        while level:
-            above.update(level)
-            level = [h for s in level for h in wordnet.hypernyms[s]]
-        assert not above & synsets
     shares = [sum(len(child.words[fold]) for child in concepts.children) for fold in FOLDS]
     assert abs(shares[0] / sum(shares) - 0.70) < 0.02
     assert abs(shares[1] - shares[2]) <= 2

@@ -13,7 +13,6 @@ from polytope_hsae.config import (
     ConfigError,
     TrainingConfig,
     dump_yaml,
-    find_config,
     load_config,
 )
 from polytope_hsae.provenance import Provenance
@@ -150,11 +149,6 @@ def test_unequal_budgets_are_refused_unless_allowed(load):
     assert load(tree).training.baseline.steps == 700
 
 
-def test_an_unknown_name_lists_the_packaged_configs():
-    with pytest.raises(ConfigError, match=f"config: found 'nosuch', allowed: a YAML file or one of {PACKAGED[0]}"):
-        find_config("nosuch")
-
-
 def test_a_bare_off_means_off(load):
     assert load("tracking: {wandb: off}").tracking.wandb == "off"
     assert load({}, ["tracking.wandb=off"]).tracking.wandb == "off"
@@ -276,22 +270,6 @@ def test_packaged_configs_load_and_come_back_from_their_own_dump(name, load):
     assert config.run.name == name
 
 
-def test_the_published_configuration():
-    config = load_config("v2-focused")
-    hsae, training = config.hsae, config.training
-    assert config.model.name == "google/gemma-2-2b"
-    assert (hsae.n_parents, hsae.n_children_per_parent, hsae.subspace_dim) == (80, 32, 96)
-    assert (hsae.topk_parent, hsae.topk_child, hsae.recon_reduction) == (8, 1, "mean")
-    assert (hsae.router_temp_start, hsae.router_temp_end) == (1.5, 0.7)
-    assert (hsae.l1_parent, hsae.l1_child, hsae.top_level_beta) == (1e-3, 1e-3, 0.1)
-    assert (hsae.biorth_lambda, hsae.causal_ortho_lambda) == (1e-3, 3e-4)
-    assert (training.batch_size, training.lr, training.schedule, training.grad_clip) == (8192, 3e-4, "constant", 1.0)
-    assert [stage.steps for stage in training.teacher.stages] == [1500, 8500]
-    assert set(training.teacher.stages[0].freeze) >= {"D", "G"}
-    assert config.geometry.shrinkage == 0.05
-    assert training.baseline.steps == training.teacher.steps == 10_000
-
-
 def test_every_field_has_a_description():
     schema = Config.model_json_schema()
     blocks = {"Config": schema, **schema["$defs"]}
@@ -306,40 +284,7 @@ def test_every_field_has_a_description():
     assert all(definition.get("additionalProperties") is False for definition in blocks.values())
 
 
-def test_values_never_change():
-    with pytest.raises(ValueError, match="frozen"):
-        Config().run.seed = 3
-
-
 # -- provenance
-
-
-def test_a_phase_is_skipped_refused_or_forced(tmp_path):
-    config, inputs, made = Config(), {"activations/manifest.json": "aa"}, tmp_path / "train.json"
-    record = Provenance(tmp_path)
-
-    def done(phase=2, config=config, inputs=inputs, force=False):
-        return Provenance(tmp_path).is_done(phase, config, inputs, [made], force)
-
-    assert done() is False
-    record.record(2, config, inputs, "cpu", 12.345)
-    assert done() is False  # its output is not there
-    made.touch()
-    assert done() is True
-    assert done(phase=3) is False
-
-    changed = config.model_copy(update={"training": config.training.model_copy(update={"lr": 0.5})})
-    line = (
-        r"^training.lr: found 0.5, but phase 2 of this run folder was made with 0.001; "
-        r"use --force to make it again or --out for another folder$"
-    )
-    with pytest.raises(ConfigError, match=line):
-        done(config=changed)
-    assert done(config=changed, force=True) is False
-    with pytest.raises(ConfigError, match=r"^activations/manifest.json: found 'bb', but phase 2 .* made with 'aa'"):
-        done(inputs={"activations/manifest.json": "bb"})
-    with pytest.raises(ConfigError, match=r"^more: found 'cc', but phase 2 of this run folder was made with None"):
-        done(inputs={**inputs, "more": "cc"})
 
 
 def test_what_a_phase_does_not_depend_on_does_not_matter(tmp_path):

@@ -107,8 +107,6 @@ def test_too_few_values_are_said() -> None:
     assert found["tests"]["omega"]["upper"] is None
     with pytest.raises(ValueError, match=r"alpha: found 0.7, allowed: above 0 and below 0.5"):
         hierarchy_decision(variant(), alpha=0.7)
-    with pytest.raises(ValueError, match="world: found 'round', allowed: noise, flat"):
-        draw_world("round", 1.0, SIZE, 0)
 
 
 def test_kappa_sees_groups_that_omega_cannot() -> None:
@@ -133,14 +131,6 @@ def test_difference_estimates_its_squared_length_and_its_p_is_uniform_without_on
     ])  # fmt: skip
     assert abs((p <= 0.05).mean() - 0.05) < 3 * math.sqrt(0.05 * 0.95 / len(p))
     assert abs(p.mean() - 0.5) < 0.08
-
-
-def test_words_trade_places_only_with_words_of_as_many_tokens() -> None:
-    sizes = np.array([1.0, 2.0, 1.0, 3.0, 2.0, 1.0])
-    places = difference._trades(sizes, 50, np.random.default_rng(0))
-    assert (sizes[places] == sizes).all()
-    assert all(sorted(row) == list(range(6)) for row in places)
-    assert len({tuple(row) for row in places}) == 12
 
 
 def signal_of(rows: torch.Tensor, child_words: list, child_parent: list[int]) -> signal.Signal:

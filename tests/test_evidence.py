@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polytope_hsae.geometry import controls, evidence, orthogonality, statistics
+from polytope_hsae.geometry import controls, evidence, statistics
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ConceptEstimator
 
@@ -189,18 +189,6 @@ def test_shared_parent_statistic_and_null_by_brute_force() -> None:
     assert shared.z[0] == pytest.approx((shared.s_p[0] - np.mean(null)) / np.std(null), rel=0.15)
 
 
-def test_null_keeps_token_counts_and_draws_without_replacement() -> None:
-    sizes = torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0, 3.0])
-    sampler = statistics._Sampler(sizes, 50, seed=0)
-    for _ in range(3):
-        drawn = sampler.draw(1, 3)
-        assert all(sorted(column) == [0, 2, 3] for column in drawn.T.tolist())
-    first = sampler.draw(2, 1)[0]
-    assert set(first.tolist()) == {1, 4}
-    with pytest.raises(ValueError, match="pool: found 1 words of 3 tokens, allowed: at least 2"):
-        sampler.draw(3, 2)
-
-
 def test_pool_of_single_tokens_is_taken_token_by_token() -> None:
     result = collected("hierarchy", permutations=50)
     by_token = collected("hierarchy", list(range(VOCAB)), permutations=50, bootstrap=10)
@@ -238,16 +226,6 @@ def test_bad_arguments_are_refused() -> None:
 def test_benjamini_hochberg_known_answer() -> None:
     adjusted = statistics.benjamini_hochberg(np.array([0.04, 0.01, 0.03, 0.5]))
     np.testing.assert_allclose(adjusted, [0.16 / 3, 0.04, 0.16 / 3, 0.5])
-
-
-def test_halves_split_every_child() -> None:
-    child = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 0])
-    sizes = set()
-    for seed in range(20):
-        half = orthogonality.halve_words(child, seed)
-        assert half[child == 1].sum() == 2
-        sizes.add(int(half[child == 0].sum()))
-    assert sizes == {2, 3}
 
 
 def test_pseudo_parents_take_other_parents_children() -> None:

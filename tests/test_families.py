@@ -59,20 +59,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
-    """Tokenizers of our own: GPT-2's kind, with an end token only, and BERT's."""
-    return {kind: tiny.train_tokenizer(kind) for kind in ("bpe", "wordpiece")}
+@pytest.fixture(scope="module")
+def wordpiece() -> PreTrainedTokenizerFast:
+    """A tokenizer of BERT's kind."""
+    return tiny.train_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def smoke(tokenizers, tmp_path_factory) -> Callable[[str], tuple[Answer, Path]]:
+def smoke(wordpiece, tmp_path_factory) -> Callable[[str], tuple[Answer, Path]]:
     """What `hsae run smoke` said of a family's model, and its folder; one run per family. Read only."""
 
     @functools.cache
     def run(kind: str) -> tuple[Answer, Path]:
         folder = tmp_path_factory.mktemp(kind)
-        model = tiny.save_family(folder / kind, kind, tokenizers["wordpiece"] if kind == "bert" else None)
+        model = tiny.save_family(folder / kind, kind, wordpiece if kind == "bert" else None)
         return hsae("run", "smoke", "--set", f"model.name={model}", "--out", folder / "run"), folder / "run"
 
     return run
@@ -123,7 +123,7 @@ def test_purity_is_chance_on_random_models(smoke):
         assert abs(np.mean(over_chance)) < 0.15, (name, over_chance)
 
 
-def test_an_encoder_gets_what_needs_no_logits(smoke, tokenizers):
+def test_an_encoder_gets_what_needs_no_logits(smoke, wordpiece):
     answer, run = smoke("bert")
     assert answer.err == (
         "warning: bert has no output head (BertForMaskedLM): its input embeddings stand in for the unembedding, "
@@ -143,24 +143,8 @@ def test_an_encoder_gets_what_needs_no_logits(smoke, tokenizers):
     assert store.manifest["belief"] is False
     assert set(store.column("train", "belief_concept").tolist()) == {-1}
     # A context starts with [CLS], which is not stored.
-    assert not (store.column("train", "token") == tokenizers["wordpiece"].cls_token_id).any()
+    assert not (store.column("train", "token") == wordpiece.cls_token_id).any()
     assert int(store.column("train", "pos").min()) == 1
-
-
-def test_quickstart_reencodes_the_corpus_for_another_tokenizer(tokenizers, tmp_path):
-    model, bpe = tiny.save_family(tmp_path / "other", "gpt2", tokenizers["bpe"], context=256), tokenizers["bpe"]
-    changes = settings(f"model.name={model}", "corpus.max_tokens=12000", "concepts.max_parents=8", *SMALL)
-    answer = hsae("run", "quickstart", *changes, "--out", tmp_path / "run")
-    assert answer.code == 0, answer.err
-    results = read_json(tmp_path / "run/phase4/results.json")
-    assert (results["hook"], results["label"]) == ("transformer.h.0", "current_token")
-    assert results["arms"]["teacher"]["purity"]["value"] is not None
-    manifest = read_json(tmp_path / "run/activations/manifest.json")
-    documents = load_documents("tokens", None, bpe, max_tokens=12000, context_length=256, tokenizer_sha256="another")
-    assert documents.sha256() == manifest["documents_sha256"]
-    assert documents.start_id == bpe.eos_token_id
-    first, second = (documents.tokens[a:b] for a, b in zip(documents.starts[:2], documents.starts[1:3], strict=True))
-    assert [bpe.decode(ids[1:]) for ids in (first, second)] == tiny.packaged_texts(2)
 
 
 # -- a parent that the corpus lacks
@@ -210,13 +194,6 @@ def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
     )  # fmt: skip
     metrics = read_json(run / "phase4/results.json")["arms"]["teacher"]
     assert metrics["purity_own_slots"] == by_hand.result.metrics["purity"].to_json()
-    parents = read_json(run / "phase4/latents.json")["arms"]["teacher"]["parents"]
-    latents = {latent["latent"]: latent for latent in parents}
-    own = {slot: latents[slot]["concept"] for slot in (0, 1) if not latents[slot]["mapped"]}
-    assert own.items() <= {0: 1, 1: 2}.items()
-    of_first = [child["concept"] for child in latents[0]["children"] if child["concept"] is not None]
-    assert of_first
-    assert set(of_first) <= {row for row, parent in enumerate(concepts.child_parent_R) if parent == 1}
 
 
 def _children(words: list[str], each: int) -> dict[str, list[str]]:
@@ -314,19 +291,6 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, broken, says):
     answer = hsae("run", "smoke", "--set", f"model.name={folder}", "--out", tmp_path / "run")
     refused(answer, "model.name: ", "my-model", says)
     assert answer.out == ""
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
-
-
-def test_settings_that_a_model_cannot_have_are_refused_before_any_work(tmp_path):
-    folder = tiny.save_family(tmp_path / "my-model", "gpt2")
-    for setting, says in (
-        ("corpus.context_length=256", "corpus.context_length: found 256, allowed: at most 128, what my-model reads"),
-        ("model.hook=layers.2", "model.hook: found 'layers.2', allowed: layers.-2 to layers.1 for my-model"),
-        ("model.hook=transformer.h.7", "no module 'transformer.h.7' in my-model; close matches: transformer."),
-    ):
-        answer = hsae("run", "smoke", *settings(f"model.name={folder}", setting), "--out", tmp_path / "run")
-        refused(answer, says)
-        assert answer.out == ""
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 

@@ -1,4 +1,4 @@
-"""The flat autoencoders: selection, gradients, thresholds; and TopK against a plainly written loop."""
+"""The flat autoencoders: selection, gradients, thresholds."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from dense import copied_tensors
 from models import normal, total
-from trainers import MemoryStore, Records, planted_rows
+from trainers import MemoryStore, planted_rows
 
 from polytope_hsae.config import (
     FLAT_KINDS,
@@ -15,15 +15,12 @@ from polytope_hsae.config import (
     LossOverrides,
     MatryoshkaConfig,
     StageConfig,
-    TopKConfig,
     TrainingConfig,
 )
-from polytope_hsae.data.corpus import context_batches, contexts, load_documents
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.evaluation.row_codes import row_codes
-from polytope_hsae.lm import LanguageModel
 from polytope_hsae.models.codes import firings
-from polytope_hsae.models.flat import TopKSAE, pack
+from polytope_hsae.models.flat import pack
 from polytope_hsae.models.flops import parameter_count
 from polytope_hsae.models.jumprelu import JumpReLUSAE
 from polytope_hsae.models.matryoshka import MatryoshkaSAE
@@ -308,64 +305,3 @@ def test_batches_of_different_slots_make_one_table():
 
 
 # -- TopK against a plainly written loop
-
-
-@pytest.fixture(scope="module")
-def quickstart_rows():
-    """Activations of the packaged model at model.layers.4 on packaged tokens, in random order."""
-    lm = LanguageModel.load("textbook-lm-9m")
-    options = {"max_tokens": 16_000, "context_length": 256, "tokenizer_sha256": lm.tokenizer_sha256}
-    documents = load_documents("tokens", None, lm.tokenizer, **options)
-    parts = []
-    for _, ids, mask in context_batches(documents, contexts(documents, torch.arange(documents.n_documents), 256), 2048):
-        stored = mask.bool()
-        stored[:, 0] = False
-        parts.append(lm.capture(ids, "model.layers.4", mask=mask).acts[stored])
-    rows = torch.cat(parts)
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-
-
-def plain_topk(rows, latents, k, steps, batch, rate):
-    """TopK as the paper writes it, with nothing of this package."""
-    torch.manual_seed(7)
-    mean, scale = rows.mean(0), (rows - rows.mean(0)).square().mean().sqrt()
-    x = (rows - mean) / scale
-    dec = torch.randn(latents, x.shape[1])
-    dec /= dec.norm(dim=1, keepdim=True)
-    enc, b_enc, b_dec = dec.clone().T.contiguous(), torch.zeros(latents), torch.zeros(x.shape[1])
-    weights = [tensor.requires_grad_() for tensor in (enc, b_enc, dec, b_dec)]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-
-    def rebuild(x):
-        top = ((x - b_dec) @ enc + b_enc).topk(k, dim=1)
-        codes = torch.zeros(len(x), latents).scatter(1, top.indices, top.values.relu())
-        return codes @ dec + b_dec
-
-    order = torch.cat([torch.randperm(len(x)) for _ in range(1 + steps * batch // len(x))])
-    for step in range(steps):
-        chosen = x[order[step * batch : (step + 1) * batch]]
-        loss = (chosen - rebuild(chosen)).square().sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            dec /= dec.norm(dim=1, keepdim=True)
-    return lambda h: (rebuild((h - mean) / scale) * scale + mean).detach()
-
-
-def test_topk_is_as_good_as_a_plainly_written_loop(quickstart_rows):
-    held_out, rows = quickstart_rows[:3000], quickstart_rows[3000:]
-    plain = plain_topk(rows, latents=768, k=32, steps=200, batch=512, rate=2e-3)
-    model = TopKSAE(TopKConfig(n_latents=768, k=32), rows.shape[1])
-    model.set_normalization(rows.mean(0), (rows - rows.mean(0)).square().mean().sqrt().item())
-    model.initialize_bias([rows[:4096]])
-    config = TrainingConfig(batch_size=512, lr=2e-3, schedule="constant", warmup_steps=0, grad_clip=None)
-    stages = [StageConfig(name="train", steps=200)]
-    HSAETrainer(model, RowStream(MemoryStore(rows), "train", 512, seed=0), stages, config).fit(Records())
-
-    def explained(rebuilt):
-        return 1 - ((held_out - rebuilt).square().sum() / (held_out - rows.mean(0)).square().sum()).item()
-
-    mine, theirs = explained(model.eval().reconstruct(held_out)), explained(plain(held_out))
-    assert theirs > 0.5
-    assert mine == pytest.approx(theirs, abs=0.005)

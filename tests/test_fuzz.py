@@ -18,27 +18,25 @@ import pytest
 import tiny
 import torch
 import yaml
-from breaking import ODD, TEXTS, broken_bytes, broken_json, broken_lines, broken_tensors, broken_yaml
+from breaking import broken_bytes, broken_json, broken_lines, broken_tensors, broken_yaml
+from fakes import write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from models import factored
 from rich.console import Console
+from trainers import make_trainer
 
 from polytope_hsae.config import (
     FLAT_KINDS,
     ConceptsConfig,
     Config,
-    ConfigError,
-    StageConfig,
-    TrainingConfig,
     dump_yaml,
     find_config,
     load_config,
 )
 from polytope_hsae.data.concepts import Concepts, build_concepts, format_tree, permuted_words
 from polytope_hsae.data.corpus import load_documents
-from polytope_hsae.data.store import FORMAT, LABELS, ActivationStore
-from polytope_hsae.data.stream import RowStream
+from polytope_hsae.data.store import LABELS, ActivationStore
 from polytope_hsae.fileio import read_json, write_json, write_tensors
 from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.models.base import SparseAutoencoder
@@ -47,7 +45,6 @@ from polytope_hsae.phases.flat_arms import MODELS
 from polytope_hsae.provenance import Provenance
 from polytope_hsae.teacher import Teacher
 from polytope_hsae.tracking import JsonlTracker
-from polytope_hsae.training.trainer import HSAETrainer
 
 WIDTH = 5
 ROWS = {"train": 12, "val": 3, "test": 4}
@@ -114,15 +111,8 @@ def read_provenance(folder: Path) -> None:
 # -- tensors
 
 
-def write_store(folder: Path) -> None:
-    shards = []
-    for split, rows in ROWS.items():
-        columns = {name: torch.zeros(rows, dtype=dtype) for name, dtype in LABELS.items()}
-        write_tensors(folder / f"{split}-00000.safetensors", {"acts": random(rows, WIDTH).float(), **columns})
-        shards.append({"file": f"{split}-00000.safetensors", "split": split, "rows": rows, "bytes": 0, "sha256": "0"})
-    about = {"format": FORMAT, "dtype": "float32", "rows": ROWS, "width": WIDTH, "complete": True, "shards": shards}
-    write_json(folder / "manifest.json", about)
-    note_sizes(folder)
+def write_rows(folder: Path) -> None:
+    write_store(folder, {split: {"acts": random(rows, WIDTH).float()} for split, rows in ROWS.items()}, 12)
 
 
 def note_sizes(folder: Path) -> None:
@@ -172,26 +162,18 @@ def read_model(folder: Path) -> None:
     assert model.reconstruct(rows).shape == rows.shape
 
 
-def trainer(folder: Path) -> HSAETrainer:
-    model, options = HierarchicalSAE(SHAPE, WIDTH), TrainingConfig(batch_size=4)
-    stages = [StageConfig(name="a", steps=3, freeze=["G"]), StageConfig(name="b", steps=2)]
-    store = ActivationStore.open(folder)
-    return HSAETrainer(model, RowStream(store, "train", 4, seed=0), stages, options, folder=folder)
-
-
 def write_checkpoint(folder: Path) -> None:
-    write_store(folder)
-    trained = trainer(folder)
-    trained.model.freeze(["G"])
+    trained = make_trainer(folder)
+    trained.model.freeze(trained.stages[0].freeze)
     for _ in range(2):
         trained.train_step(trained.stages[0])
     trained.save()
 
 
 def read_checkpoint(folder: Path) -> None:
-    resumed = trainer(folder)
+    resumed = make_trainer(folder)
     assert resumed.resume()
-    assert resumed.stream.next().shape == (4, WIDTH)
+    assert resumed.stream.next().shape == (16, 6)
     resumed.optimizer.step()
 
 
@@ -242,8 +224,8 @@ READERS = {
         f / "concepts.json", tiny.concepts().to_json()), read_concepts),
     "provenance": Reader("provenance.json", broken_json, lambda f: Provenance(f).record(
         2, Config(), {"a": "b"}, "cpu", 1.0), read_provenance),
-    "manifest": Reader("manifest.json", broken_json, write_store, read_store),
-    "shard": Reader("train-00000.safetensors", broken_tensors, write_store, read_store, note_sizes),
+    "manifest": Reader("manifest.json", broken_json, write_rows, read_store),
+    "shard": Reader("train-00000.safetensors", broken_tensors, write_rows, read_store, note_sizes),
     "geometry": Reader("geometry.safetensors", broken_tensors, lambda f: CausalGeometry(random(40, WIDTH)).save(
         f / "geometry.safetensors"), read_geometry),
     "teacher": Reader("teacher.safetensors", broken_tensors, write_teacher, read_teacher),
@@ -294,22 +276,3 @@ def test_a_broken_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
             path.write_bytes(text)
 
     holds()
-
-
-PATHS = (
-    "run.seed", "arms.0", "arms.0.name", "arms.0.hsae", "arms.1.match", "training.lr", "hsae.n_parents",
-    "corpus.split", "training.baseline.stages.0", "training.baseline.stages.0.lr_mult.E", "eval", "model.revision",
-)  # fmt: skip
-PARTS = st.sampled_from(["0", "", "run", "arms", "-1", "²", "9" * 5000]) | st.text(max_size=3)
-KEYS = st.sampled_from(PATHS) | st.lists(PARTS, max_size=4).map(".".join)
-VALUES = TEXTS | ODD.map(json.dumps) | st.text() | st.sampled_from(["&a [*a]", "{a: 1, a: 2}", "[" * 200, "!!int ''"])
-
-
-@given(key=KEYS, value=VALUES)
-def test_an_override_is_taken_or_refused_in_one_line(key, value):
-    refused = None
-    try:
-        dump_yaml(load_config("smoke", [f"{key}={value}"])).encode("utf-8")
-    except ConfigError as error:
-        refused = str(error)
-    assert refused is None or (10 < len(refused) < LONG and "\n" not in refused)

@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from fakes import Store
+from fakes import Store, write_store
 from models import factored
 from tiny import concepts
 
 from polytope_hsae.config import TopKConfig
-from polytope_hsae.data.store import FORMAT, ActivationStore, ResidentStore
-from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics, sampled_rows
+from polytope_hsae.data.store import ActivationStore
+from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics
 from polytope_hsae.evaluation.hierarchy import Probes, child_probes, probe_metrics, read_classes
-from polytope_hsae.fileio import sha256_file, write_json, write_tensors
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -143,27 +142,8 @@ def labelled(tmp_path) -> ActivationStore:
     means = torch.from_numpy(generator.normal(size=(tree.n_children + 1, d))).float()
     noise = torch.from_numpy(generator.normal(size=(n, d))).float() * torch.tensor([5.0] + [1.0] * (d - 1))
     acts = means[child_of[token.long()].long()] + noise
-    columns = {
-        "acts": acts,
-        "token": token,
-        **{
-            name: torch.zeros(n, dtype=torch.int32)
-            for name in ("next_token", "doc", "pos", "belief_concept", "belief_token")
-        },
-        "belief_prob": torch.zeros(n),
-        "norm": acts.norm(dim=1),
-    }
-    shards = []
-    for split in ("train", "val", "test"):
-        for part, rows in enumerate(torch.arange(n).split(1500)):
-            path = tmp_path / f"{split}-{part}.safetensors"
-            write_tensors(path, {name: column[rows] for name, column in columns.items()})
-            made = {"file": path.name, "split": split, "rows": len(rows), "bytes": path.stat().st_size}
-            shards.append({**made, "sha256": sha256_file(path)})
-    rows = dict.fromkeys(("train", "val", "test"), n)
-    manifest = {"format": FORMAT, "dtype": "float32", "rows": rows, "width": d, "complete": True, "shards": shards}
-    write_json(tmp_path / "manifest.json", manifest)
-    return ActivationStore.open(tmp_path)
+    columns = {"acts": acts, "token": token}
+    return ActivationStore.open(write_store(tmp_path, dict.fromkeys(("train", "val", "test"), columns), 1500))
 
 
 def test_probes_are_those_of_linear_discriminant_analysis(labelled):
@@ -187,14 +167,3 @@ def test_probes_are_those_of_linear_discriminant_analysis(labelled):
     torch.testing.assert_close(cosine, torch.ones_like(cosine))  # an atom along the mean difference has cosine 1
     assert torch.bincount(probes.child_N).tolist() == [20] * tree.n_children
     assert torch.equal(child[probes.row_N], probes.child_N)
-
-
-def test_a_resident_store_gives_the_same_rows(labelled):
-    resident = ResidentStore(labelled, "cpu")
-    rows = torch.tensor([3999, 0, 1500, 1499, 7])
-    assert torch.equal(resident.acts("val", rows), labelled.acts("val", rows))
-    mean, spread = resident.moments("train")
-    assert torch.equal(mean, labelled.moments("train")[0])
-    assert spread == labelled.moments("train")[1]
-    assert sampled_rows(10, None, 0).tolist() == sampled_rows(10, 20, 0).tolist() == list(range(10))
-    assert len(set(sampled_rows(100, 30, 0).tolist())) == 30

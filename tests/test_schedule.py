@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from trainers import Records, make_model, make_trainer, stages
+from trainers import make_model, make_trainer, stages
 
 from polytope_hsae.config import StageConfig, TrainingConfig
 from polytope_hsae.models.codes import Codes, firings
-from polytope_hsae.tracking import JsonlTracker, Trackers
+from polytope_hsae.tracking import JsonlTracker
 from polytope_hsae.training.schedule import learning_rate, penalty_warmup, rate_multiplier, stage_at
 from polytope_hsae.training.trainer import clip_gradients
 from polytope_hsae.training.usage import Usage
@@ -129,15 +129,7 @@ def test_reopening_drops_later_lines_of_the_arm_and_an_unfinished_line(tmp_path)
     write_lines(path, "b", [1, 2, 3])
     write_lines(path, "a", [4], seed=1)
     first = json.loads(path.read_text().splitlines()[0])
-    assert first == {
-        "phase": 2,
-        "arm": "a",
-        "seed": 0,
-        "step": 1,
-        "tokens": 8,
-        "name": "loss",
-        "value": 0.5,
-    }
+    assert first == {"phase": 2, "arm": "a", "seed": 0, "step": 1, "tokens": 8, "name": "loss", "value": 0.5}
     with path.open("a") as stream:
         stream.write('{"phase": 2, "arm": "a", "se')  # the process died in the middle of a line
     JsonlTracker(path, 2, "a", 0, resume_step=2).close()
@@ -145,21 +137,3 @@ def test_reopening_drops_later_lines_of_the_arm_and_an_unfinished_line(tmp_path)
     assert read_steps(path, "b") == [1, 1, 2, 2, 3, 3]
     JsonlTracker(path, 2, "a", 0).close()
     assert read_steps(path, "a") == [4, 4]
-
-
-@pytest.mark.parametrize("cut", [1, 2, 40])
-def test_any_cut_of_the_last_line_is_dropped(tmp_path, cut):
-    path = tmp_path / "metrics.jsonl"
-    write_lines(path, "a", [1, 2])
-    text = path.read_text()
-    path.write_text(text[:-cut])
-    JsonlTracker(path, 2, "a", 0, resume_step=9).close()
-    assert path.read_text() == "".join(line + "\n" for line in text.splitlines()[:-1])
-
-
-def test_several_trackers_hear_the_same():
-    one, two = Records(), Records()
-    trackers = Trackers([one, two])
-    trackers.log({"loss": 1.0}, 3, 24)
-    trackers.close()
-    assert one.values == two.values == {"loss": {3: 1.0}}

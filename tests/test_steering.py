@@ -168,23 +168,6 @@ def test_a_bfloat16_models_concepts_are_within_the_tolerance_or_unreached(hook) 
     assert next(rounded.parameters()).dtype == torch.bfloat16
 
 
-def test_without_doses_or_layers_the_main_numbers_are_the_same(lm) -> None:
-    concepts, common = tiny.concepts(3, 2), {"max_norms": 60.0, "target_nats": 0.4, "bootstrap": 50}
-    runs = [
-        evaluate_steering(hierarchical(), lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1, 2]), IDS, **more, **common)
-        for more in ({}, {"doses": [0.1, 0.4, 0.8], "layers": ["model.norm"]})
-    ]
-    assert runs[0].records == runs[1].records
-    assert [len(run.grid) for run in runs] == [2, 9]
-    assert runs[0].result.metrics["child_steering_leakage"].why == "no units with a value"
-
-
-def test_a_layer_of_another_width_is_refused(lm) -> None:
-    hook, wide = "model.layers.1", "model.layers.0.mlp.gate_proj"
-    with pytest.raises(ValueError, match=rf"eval\.steering\.layers: found {wide} of width 32, allowed: width 16"):
-        evaluate_steering(hierarchical(), lm, hook, tiny.concepts(3, 2), [0], np.array([0]), IDS, layers=[wide])
-
-
 # the map of child concepts
 
 

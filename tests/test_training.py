@@ -157,24 +157,6 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 # -- interruptions
 
 
-@pytest.mark.parametrize(
-    "number, name, step",
-    [(signal.SIGTERM, "SIGTERM", 5), (signal.SIGINT, "SIGINT", 12), (signal.SIGTERM, "SIGTERM", 30)],
-)
-def test_a_signal_writes_a_checkpoint_and_raises(tmp_path, straight, number, name, step):
-    handler = signal.getsignal(number)
-
-    def send(trainer, now):
-        if now == step:
-            os.kill(os.getpid(), number)
-
-    with pytest.raises(Interrupted, match=f"{name} at step {step} of 30; checkpoint written"):
-        train(tmp_path, after=send, checkpoint_every=1000)
-    assert signal.getsignal(number) is handler
-    assert latest_checkpoint(tmp_path / "checkpoints").name == f"step-{step:08d}.safetensors"
-    assert_same_run(straight[0], train(tmp_path, checkpoint_every=1000), straight[1], tmp_path)
-
-
 def test_the_same_trainer_goes_on_after_a_signal():
     trainer = make_trainer()
 
@@ -306,13 +288,6 @@ def test_slow_and_pulling_anchors_hold_the_rows_more_loosely():
         assert (pull[name][3:] > 1).all()
 
 
-def test_an_anchor_without_rows_changes_nothing():
-    reference, _, _ = anchored("none")
-    for kind in ("frozen", "pull"):
-        model, _, _ = anchored(kind, n_teacher=0)
-        assert all(torch.equal(tensor, reference.tensors()[name]) for name, tensor in model.tensors().items())
-
-
 # -- what training achieves
 
 
@@ -350,29 +325,17 @@ def test_metrics_of_a_step():
     records = Records()
     trainer.fit(records)
     assert records.tokens == {10: 320, 20: 640, 30: 960}
-    terms = {
-        "recon": 1.0,
-        "recon_top": 0.1,
-        "l1_parent": 0.01,
-        "l1_child": 0.01,
-        "biorth_router": 0.01,
-        "biorth_child": 0.01,
-        "causal_orth": 0.1,
-    }
+    terms = {"recon": 1.0, "recon_top": 0.1, "l1_parent": 0.01, "l1_child": 0.01, "causal_orth": 0.1}
+    terms |= {"biorth_router": 0.01, "biorth_child": 0.01}
     value = {name: steps[10] for name, steps in records.values.items()}
     warm = value["penalty_warmup"]
     assert warm == pytest.approx(9 / 20)
     total = sum(weight * value[name] * (warm if name in WARMED_UP else 1) for name, weight in terms.items())
     assert value["loss"] == pytest.approx(total, rel=1e-5)
     assert "causal_orth" not in {name for name, steps in records.values.items() if 20 in steps}
-    assert value["active_parents_per_sample"] > 0
-    assert value["active_children_per_sample"] >= 0
-    assert value["active_parents_per_sample"] + value["active_children_per_sample"] <= 7
-    assert 0 <= value["full_rows_parents"] <= 1
-    assert 0 <= value["full_rows_children"] <= 1
-    assert 0 < value["router_entropy"] <= torch.tensor(8.0).log().item()
-    assert 0 < value["max_firing_rate"] <= 1
-    assert 0 <= value["dead_children"] <= 1
+    assert 0 < value["active_parents_per_sample"] + value["active_children_per_sample"] <= 7
+    for name in ("full_rows_parents", "full_rows_children", "max_firing_rate", "dead_children"):
+        assert 0 <= value[name] <= 1
 
 
 def test_the_causal_penalty_falls_in_the_stage_that_turns_it_on():

@@ -42,32 +42,5 @@ def test_a_line_every_tenth_has_rate_and_time_left():
     ]
 
 
-def test_no_line_at_the_start_and_none_between_tenths():
-    assert ticked([(5, 0, 40), (9, 1, 40), (13, 2, 40), (17, 3, 40)]) == []
-    assert ticked([(5, 0, 4), (65, 1, 4)]) == ["  harvest: 1 of 4 rows, 1.0/min, 3.0 minutes left"]
-
-
 def test_a_resumed_step_counts_from_where_it_began():
     assert ticked([(1, 520, 1000), (11, 620, 1000)]) == ["  harvest: 620 of 1,000 rows, 10/s, 38 s left"]
-
-
-def test_lines_are_a_second_apart_but_for_the_last():
-    lines = ticked([(0.1 * step, step, 20) for step in range(1, 21)])
-    assert lines == [
-        "  harvest: 10 of 20 rows, 10/s, 1.0 s left",
-        "  harvest: 20 of 20 rows, 10/s, took 2.0 s",
-    ]
-    assert ticked([(0.4, 3, 3)]) == ["  harvest: 3 of 3 rows, took 0.4 s"]
-
-
-def test_a_terminal_gets_a_bar_and_no_lines():
-    out = io.StringIO()
-    ticker = Ticker(
-        Console(file=out, width=100, force_terminal=True), "harvest", "rows", clock=iter([0, 1, 2]).__next__
-    )
-    with ticker.bar:
-        ticker(0, 400)
-        ticker(100, 400)
-        ticker.bar.refresh()
-    assert "100 of 400 rows, 100/s, 3.0 s left" in out.getvalue()
-    assert "  harvest:" not in out.getvalue()

@@ -1,4 +1,4 @@
-"""WordNet through nltk: a tiny database in WordNet's own format, and Debian's, where it is installed."""
+"""WordNet through nltk: a tiny database in WordNet's own format."""
 
 import shutil
 import sys
@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from running import hsae, refused
 
-from polytope_hsae.config import ConfigError, load_config
-from polytope_hsae.data.wordnet import WordNet, load_wordnet
+from polytope_hsae.config import load_config
+from polytope_hsae.data.wordnet import load_wordnet
 from polytope_hsae.data.wordnet_nltk import load_nltk_wordnet, nltk_is_there, nltk_sha256
 from polytope_hsae.data.words import load_graphs
 from polytope_hsae.phases.sources import source_files
 
-DEBIAN = Path("/usr/share/wordnet")
 PARTS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 LICENCE = "  1 WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.  \n"
 # (part, lemmas, rows of hypernyms, rows of instance hypernyms), the first sense of a lemma first
@@ -138,36 +137,3 @@ def test_without_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = hsae("concepts", "smoke", "--set", "concepts.wordnet=nltk")
     refused(answer, "concepts.wordnet", 'pip install "polytope-hsae[wordnet]"')
     assert hsae("concepts", "smoke", "--set", "concepts.wordnet=auto").code == 0
-
-
-@pytest.mark.parametrize(
-    ("parts", "says"),
-    [
-        ("noun, noun", r"found \['noun', 'noun'\], allowed: noun and verb, each once at most"),
-        ("", "parts_of_speech"),
-        ("adverb", "'noun' or 'verb'"),
-    ],
-)
-def test_parts_of_speech_are_checked(parts: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        load_config("smoke", [f"concepts.parts_of_speech=[{parts}]"])
-
-
-@pytest.mark.skipif(not (DEBIAN / "data.verb").is_file(), reason="Debian's wordnet-base is not there")
-def test_debians_database_is_the_packaged_one(tmp_path: Path) -> None:
-    pytest.importorskip("nltk")
-    corpus = tmp_path / "corpora/wordnet"
-    corpus.mkdir(parents=True)
-    for part in PARTS.values():
-        for name in (f"data.{part}", f"index.{part}", f"{part}.exc"):
-            shutil.copy(DEBIAN / name, corpus)  # nltk follows no links out of its folders
-    for name in ("index.sense", "cntlist.rev"):
-        (corpus / name).write_text("")
-    (corpus / "lexnames").write_text("".join(f"{row:02d}\tname{row}\t1\n" for row in range(45)))
-    assert without_order(load_nltk_wordnet("verb", str(tmp_path))) == without_order(load_wordnet("verb"))
-
-
-def without_order(wordnet: WordNet) -> tuple[object, ...]:
-    """nltk sorts a synset's hypernyms; the files do not."""
-    above = {name: sorted(found) for name, found in wordnet.hypernyms.items()}
-    return (above, wordnet.lemmas, wordnet.first_sense, wordnet.children, wordnet.instance_hypernyms)

@@ -169,27 +169,17 @@ def packaged_texts(count: int) -> list[str]:
     return packaged_tokenizer().batch_decode(rows, skip_special_tokens=True)
 
 
-def train_tokenizer(kind: str, size: int = 6000) -> PreTrainedTokenizerFast:
-    """`bpe` (byte level, only an end token, as GPT-2's) or `wordpiece` (as BERT's), with many nouns of one token."""
+def train_tokenizer(size: int = 6000) -> PreTrainedTokenizerFast:
+    """Of pieces of words, as BERT's, with many nouns of one token."""
     texts = packaged_texts(400)
     known = set(" ".join(texts).split())
     texts += 20 * [f" {word}" for word in single_words(load_wordnet("noun")) if word in known]
-    if kind == "bpe":
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-        )
-        special = {"eos_token": "<|end|>"}
-    else:
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-        backend = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
-        backend.normalizer = normalizers.BertNormalizer()
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(special.values()), show_progress=False)
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    backend = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(special.values()), show_progress=False)
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
