@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from fakes import Store
 
 from polytope_hsae.evaluation.agreement import teacher_agreement
+from polytope_hsae.evaluation.concepts import ConceptData
 from polytope_hsae.evaluation.interventions import COLUMNS, evaluate_interventions
 from polytope_hsae.evaluation.pushing import (
     Contexts,
@@ -128,7 +130,7 @@ def test_the_solved_alpha_gives_the_effect_in_a_plain_pass(hook: str) -> None:
     def measure(after_MV, target):
         return [float(contexts.odds_rise(after_MV, target.tokens).mean())]
 
-    found = push(contexts, targets, moves, Search(0.4, 0.005, 40 * contexts.typical_norm, 30), measure, 1)
+    found = push(contexts, targets, moves, Search(0.4, max_norms=40, max_evaluations=30), measure, 1)
     assert np.isfinite(found.alpha_G).all()
     for target, alpha, row_d in zip(targets, found.alpha_G, moves.direction_GMd[:, 0], strict=True):
         added_Md = (float(alpha) * row_d).expand(len(ids()), -1)
@@ -203,9 +205,13 @@ def test_along_a_written_concept_each_logit_moves_by_alpha_times_its_inner_produ
 def test_in_a_true_hierarchy_ratios_stay_and_children_are_hit() -> None:
     world = LinearWorld()
     found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, world.teacher(), torch.zeros(8, 3).long(), max_norms=50, tolerance=1e-3,
-        max_evaluations=40,
-    )  # fmt: skip
+        world,
+        FINAL_HOOK,
+        world.concepts,
+        world.teacher(),
+        torch.zeros(8, 3).long(),
+        search=Search(tolerance=1e-3, max_norms=50, max_evaluations=40),
+    )
     own, others = found["ratio_invariance"]["own"], found["ratio_invariance"]
     assert own["median"]["value"] == pytest.approx(0, abs=1e-6)  # every word of a parent moves alike
     assert own["passes"]
@@ -239,7 +245,12 @@ def test_a_simplex_of_k_children_has_a_targeting_ratio_of_k_minus_one() -> None:
         (teacher.sigma_sqrt, teacher.sigma_inv_sqrt),
     )  # fmt: skip
     found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, exact, torch.zeros(8, 3).long(), max_norms=50, max_evaluations=40
+        world,
+        FINAL_HOOK,
+        world.concepts,
+        exact,
+        torch.zeros(8, 3).long(),
+        search=Search(max_norms=50, max_evaluations=40),
     )
     own = found["targeting"]["children"]["own"]
     assert own["median_ratio"]["value"] == pytest.approx(4, rel=1e-3)
@@ -249,7 +260,7 @@ def test_a_simplex_of_k_children_has_a_targeting_ratio_of_k_minus_one() -> None:
 def test_what_is_not_reached_is_counted_and_null() -> None:
     world = LinearWorld()
     found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, world.teacher(), torch.zeros(8, 3).long(), max_norms=1e-3
+        world, FINAL_HOOK, world.concepts, world.teacher(), torch.zeros(8, 3).long(), search=Search(max_norms=1e-3)
     )
     own = found["ratio_invariance"]["own"]
     assert own["unreached"] == 4
@@ -262,7 +273,7 @@ def test_what_is_not_reached_is_counted_and_null() -> None:
 def test_concepts_are_found_by_name_and_limits_hold() -> None:
     world, teacher = LinearWorld(), LinearWorld().teacher()
     part = teacher.matched(["p2", "p0"], [["c21", "c20"], ["c03"]])
-    options = {"max_norms": 50.0, "max_evaluations": 40}
+    options = {"search": Search(max_norms=50.0, max_evaluations=40)}
     found = evaluate_interventions(world, FINAL_HOOK, world.concepts, part, torch.zeros(8, 3).long(), **options)
     assert [record["parent"] for record in found["parents"]] == [2, 0]
     assert [record["child"] for record in found["children"]] == [11, 10, 3]
@@ -307,8 +318,8 @@ def test_agreement_finds_planted_directions_and_nothing_in_noise(planted: bool) 
     carried = owner[token] >= 0
     if planted:
         acts[carried] += teacher.parent_write[owner[token][carried]] * 20
-    store = Store(train={"acts": acts.float(), "next_token": token})
-    found = teacher_agreement(store, concepts, teacher, acts.mean(0), label="next_token", vocab_size=64, min_rows=20)
+    data = ConceptData(Store(train={"acts": acts.float(), "next_token": token}), concepts, "next_token", 64)
+    found = teacher_agreement(data, teacher, acts.mean(0))
     for words in ("same_words", "other_words"):
         own, margin = found[words]["cosine"], found[words]["margin"]
         assert own["n"] == 6
@@ -319,6 +330,6 @@ def test_agreement_finds_planted_directions_and_nothing_in_noise(planted: bool) 
         else:
             assert abs(own["value"]) < 4 / math.sqrt(6 * width)
     assert found["same_words"]["parents"]["parent"] == [0, 1, 2, 3, 4, 5]
-    none = teacher_agreement(store, concepts, teacher, acts.mean(0), label="next_token", vocab_size=64, min_rows=10**6)
+    none = teacher_agreement(replace(data, min_rows=10**6), teacher, acts.mean(0))
     assert none["same_words"]["cosine"]["value"] is None
     assert json.dumps(none, allow_nan=False)

@@ -41,6 +41,9 @@ class Rows:
     def column(self, split, name):
         return self.columns[name]
 
+    def acts(self, split, rows):
+        return self.rows[rows]
+
     def batches(self, split, batch_size):
         for start in range(0, len(self.rows), 5):
             yield self.rows[start : start + 5], start

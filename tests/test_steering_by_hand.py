@@ -11,9 +11,11 @@ import torch
 from fakes import FakeConcepts, FakeSAE, language_model, sampled_ids
 
 from polytope_hsae.evaluation.pushing import Search, evenly_spaced, solve_alpha
-from polytope_hsae.evaluation.steering import evaluate_steering
+from polytope_hsae.evaluation.steering import Steered, evaluate_steering
 from polytope_hsae.lm import FINAL_HOOK
 from polytope_hsae.lm import edits as lm_edits
+
+BOTH = Steered([0, 1], np.array([0, 1]))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_alpha_is_found_for_known_effects():
         calls.extend(concepts)
         return np.array([[functions[c](a), 2 * a, 0.0] for c, a in zip(concepts, alphas, strict=True)])
 
-    found = solve_alpha(evaluate, len(functions), Search(3.0, 0.005, 40.0, 10))
+    found = solve_alpha(evaluate, Search(), 40.0, np.full(len(functions), np.nan))
     assert np.isnan(found.alpha_G).tolist() == [False, False, False, True, True, False]
     for c in (0, 1, 2, 5):
         assert functions[c](found.alpha_G[c]) == pytest.approx(3.0, abs=0.005)
@@ -82,7 +84,7 @@ def linear_case(directions):
 def test_a_clean_direction_has_no_leakage_and_alpha_is_known():
     lm, sae, concepts, ids = linear_case([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     found = evaluate_steering(
-        sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, tolerance=1e-3, max_evaluations=40
+        sae, lm, FINAL_HOOK, concepts, BOTH, ids, search=Search(tolerance=1e-3, max_evaluations=40)
     )
     for record in found.records:
         assert record["alpha"] == pytest.approx(3.0, abs=2e-3)
@@ -98,7 +100,7 @@ def test_a_clean_direction_has_no_leakage_and_alpha_is_known():
 def test_leakage_and_sibling_kl_equal_a_direct_computation():
     mixed = [math.sqrt(0.5), 0, math.sqrt(0.5), 0]
     lm, sae, concepts, ids = linear_case([mixed, [0.6, 0.8, 0, 0], [0, 0, 0, 1.0]])
-    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_norms=20)
+    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids, search=Search(max_norms=20))
     record = found.records[0]
     before = lm.table[ids[:, -1]].double() @ lm.unembedding.T.double()
     after = before + record["alpha"] * (lm.unembedding.double() @ torch.tensor(mixed).double())
@@ -123,9 +125,7 @@ def test_leakage_and_sibling_kl_equal_a_direct_computation():
 def test_an_example_shows_the_likeliest_next_tokens_before_and_after():
     directions = [[0.6, 0, 0.8, 0], [0, -1.0, 0, 0]]
     lm, sae, concepts, ids = linear_case(directions)
-    found = evaluate_steering(
-        sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_norms=20, text="t{}".format
-    )
+    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids, search=Search(max_norms=20), text="t{}".format)
     record, unreached = found.records
     assert record["example"]["context"] == [f"t{token}" for token in ids[0].tolist()]
     before = lm.table[ids[0, -1]].double() @ lm.unembedding.T.double()
@@ -137,29 +137,29 @@ def test_an_example_shows_the_likeliest_next_tokens_before_and_after():
         assert [share for _, share in record["example"][key]] == pytest.approx(shares[best].tolist(), rel=6e-3)
         assert sum(share for _, share in record["example"][key]) <= 1
     assert unreached["alpha"] is unreached["example"] is None
-    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([-1, 0]), ids, max_norms=20)
+    unmapped = evaluate_steering(
+        sae, lm, FINAL_HOOK, concepts, Steered([0, 1], np.array([-1, 0])), ids, search=Search(max_norms=20)
+    )
     assert unmapped.records[0]["example"] is None
 
 
 def test_unreached_and_unmapped_concepts_have_no_leakage():
     lm, sae, concepts, ids = linear_case([[-1.0, 0, 0, 0], [0, 1.0, 0, 0]])
-    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids)
+    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids)
     assert [record["alpha"] is None for record in found.records] == [True, False]
     assert found.result.metrics["steering_unreached"].value == 0.5
     assert found.result.metrics["steering_leakage"].n == 1
-    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([-1, 1]), ids)
+    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, Steered([0, 1], np.array([-1, 1])), ids)
     assert [record["steering_leakage"] is None for record in unmapped.records] == [True, False]
     assert np.isnan(unmapped.result.units["steering_leakage"].numerator_U).tolist() == [True, False]
-    none = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([-1, -1]), ids)
+    none = evaluate_steering(sae, lm, FINAL_HOOK, concepts, Steered([0, 1], np.array([-1, -1])), ids)
     assert none.result.metrics["steering_leakage"].why == "no units with a value"
     assert none.result.metrics["steering_unreached"].value == 1
-    stuck = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0], np.array([0, 1]), ids)
+    stuck = evaluate_steering(sae, lm, FINAL_HOOK, concepts, Steered([0], np.array([0])), ids)
     assert stuck.result.metrics["steering_leakage"].why == "no units with a value"
     assert stuck.result.metrics["steering_unreached"].value == 1
-    capped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_concepts=1)
-    assert [record["parent"] for record in capped.records] == [0]
     with pytest.raises(ValueError, match=r"found shape \(8, 1\)"):
-        evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids[:, :1])
+        evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids[:, :1])
 
 
 def test_steering_at_an_inner_hook_agrees_with_the_final_hook(lm, ids):
@@ -170,7 +170,7 @@ def test_steering_at_an_inner_hook_agrees_with_the_final_hook(lm, ids):
     directions = torch.nn.functional.normalize((torch.linalg.pinv(lm.unembedding) @ target_V2).T, dim=-1)
     sae = FakeSAE(16, n_parents=2, directions=directions)
     runs = [
-        evaluate_steering(sae, lm, hook, concepts, [0, 1], np.array([0, 1]), ids, per_forward=per_forward)
+        evaluate_steering(sae, lm, hook, concepts, BOTH, ids, search=Search(per_forward=per_forward))
         for hook, per_forward in ((FINAL_HOOK, 8), ("model.norm", 8), ("model.norm", 1))
     ]
     for other in runs[1:]:
@@ -184,7 +184,7 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
     concepts = FakeConcepts({"train": [[1], [2], [3], [4]], "val": [[]] * 4, "test": [[5], [6], [7], [8]]})
     directions = torch.nn.functional.normalize(torch.stack([lm.unembedding[:4].sum(0), lm.unembedding[5]]), dim=-1)
     sae = FakeSAE(16, n_parents=2, directions=directions)
-    options = {"max_norms": 50, "target_nats": 0.5}
+    options = {"search": Search(0.5, max_norms=50)}
     lengths = []
     handle = lm._modules["model.layers.1"].register_forward_hook(
         lambda module, args, output: lengths.append(args[0].shape[1])
@@ -193,7 +193,7 @@ def test_steering_at_an_inner_hook_runs_the_last_token_and_measures_the_same(lm,
     for plain in (lm_edits._is_plain, lambda cache, length: False):
         monkeypatch.setattr(lm_edits, "_is_plain", plain)
         lengths.clear()
-        found = evaluate_steering(sae, lm, "model.layers.0", concepts, [0, 1], np.array([0, 1]), ids, **options)
+        found = evaluate_steering(sae, lm, "model.layers.0", concepts, BOTH, ids, **options)
         runs.append(found.records)
         prefix = ids.shape[1] - 1  # it runs once for all contexts, and once for the examples'
         assert lengths.count(prefix) == 2

@@ -6,24 +6,26 @@ latent's atom as well as by its parent's.
 Shapes: B rows of a batch, N labelled rows, d residual width, P parents, R = P C children, Q child concepts, k, K slots.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from polytope_hsae.data.concepts import Concepts
-from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.evaluation.bootstrap import Metric, bootstrap_quantile, unavailable
-from polytope_hsae.evaluation.concepts import Label, labelled_children
+from polytope_hsae.evaluation.concepts import ConceptData, labelled_children
 from polytope_hsae.evaluation.firings import FLAT, sampled_rows
+from polytope_hsae.evaluation.row_codes import SparseActivations
 from polytope_hsae.geometry.causal import Space
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 PERMUTATIONS = 20
+MAX_ROWS = 1 << 20  # train rows that probes are made from
 BATCH = 8192
 
 
@@ -35,30 +37,14 @@ class ClassRows(NamedTuple):
     child_N: Tensor
 
 
-def read_classes(
-    store: ActivationStore,
-    concepts: Concepts,
-    *,
-    label: Label,
-    vocab_size: int,
-    belief_threshold: float = 0.3,
-    max_rows: int = 1 << 20,
-    seed: int = 0,
-) -> ClassRows:
-    """Sums of at most `max_rows` random train rows, labelled by train words."""
-    found = labelled_children(
-        store,
-        "train",
-        concepts,
-        label=label,
-        fold="train",
-        vocab_size=vocab_size,
-        belief_threshold=belief_threshold,
-    )
+def read_classes(data: ConceptData) -> ClassRows:
+    """Sums of at most MAX_ROWS random train rows, labelled by train words."""
+    found = labelled_children(data, "train")
+    store = data.store
     label_T = torch.full((store.n_rows("train"),), -1, dtype=torch.int64)
     label_T[torch.from_numpy(found.row_N)] = torch.from_numpy(found.child_N)
-    rows = sampled_rows(len(label_T), max_rows, seed)
-    stats = ActivationClassStats(concepts.n_children, store.width)
+    rows = sampled_rows(len(label_T), MAX_ROWS, data.resampling.seed)
+    stats = ActivationClassStats(data.concepts.n_children, store.width)
     for part in rows.split(BATCH):
         stats.update(store.acts("train", part), label_T[part])
     labelled_N = rows[label_T[rows] >= 0]
@@ -79,25 +65,23 @@ class Probes:
     child_N: Tensor
 
 
-def child_probes(
-    classes: ClassRows, *, rows_per_child: int = 256, min_rows: int = 20, shrinkage: float = 0.05, seed: int = 0
-) -> Probes:
-    """Shrinkage-LDA probes of the child concepts with `min_rows` of the rows (train words) or more.
+def child_probes(classes: ClassRows, data: ConceptData, rows_per_child: int) -> Probes:
+    """Shrinkage-LDA probes of the child concepts with `data.min_rows` of the rows (train words) or more.
 
     A probe is the covector S^-1 (mean of the child's rows - mean of all), S the shrunk covariance within classes. It is
     paired with atoms in the metric Sigma = S^-1 at every hook, the final residual too: there, too, S says how rows vary
     and makes a probe dual to the mean difference that it was made from, so that an atom along it has cosine 1.
     """
     stats = classes.stats
-    geometry = stats.geometry(shrinkage)
-    used_Q = (stats.counts >= min_rows).nonzero().squeeze(1)
+    geometry = stats.geometry(data.shrinkage)
+    used_Q = (stats.counts >= data.min_rows).nonzero().squeeze(1)
     # The mean difference as a vector and the probe made from it as a covector are the same in the unified coordinate.
     probe_Qd = normalize(geometry.whiten(stats.class_differences()[used_Q], Space.VECTOR), dim=1)
     of_concept_R = torch.full((stats.n_classes,), -1, dtype=torch.int64)
     of_concept_R[used_Q] = torch.arange(len(used_Q))
     child_N = of_concept_R[classes.child_N]
     row_N, child_N = classes.row_N[child_N >= 0], child_N[child_N >= 0]
-    kept_N = first_of_each(child_N, rows_per_child, seed)
+    kept_N = first_of_each(child_N, rows_per_child, data.resampling.seed)
     return Probes(probe_Qd, geometry.sigma_sqrt, row_N[kept_N], child_N[kept_N])
 
 
@@ -110,17 +94,25 @@ def first_of_each(class_N: Tensor, count: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes, seed: int = 0) -> dict[str, Metric]:
+def probe_metrics(
+    sae: SparseAutoencoder, children: SparseActivations, probes: Probes, seed: int = 0
+) -> dict[str, Metric]:
     """Cosines of child concepts' probes with the best child latent's atom and with its parent's, medians over concepts.
 
-    The best latent is the child with the largest F1 for the concept on the labelled train rows. `probe_child`,
+    `children`: their codes on the probes' labelled rows. The best latent is the child with the largest F1 for the
+    concept there. `probe_child`,
     `probe_parent` and `probe_min`, the smaller of the two; `n` concepts have a latent. Chance: the same latents dealt
     out at random among the concepts. Intervals are over these concepts.
     """
     names = ("probe_child", "probe_parent", "probe_min")
     if not isinstance(sae, HierarchicalSAE):
         return {name: unavailable(FLAT) for name in names}
-    best_Q, f1_Q = _best_children(sae, store, probes)
+    row_K, latent_K, _ = children.positive()
+    child_N, shape = probes.child_N.numpy(), (len(probes.probe_Qd), children.n_latents)
+    cell_K = child_N[row_K] * children.n_latents + latent_K
+    hits_QR = np.bincount(cell_K, minlength=math.prod(shape)).reshape(shape).astype(np.float64)
+    f1_QR = 2 * hits_QR / (np.bincount(child_N, minlength=shape[0])[:, None] + hits_QR.sum(0))
+    best_Q, f1_Q = torch.from_numpy(f1_QR.argmax(1)), torch.from_numpy(f1_QR.max(1))
     used_Q = (f1_Q > 0).nonzero().squeeze(1)
     if len(used_Q) < 2:
         return {
@@ -142,19 +134,3 @@ def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes
         name: bootstrap_quantile(values_M, 0.5, chance)
         for name, values_M, chance in zip(names, found_3M, chance_3, strict=True)
     }
-
-
-def _best_children(sae: HierarchicalSAE, store: ActivationStore, probes: Probes) -> tuple[Tensor, Tensor]:
-    """For each of Q concepts the child latent with the largest F1 on the labelled rows, and that F1: [Q] on the CPU."""
-    Q, R = len(probes.probe_Qd), sae.n_parents * sae.n_children
-    device = sae.write_directions().device
-    both_QR = torch.zeros(Q * R, dtype=torch.int64, device=device)
-    for row_B, child_B in zip(probes.row_N.split(BATCH), probes.child_N.split(BATCH), strict=True):
-        codes = sae.encode(store.acts("train", row_B).to(device))
-        cell_BK = child_B.to(device).unsqueeze(1) * R + codes.child_index
-        both_QR.scatter_add_(0, cell_BK.flatten(), (codes.child_value > 0).long().flatten())
-    hits_QR = both_QR.view(Q, R).double()
-    rows_Q1 = torch.bincount(probes.child_N, minlength=Q).to(device).unsqueeze(1)
-    f1_QR = 2 * hits_QR / (rows_Q1 + hits_QR.sum(0))
-    best = f1_QR.max(1)
-    return best.indices.cpu(), best.values.cpu()

@@ -8,24 +8,22 @@ Shapes: M positive codes, n rows of one latent, P parents, C children per parent
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from polytope_hsae.config import LatentsConfig
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.data.vocabulary import TokenTexts, significant
 from polytope_hsae.evaluation.bootstrap import FloatArray
-from polytope_hsae.evaluation.row_codes import IntArray
+from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
 from polytope_hsae.evaluation.words import Lexicon, WordList
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 MIN_TOKEN_ROWS = 3  # rows of a token, for `fires_on`
 CHILD_CONTEXTS = 2
-BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -43,46 +41,22 @@ class Names:
 UNNAMED: dict[str, Any] = {"concept": None, "mapped": False, "purity": None, "leakage": None, "recall": None}
 
 
-class Codes(NamedTuple):
-    """The positive codes of a split, rows ascending: row, latent (a child as p * C + j), value; [M] each."""
-
-    row_M: NDArray[np.int32]
-    latent_M: NDArray[np.int32]
-    value_M: NDArray[np.float32]
-
-
-@torch.no_grad()
-def positive_codes(sae: SparseAutoencoder, store: ActivationStore, split: str) -> tuple[Codes, Codes]:
-    """The parents' and the children's codes on a whole split."""
-    device = sae.write_directions().device
-    empty = Codes(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-    parts: tuple[list[Codes], list[Codes]] = ([empty], [empty])
-    for acts_Bd, start in store.batches(split, BATCH):
-        codes = sae.encode(acts_Bd.to(device))
-        pairs = ((codes.parent_index, codes.parent_value), (codes.child_index, codes.child_value))
-        for kept, (index_Bk, value_Bk) in zip(parts, pairs, strict=True):
-            row_M, slot_M = (value_Bk > 0).nonzero(as_tuple=True)
-            columns = ((row_M + start).int(), index_Bk[row_M, slot_M].int(), value_Bk[row_M, slot_M].float())
-            kept.append(Codes(*(column.cpu().numpy() for column in columns)))
-    parents, children = (Codes(*map(np.concatenate, zip(*kept, strict=True))) for kept in parts)
-    return parents, children
-
-
 class Firings:
-    """The codes of some latents, each latent's together."""
+    """The positive codes of some latents, each latent's together."""
 
-    def __init__(self, codes: Codes, latents_L: IntArray, n_latents: int) -> None:
-        wanted_P = np.zeros(n_latents, dtype=bool)
+    def __init__(self, codes: SparseActivations, latents_L: IntArray) -> None:
+        wanted_P = np.zeros(codes.n_latents, dtype=bool)
         wanted_P[latents_L] = True
-        kept_M = np.flatnonzero(wanted_P[codes.latent_M])
-        kept_M = kept_M[np.argsort(codes.latent_M[kept_M], kind="stable")]
-        self._row_M, self._value_M = codes.row_M[kept_M], codes.value_M[kept_M]
-        self._starts_P = np.searchsorted(codes.latent_M[kept_M], np.arange(n_latents + 1))
+        row_M, slot_M = np.nonzero((codes.value_Nk > 0) & wanted_P[codes.index_Nk])
+        order_M = np.argsort(codes.index_Nk[row_M, slot_M], kind="stable")
+        self._row_M, slot_M = row_M[order_M], slot_M[order_M]
+        self._value_M = codes.value_Nk[self._row_M, slot_M].astype(np.float64)
+        self._starts_P = np.searchsorted(codes.index_Nk[self._row_M, slot_M], np.arange(codes.n_latents + 1))
 
     def of(self, latent: int) -> tuple[IntArray, FloatArray]:
         """Rows [n], ascending, and values [n] of one latent."""
         part = slice(self._starts_P[latent], self._starts_P[latent + 1])
-        return self._row_M[part].astype(np.int64), self._value_M[part].astype(np.float64)
+        return self._row_M[part], self._value_M[part]
 
 
 class Places:
@@ -140,13 +114,13 @@ def describe_latents(
     Described are all parents that `names` names, and those of the highest firing rates until there are
     `options.parents`, by number. For a flat model the parents are its latents.
     """
-    parent_codes, child_codes = positive_codes(sae, store, split)
     n_rows, n_children = store.n_rows(split), sae.n_children
-    used_P = np.bincount(parent_codes.latent_M, minlength=sae.n_parents)
+    parent_codes, child_codes, _ = row_codes(sae, store, split, np.arange(n_rows))
+    used_P = np.bincount(parent_codes.index_Nk[parent_codes.value_Nk > 0], minlength=sae.n_parents)
     chosen_L = _chosen(used_P, sorted(names.parents), options.parents)
     children_LC = chosen_L[:, None] * n_children + np.arange(n_children)
-    parent_firings = Firings(parent_codes, chosen_L, sae.n_parents)
-    child_firings = Firings(child_codes, children_LC.ravel(), sae.n_parents * n_children)
+    parent_firings = Firings(parent_codes, chosen_L)
+    child_firings = Firings(child_codes, children_LC.ravel())
     places = Places(store, split, lexicon.text, options)
     parent_words, child_words = _words(sae, chosen_L, lexicon, options.words)
 

@@ -100,9 +100,11 @@ class _Parts:
         self.value.append(value_Bk.float().cpu().numpy())
 
     def joined(self, n_latents: int) -> SparseActivations:
-        slots = max(part.shape[1] for part in self.index)
-        index, value = (
-            np.concatenate([np.pad(part, ((0, 0), (0, slots - part.shape[1]))) for part in parts])
-            for parts in (self.index, self.value)
-        )
+        rows, slots = sum(map(len, self.index)), max(part.shape[1] for part in self.index)
+        index, value = np.zeros((rows, slots), np.int64), np.zeros((rows, slots), np.float32)
+        start = 0
+        for index_Bk, value_Bk in zip(self.index, self.value, strict=True):
+            batch = slice(start, start + len(index_Bk)), slice(index_Bk.shape[1])
+            index[batch], value[batch] = index_Bk, value_Bk
+            start += len(index_Bk)
         return SparseActivations(index, value, n_latents)
