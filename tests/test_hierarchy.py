@@ -13,7 +13,7 @@ from polytope_hsae.config import TopKConfig
 from polytope_hsae.data.store import FORMAT, ActivationStore, ResidentStore
 from polytope_hsae.evaluation.concepts import ConceptData
 from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics, sampled_rows
-from polytope_hsae.evaluation.hierarchy import Probes, child_probes, probe_metrics, read_classes
+from polytope_hsae.evaluation.hierarchy import Probes, child_probes, probe_metrics
 from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.fileio import sha256_file, write_json, write_tensors
 from polytope_hsae.models.codes import Codes
@@ -171,7 +171,7 @@ def labelled(tmp_path) -> ActivationStore:
 def test_probes_are_those_of_linear_discriminant_analysis(labelled):
     tree = concepts()
     data = ConceptData(labelled, tree, "current_token", 64, shrinkage=0.0)
-    probes = child_probes(read_classes(data), data, rows_per_child=20)
+    probes, _ = child_probes(data, rows_per_child=20)
     acts = labelled.acts("train", torch.arange(4000)).double()
     child = tree.token_to_child(vocab_size=64, folds=("train",))[labelled.column("train", "token").long()].long()
     class_N = torch.where(child < 0, tree.n_children, child)

@@ -17,11 +17,10 @@ from polytope_hsae.evaluation.bootstrap import Resampling, bootstrap_quantile
 from polytope_hsae.evaluation.concepts import ConceptData, concept_metrics, evaluate_concepts
 from polytope_hsae.evaluation.edges import edge_metrics, match_children
 from polytope_hsae.evaluation.firings import Firings, firing_metrics, norm_metrics, usage_metrics
-from polytope_hsae.evaluation.hierarchy import Probes, probe_metrics
+from polytope_hsae.evaluation.hierarchy import Probes, evaluate_structure, labelled_sample, probe_metrics
 from polytope_hsae.evaluation.reconstruction import evaluate_reconstruction
 from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
 from polytope_hsae.evaluation.splitting import split_metrics
-from polytope_hsae.evaluation.structure import evaluate_structure, labelled_sample
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKSAE

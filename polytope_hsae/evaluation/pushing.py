@@ -94,26 +94,18 @@ def parent_targets(concepts: Concepts, parents: Sequence[int], device: torch.dev
     """The parents as targets."""
     parts_P: list[list[Tensor]] = [[] for _ in range(concepts.n_parents)]
     for ids, owner in zip(concepts.child_tokens(), concepts.child_parent_R, strict=True):
-        if ids:
-            parts_P[owner].append(torch.tensor(ids, device=device))
+        parts_P[owner] += [torch.tensor(ids, device=device)] if ids else []
     whole_P = [torch.cat(parts) for parts in parts_P]
-    return [
-        Target(whole_P[p], parts_P[p], whole_P[p], [whole for other, whole in enumerate(whole_P) if other != p])
-        for p in parents
-    ]
+    return [Target(whole_P[p], parts_P[p], whole_P[p], whole_P[:p] + whole_P[p + 1 :]) for p in parents]
 
 
 def child_targets(concepts: Concepts, children: Sequence[int], device: torch.device) -> list[Target]:
     """The children (rows of `concepts.json`, each with tokens) as targets."""
-    tokens_R = [torch.tensor(ids, device=device) for ids in concepts.child_tokens()]
-    owner_R = concepts.child_parent_R
+    tokens_R, owner_R = [torch.tensor(ids, device=device) for ids in concepts.child_tokens()], concepts.child_parent_R
     targets = []
     for child in children:
-        siblings = [
-            tokens
-            for row, tokens in enumerate(tokens_R)
-            if row != child and owner_R[row] == owner_R[child] and len(tokens)
-        ]
+        others = [row for row, owner in enumerate(owner_R) if row != child and owner == owner_R[child]]
+        siblings = [tokens_R[row] for row in others if len(tokens_R[row])]
         targets.append(Target(tokens_R[child], siblings, torch.cat([tokens_R[child], *siblings]), siblings))
     return targets
 

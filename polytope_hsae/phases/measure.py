@@ -16,10 +16,10 @@ from ..evaluation.bootstrap import Evaluation, Resampling, unavailable
 from ..evaluation.concepts import ConceptData, ConceptEvaluation, IntArray, evaluate_concepts, labelled_children
 from ..evaluation.edges import map_children
 from ..evaluation.firings import norm_metrics
+from ..evaluation.hierarchy import evaluate_structure, labelled_sample
 from ..evaluation.pushing import Search, evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
-from ..evaluation.structure import evaluate_structure, labelled_sample
 from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
 from .preflight import check_contexts
