@@ -205,11 +205,8 @@ def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
     # Phase 4 reads concept 1 in slot 0 and concept 2 in slot 1.
     store = ActivationStore.open(run / "activations")
     concepts = Concepts.from_json(read_json(run / "phase1/concepts.json"))
-    by_hand = evaluate_concepts(
-        sae,
-        ConceptData(store, concepts, "current_token", len(tokenizer), min_rows=1, resampling=Resampling(100)),
-        np.array([-1, 0, 1]),
-    )
+    data = ConceptData(store, concepts, "current_token", len(tokenizer), min_rows=1, resampling=Resampling(100))
+    by_hand = evaluate_concepts(sae, data, np.array([-1, 0, 1]))
     metrics = read_json(run / "phase4/results.json")["arms"]["teacher"]
     assert metrics["purity_own_slots"] == by_hand.result.metrics["purity"].to_json()
     parents = read_json(run / "phase4/latents.json")["arms"]["teacher"]["parents"]

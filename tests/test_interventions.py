@@ -202,16 +202,13 @@ def test_along_a_written_concept_each_logit_moves_by_alpha_times_its_inner_produ
     torch.testing.assert_close(found_M, odds_M, rtol=1e-3, atol=1e-3)
 
 
+def pushed(world: LinearWorld, teacher: Teacher, **options) -> dict:
+    return evaluate_interventions(world, FINAL_HOOK, world.concepts, teacher, torch.zeros(8, 3).long(), **options)
+
+
 def test_in_a_true_hierarchy_ratios_stay_and_children_are_hit() -> None:
     world = LinearWorld()
-    found = evaluate_interventions(
-        world,
-        FINAL_HOOK,
-        world.concepts,
-        world.teacher(),
-        torch.zeros(8, 3).long(),
-        search=Search(tolerance=1e-3, max_norms=50, max_evaluations=40),
-    )
+    found = pushed(world, world.teacher(), search=Search(tolerance=1e-3, max_norms=50, max_evaluations=40))
     own, others = found["ratio_invariance"]["own"], found["ratio_invariance"]
     assert own["median"]["value"] == pytest.approx(0, abs=1e-6)  # every word of a parent moves alike
     assert own["passes"]
@@ -244,14 +241,7 @@ def test_a_simplex_of_k_children_has_a_targeting_ratio_of_k_minus_one() -> None:
         teacher.parent_names, teacher.child_names, teacher.child_parent.tolist(), teacher.parent_unified, deltas,
         (teacher.sigma_sqrt, teacher.sigma_inv_sqrt),
     )  # fmt: skip
-    found = evaluate_interventions(
-        world,
-        FINAL_HOOK,
-        world.concepts,
-        exact,
-        torch.zeros(8, 3).long(),
-        search=Search(max_norms=50, max_evaluations=40),
-    )
+    found = pushed(world, exact, search=Search(max_norms=50, max_evaluations=40))
     own = found["targeting"]["children"]["own"]
     assert own["median_ratio"]["value"] == pytest.approx(4, rel=1e-3)
     assert own["others_mean"]["value"] == pytest.approx(-own["target_shift"]["value"] / 4, rel=1e-3)
@@ -259,9 +249,7 @@ def test_a_simplex_of_k_children_has_a_targeting_ratio_of_k_minus_one() -> None:
 
 def test_what_is_not_reached_is_counted_and_null() -> None:
     world = LinearWorld()
-    found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, world.teacher(), torch.zeros(8, 3).long(), search=Search(max_norms=1e-3)
-    )
+    found = pushed(world, world.teacher(), search=Search(max_norms=1e-3))
     own = found["ratio_invariance"]["own"]
     assert own["unreached"] == 4
     assert own["passes"] is None
@@ -274,17 +262,15 @@ def test_concepts_are_found_by_name_and_limits_hold() -> None:
     world, teacher = LinearWorld(), LinearWorld().teacher()
     part = teacher.matched(["p2", "p0"], [["c21", "c20"], ["c03"]])
     options = {"search": Search(max_norms=50.0, max_evaluations=40)}
-    found = evaluate_interventions(world, FINAL_HOOK, world.concepts, part, torch.zeros(8, 3).long(), **options)
+    found = pushed(world, part, **options)
     assert [record["parent"] for record in found["parents"]] == [2, 0]
     assert [record["child"] for record in found["children"]] == [11, 10, 3]
     assert found["ratio_invariance"]["own"]["median"]["value"] == pytest.approx(0, abs=1e-6)
-    few = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, teacher, torch.zeros(8, 3).long(), max_concepts=2, max_children=3, **options
-    )
+    few = pushed(world, teacher, max_concepts=2, max_children=3, **options)
     assert [record["parent"] for record in few["parents"]] == [0, 3]
     assert [record["child"] for record in few["children"]] == [0, 4, 19]
     world.has_head = False
-    assert "no output head" in evaluate_interventions(world, FINAL_HOOK, world.concepts, teacher, ids())["why"]
+    assert "no output head" in pushed(world, teacher)["why"]
 
 
 def test_the_other_concept_belongs_to_another_parent() -> None:

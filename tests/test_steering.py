@@ -184,9 +184,7 @@ def test_without_doses_or_layers_the_main_numbers_are_the_same(lm) -> None:
 def test_a_layer_of_another_width_is_refused(lm) -> None:
     hook, wide = "model.layers.1", "model.layers.0.mlp.gate_proj"
     with pytest.raises(ValueError, match=rf"eval\.steering\.layers: found {wide} of width 32, allowed: width 16"):
-        evaluate_steering(
-            hierarchical(), lm, hook, tiny.concepts(3, 2), Steered([0], np.array([0])), IDS, layers=[wide]
-        )
+        evaluate_steering(hierarchical(), lm, hook, tiny.concepts(3, 2), Steered([0], np.arange(1)), IDS, layers=[wide])
 
 
 # the map of child concepts
