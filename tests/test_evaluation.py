@@ -16,7 +16,6 @@ from polytope_hsae.evaluation.bootstrap import (
     Units,
     bootstrap_fraction,
     bootstrap_mean,
-    bootstrap_ratio,
     bootstrap_units,
     paired,
 )
@@ -66,7 +65,7 @@ def test_mean_interval_matches_the_normal_one():
 
 
 def test_ratio_is_pooled_and_not_a_mean_of_ratios():
-    metric = bootstrap_ratio([1.0, 9.0], [1.0, 99.0], n=200)
+    metric = bootstrap_units(Units.ratio([1.0, 9.0], [1.0, 99.0]), n=200)
     assert metric.value == pytest.approx(0.1)
     assert metric.ci95[0] == pytest.approx(9 / 99)
     assert metric.ci95[1] == pytest.approx(1.0)
@@ -116,7 +115,7 @@ def test_metrics_without_value_or_interval_say_why():
         "n": 0,
         "why": "no units with a value",
     }
-    assert bootstrap_ratio([1.0, 2.0], [0.0, 0.0]).why == "the denominator is zero"
+    assert bootstrap_units(Units.ratio([1.0, 2.0], [0.0, 0.0])).why == "the denominator is zero"
     assert bootstrap_mean([4.0]).value == 4.0
     assert "one unit" in bootstrap_mean([4.0]).why
     assert json.dumps(bootstrap_mean([1.0, 2.0]).to_json(), allow_nan=False)

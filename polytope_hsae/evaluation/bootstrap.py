@@ -156,11 +156,6 @@ def bootstrap_units(units: Units, n: int = 1000, seed: int = 0, chance: float | 
     return bootstrap_sums(columns_UK, lambda sums: sums[..., 0] / sums[..., 1], n, seed, chance)
 
 
-def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, n: int = 1000, seed: int = 0) -> Metric:
-    """Sum of numerators [U] over sum of denominators [U]: the pooled value, not a mean of ratios."""
-    return bootstrap_units(Units.ratio(numerator, denominator), n, seed)
-
-
 def bootstrap_mean(values: ArrayLike, n: int = 1000, seed: int = 0, chance: float | None = None) -> Metric:
     """Mean of values [U]; NaN marks a unit without a value, which is left out of value and `n`."""
     return bootstrap_units(Units.mean(values), n, seed, chance)

@@ -17,11 +17,12 @@ from polytope_hsae.evaluation.bootstrap import (
     FloatArray,
     Metric,
     Resampling,
+    Units,
     bootstrap_fraction,
     bootstrap_mean,
     bootstrap_quantile,
-    bootstrap_ratio,
     bootstrap_sums,
+    bootstrap_units,
     unavailable,
 )
 from polytope_hsae.models.base import SparseAutoencoder
@@ -132,7 +133,7 @@ def firing_metrics(found: Firings, resampling: Resampling = RESAMPLING) -> dict[
     else:
         chance = float((child_R * parent_R).sum() / found.rows / fired)
         both_P, child_P = (each_R.reshape(-1, found.n_children).sum(1) for each_R in (both_R, child_R))
-        given = bootstrap_ratio(both_P, child_P, *resampling)
+        given = bootstrap_units(Units.ratio(both_P, child_P), *resampling)
         metrics["parent_given_child"] = Metric(given.value, given.ci95, chance, int(fired), given.why)
     used_R = parent_R >= MIN_PARENT_ROWS
     if not used_R.any():
@@ -182,9 +183,10 @@ def usage_metrics(found: Firings, resampling: Resampling = RESAMPLING) -> dict[s
     used_P = (found.children_R > 0).view(-1, found.n_children).sum(1).cpu().numpy()[on_P]
     rows_P = found.parents_P.double().cpu().numpy()[on_P]
     children = len(used_P) * found.n_children
+    routed = Units.ratio(rows_P * (1 - used_P / found.n_children), rows_P)
     return metrics | {
         "dead_children": bootstrap_fraction(children - int(used_P.sum()), children, *resampling),
-        "dead_children_routed": bootstrap_ratio(rows_P * (1 - used_P / found.n_children), rows_P, *resampling),
+        "dead_children_routed": bootstrap_units(routed, *resampling),
         "atoms_in_use": bootstrap_mean(used_P, *resampling),
     }
 

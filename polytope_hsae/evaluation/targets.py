@@ -128,13 +128,6 @@ def assess_targets(
     ]
 
 
-def _range_text(bounds: Sequence[float | None]) -> str:
-    low, high = bounds
-    if high is None:
-        return f">= {low:g}"
-    return f"{low:g} to {high:g}"
-
-
 def format_targets(targets: Sequence[Mapping[str, Any]]) -> Table:
     """The target table for the terminal; a missing value shows as -. Reasons stand below, where they have room."""
     reasons = [escape(f"{row['name']}: {row['why']}") for row in targets if "why" in row]
@@ -146,6 +139,8 @@ def format_targets(targets: Sequence[Mapping[str, Any]]) -> Table:
         measured = "-" if row["measured"] is None else f"{row['measured']:.3f}"
         interval = "-" if row["ci95"] is None else f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
         shown = f"[{colours[row['verdict']]}]{row['verdict']}[/]"
+        low, high = row["required"]
+        required = f">= {low:g}" if high is None else f"{low:g} to {high:g}"
         n = counted_units(row["name"], row["n"])
-        table.add_row(row["name"], _range_text(row["required"]), measured, interval, n, shown)
+        table.add_row(row["name"], required, measured, interval, n, shown)
     return table

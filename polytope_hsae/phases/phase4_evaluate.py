@@ -8,10 +8,9 @@ from ..config import ArmConfig
 from ..evaluation.agreement import teacher_agreement
 from ..evaluation.bootstrap import Evaluation, Metric, Resampling, paired
 from ..evaluation.interventions import evaluate_interventions
-from ..evaluation.latents import Names, describe_latents
+from ..evaluation.latents import Lexicon, Names, describe_latents
 from ..evaluation.pushing import Search
 from ..evaluation.targets import MIN_UNITS, assess_targets, format_targets
-from ..evaluation.words import Lexicon
 from ..fileio import read_json, write_json
 from ..geometry.causal import CausalGeometry
 from ..lm import NO_HEAD
