@@ -167,10 +167,9 @@ class _OfLevel:
 
     def metrics(self, form: Form, table_Q8: FloatArray, resampling: Resampling) -> Evaluation:
         """The metrics of results.json."""
-        units, chance = (
-            {metric_name(name, self.level, form): each for name, each in found.items()}
-            for found in self.units(table_Q8)
-        )
+        found, levels = self.units(table_Q8)
+        units = {metric_name(name, self.level, form): each for name, each in found.items()}
+        chance = {metric_name(name, self.level, form): level for name, level in levels.items()}
         return summarise(units, chance, *resampling)
 
     def records(self, table_Q8: FloatArray) -> list[dict[str, Any]]:

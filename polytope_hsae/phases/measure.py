@@ -164,14 +164,11 @@ def _measure(
         slots = np.full(run.concepts.n_parents, -1)
         slots[list(teacher_parents)] = np.arange(len(teacher_parents))
         own_slots = evaluate_concepts(sae, data, slots)
-        metrics = {f"{key}_own_slots": metric for key, metric in own_slots.result.metrics.items()}
-        units = {f"{key}_own_slots": units for key, units in own_slots.result.units.items()}
-        evaluation |= Evaluation(metrics, units)
+        evaluation |= _renamed(own_slots.result, "own_slots")
     if run.from_templates is not None:
         # concepts that text has too few contexts of: a map and numbers of their own, never pooled with natural rows
         templated = evaluate_concepts(sae, replace(data, store=run.from_templates)).result
-        metrics = {f"{key}_templated": metric for key, metric in templated.metrics.items()}
-        evaluation |= Evaluation(metrics, {f"{key}_templated": units for key, units in templated.units.items()})
+        evaluation |= _renamed(templated, "templated")
     if not steering:
         return Measured(evaluation, concepts, own_slots, SteeringEvaluation(Evaluation(), [], [], []))
     steering_of = options.steering
@@ -191,6 +188,11 @@ def _measure(
         resampling=data.resampling,
     )
     return Measured(evaluation | steered.result, concepts, own_slots, steered)
+
+
+def _renamed(result: Evaluation, suffix: str) -> Evaluation:
+    metrics = {f"{key}_{suffix}": metric for key, metric in result.metrics.items()}
+    return Evaluation(metrics, {f"{key}_{suffix}": units for key, units in result.units.items()})
 
 
 def _children_to_steer(

@@ -48,11 +48,14 @@ def run_phase4(run: Run) -> None:
     models = {name: SparseAutoencoder.from_pretrained(model, device=run.device) for name, model in saved.items()}
     trained = {name: read_json(run.arm_folder(name) / "train.json", Train) for name in models}
     teacher_parents = {name: record["teacher_parents"] for name, record in trained.items()}
-    measured = measure_models(run, models, options.split, teacher_parents=teacher_parents, step="phase 4")
+    held_out = HeldOut(run, options.split)
+    measured = measure_models(
+        run, models, options.split, teacher_parents=teacher_parents, step="phase 4", held_out=held_out
+    )
     arms = {name: found.evaluation for name, found in measured.items()}
     write_json(folder / "latents.json", latents(run, models, measured, teacher_parents))
     write_json(folder / "steering.json", steering_file(run, measured))
-    write_json(folder / "interventions.json", interventions(run))
+    write_json(folder / "interventions.json", interventions(run, held_out))
     concepts = {name: found.concepts.to_json() for name, found in measured.items()}
     write_json(folder / "ablations.json", {**differences(arms, options.bootstrap, seed), "concepts": concepts})
     of_labels = next(iter(measured.values())).concepts  # the same rows for every arm
@@ -72,10 +75,9 @@ def steering_file(run: Run, measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {"target_nats": run.config.eval.steering.target_nats, **found}
 
 
-def interventions(run: Run) -> dict[str, Any]:
+def interventions(run: Run, held_out: HeldOut) -> dict[str, Any]:
     """The object of interventions.json: the teacher's own directions in the language model, on the split's contexts."""
     options, teacher = run.config.eval, Teacher.load(run.phase(1) / "teacher.safetensors")
-    held_out = HeldOut(run, options.split)
     found = evaluate_interventions(
         run.lm,
         run.hook,
