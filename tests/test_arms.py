@@ -1,6 +1,7 @@
 """Every ablation of the teacher in studies/evidence is what its name says."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from polytope_hsae.config import ArmConfig, Config, load_config
 from polytope_hsae.evaluation.concepts import labelled_rows
 from polytope_hsae.models.hsae import HierarchicalSAE
 from polytope_hsae.phases.arms import arm_concepts, arm_teacher, initial_model, initialize_teacher
+from polytope_hsae.phases.measure import concept_data
 from polytope_hsae.phases.run import Run
 from polytope_hsae.sweep.plan import load_sweep
 from polytope_hsae.teacher import Teacher
@@ -93,10 +95,7 @@ def test_a_threshold_lies_between_the_logits_of_own_and_other_tokens(run, init):
     label_N = {"next_token": "next_token", "belief": "belief_token", "current_token": "token"}[run.label]
     token_N = run.store.column("train", label_N).long()
     carried_N = torch.full_like(token_N, -1)
-    rows = labelled_rows(
-        run.store, "train", concepts, label=run.label, fold="train", vocab_size=run.lm.vocab_size,
-        belief_threshold=run.config.concepts.belief_threshold,
-    )  # fmt: skip
+    rows = labelled_rows(replace(concept_data(run, "val"), concepts=concepts), "train")
     carried_N[torch.from_numpy(rows.row_N)] = torch.from_numpy(rows.parent_N)
     with torch.no_grad():
         x_Nd = model.to_normalized(run.store.acts("train", torch.arange(len(token_N))))[0] - model.b_dec

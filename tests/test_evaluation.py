@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,23 +16,20 @@ from polytope_hsae.evaluation.bootstrap import (
     Units,
     bootstrap_fraction,
     bootstrap_mean,
-    bootstrap_ratio,
     bootstrap_units,
     paired,
 )
 from polytope_hsae.evaluation.concepts import (
+    ConceptData,
     auroc_matrix,
     concept_metrics,
     evaluate_concepts,
     labelled_rows,
     map_concepts,
 )
-from polytope_hsae.evaluation.reconstruction import (
-    LM_METRICS,
-    evaluate_reconstruction,
-)
+from polytope_hsae.evaluation.reconstruction import LM_METRICS, evaluate_reconstruction
 from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
-from polytope_hsae.evaluation.steering import STEERING_METRICS, evaluate_steering
+from polytope_hsae.evaluation.steering import STEERING_METRICS, Steered, evaluate_steering
 from polytope_hsae.lm import FINAL_HOOK
 
 
@@ -67,7 +65,7 @@ def test_mean_interval_matches_the_normal_one():
 
 
 def test_ratio_is_pooled_and_not_a_mean_of_ratios():
-    metric = bootstrap_ratio([1.0, 9.0], [1.0, 99.0], n=200)
+    metric = bootstrap_units(Units.ratio([1.0, 9.0], [1.0, 99.0]), n=200)
     assert metric.value == pytest.approx(0.1)
     assert metric.ci95[0] == pytest.approx(9 / 99)
     assert metric.ci95[1] == pytest.approx(1.0)
@@ -110,7 +108,7 @@ def test_metrics_without_value_or_interval_say_why():
         "n": 0,
         "why": "no units with a value",
     }
-    assert bootstrap_ratio([1.0, 2.0], [0.0, 0.0]).why == "the denominator is zero"
+    assert bootstrap_units(Units.ratio([1.0, 2.0], [0.0, 0.0])).why == "the denominator is zero"
     assert bootstrap_mean([4.0]).value == 4.0
     assert "one unit" in bootstrap_mean([4.0]).why
     assert json.dumps(bootstrap_mean([1.0, 2.0]).to_json(), allow_nan=False)
@@ -218,7 +216,7 @@ def test_a_model_without_a_head_gets_nulls_with_a_reason(ids):
     result = evaluate_language_model(FakeSAE(16), headless, FINAL_HOOK, ids, torch.zeros(16))
     assert tuple(result.metrics) == LM_METRICS
     assert all(m.value is None and "no output head" in m.why for m in result.metrics.values())
-    steering = evaluate_steering(FakeSAE(16), headless, FINAL_HOOK, None, [0], np.zeros(1, int), ids)
+    steering = evaluate_steering(FakeSAE(16), headless, FINAL_HOOK, None, Steered([0], np.zeros(1, int)), ids)
     assert tuple(steering.result.metrics) == STEERING_METRICS
     assert steering.records == []
     assert all("no output head" in m.why for m in steering.result.metrics.values())
@@ -272,8 +270,6 @@ def test_silent_latents_and_too_few_concepts():
     assert silent.metrics["leakage_all_rows"].value == 1
     assert silent.metrics["no_fire_rate"].value == 1
     assert silent.metrics["purity"].value == 0
-    single = concept_metrics(acts[:, :1], np.zeros(3, int), np.arange(1))
-    assert single.metrics["purity"].why == "2 concepts are needed, 1 has enough rows"
 
 
 CONCEPTS = FakeConcepts(
@@ -302,7 +298,8 @@ def test_labels_by_kind_and_fold():
     store = label_store()
 
     def rows(**options):
-        found = labelled_rows(store, "test", CONCEPTS, **{"fold": "test", "vocab_size": 20} | options)
+        words = options.pop("words", None)
+        found = labelled_rows(ConceptData(store, CONCEPTS, vocab_size=20, **options), "test", words)
         return list(zip(found.row_N.tolist(), found.parent_N.tolist(), strict=True))
 
     assert rows(label="current_token")[:5] == [(0, 0), (1, 0), (2, 1), (3, 1), (6, 0)]
@@ -311,27 +308,27 @@ def test_labels_by_kind_and_fold():
     assert rows(label="belief")[:2] == [(2, 1), (8, 1)]
     # a believed token of the train fold is no test label, whatever its probability
     assert rows(label="belief", belief_threshold=0.1)[:2] == [(2, 1), (8, 1)]
-    assert rows(label="belief", belief_threshold=0.1, fold="train")[:2] == [(0, 0), (6, 0)]
+    assert rows(label="belief", belief_threshold=0.1, words="train")[:2] == [(0, 0), (6, 0)]
     with pytest.raises(ValueError, match="label: found 'tokens', allowed: current_token, next_token, belief"):
         rows(label="tokens")
 
 
 def test_concepts_end_to_end_find_the_planted_latents():
     store, sae = label_store(), FakeSAE(5)
-    options = {"label": "current_token", "vocab_size": 20, "batch_size": 17}
-    found = evaluate_concepts(sae, store, CONCEPTS, **options)
+    data = ConceptData(store, CONCEPTS, "current_token", 20)
+    found = evaluate_concepts(sae, data)
     assert found.latent_P.tolist() == [3, 1]
     assert found.parents_Q.tolist() == [0, 1]
     assert found.rows_Q.tolist() == [60, 60]
     assert [found.result.metrics[name].value for name in ("purity", "leakage", "recall")] == [1, 0, 1]
     assert found.to_json()[1]["latent"] == 1
     assert found.to_json()[1]["purity"] == 1.0
-    slots = evaluate_concepts(sae, store, CONCEPTS, mapping=np.array([0, 1]), **options)
+    slots = evaluate_concepts(sae, data, np.array([0, 1]))
     assert slots.result.metrics["purity"].value == pytest.approx((0.5 + 1) / 2)
-    empty_slot = evaluate_concepts(sae, store, CONCEPTS, mapping=np.array([-1, 1]), **options)
+    empty_slot = evaluate_concepts(sae, data, np.array([-1, 1]))
     assert empty_slot.result.units["recall"].numerator_U.tolist() == [0, 1]
     assert json.dumps(empty_slot.to_json(), allow_nan=False)
-    few = evaluate_concepts(sae, store, CONCEPTS, min_rows=61, **options)
+    few = evaluate_concepts(sae, replace(data, min_rows=61))
     assert few.result.metrics["purity"].value is None
     assert few.parents_Q.size == 0
     lacking = "2 of 2 parents have fewer than 61 labelled rows in train or test"
@@ -339,9 +336,9 @@ def test_concepts_end_to_end_find_the_planted_latents():
     assert few.result.metrics["purity"].why == f"2 concepts are needed, 0 have enough rows: {lacking}"
     assert found.lacking == ""
     with pytest.raises(ValueError, match="found a repeated latent"):
-        evaluate_concepts(sae, store, CONCEPTS, mapping=np.array([1, 1]), **options)
+        evaluate_concepts(sae, data, np.array([1, 1]))
     with pytest.raises(ValueError, match="one latent for each of 2 parents"):
-        evaluate_concepts(sae, store, CONCEPTS, mapping=np.array([1]), **options)
+        evaluate_concepts(sae, data, np.array([1]))
 
 
 def test_the_map_is_one_to_one_and_needs_rows():

@@ -22,7 +22,8 @@ from polytope_hsae.data.corpus import load_documents
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.data.wordnet import load_wordnet, single_words, word_forms
 from polytope_hsae.data.words import word_tokens
-from polytope_hsae.evaluation.concepts import evaluate_concepts
+from polytope_hsae.evaluation.bootstrap import Resampling
+from polytope_hsae.evaluation.concepts import ConceptData, evaluate_concepts
 from polytope_hsae.fileio import read_json, read_tensors
 from polytope_hsae.lm import LanguageModel
 from polytope_hsae.lm import loading as lm_loading
@@ -188,10 +189,8 @@ def test_a_parent_without_train_rows_is_left_out_of_the_teacher(tmp_path):
     # Phase 4 reads concept 1 in slot 0 and concept 2 in slot 1.
     store = ActivationStore.open(run / "activations")
     concepts = Concepts.from_json(read_json(run / "phase1/concepts.json"))
-    by_hand = evaluate_concepts(
-        sae, store, concepts, label="current_token", vocab_size=len(tokenizer), min_rows=1,
-        mapping=np.array([-1, 0, 1]), bootstrap=100,
-    )  # fmt: skip
+    data = ConceptData(store, concepts, "current_token", len(tokenizer), min_rows=1, resampling=Resampling(100))
+    by_hand = evaluate_concepts(sae, data, np.array([-1, 0, 1]))
     metrics = read_json(run / "phase4/results.json")["arms"]["teacher"]
     assert metrics["purity_own_slots"] == by_hand.result.metrics["purity"].to_json()
 

@@ -11,8 +11,10 @@ from tiny import concepts
 
 from polytope_hsae.config import TopKConfig
 from polytope_hsae.data.store import ActivationStore
+from polytope_hsae.evaluation.concepts import ConceptData
 from polytope_hsae.evaluation.firings import MIN_PARENT_ROWS, Firings, count_firings, firing_metrics
-from polytope_hsae.evaluation.hierarchy import Probes, child_probes, probe_metrics, read_classes
+from polytope_hsae.evaluation.hierarchy import Probes, child_probes, probe_metrics
+from polytope_hsae.evaluation.row_codes import row_codes
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKSAE
 from polytope_hsae.models.hsae import HierarchicalSAE
@@ -111,7 +113,7 @@ def planted(angle: float) -> tuple[HierarchicalSAE, Store, Probes]:
 @pytest.mark.parametrize("angle", [0, 30, 45, 60])
 def test_probes_between_child_and_parent_have_the_planted_cosines(angle):
     model, store, probes = planted(angle)
-    found = probe_metrics(model, store, probes)
+    found = probe_metrics(model, row_codes(model, store, "train", np.arange(40)).children, probes)
     child, parent = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     assert found["probe_child"].value == pytest.approx(child, abs=1e-6)
     assert found["probe_parent"].value == pytest.approx(parent, abs=1e-6)
@@ -126,7 +128,7 @@ def test_concepts_without_a_child_latent_are_left_out():
     model, store, probes = planted(45)
     with torch.no_grad():
         model.b_F.fill_(-100.0)  # no child fires
-    found = probe_metrics(model, store, probes)
+    found = probe_metrics(model, row_codes(model, store, "train", np.arange(40)).children, probes)
     assert {metric.value for metric in found.values()} == {None}
     assert "0 child concepts" in found["probe_min"].why
 
@@ -148,8 +150,8 @@ def labelled(tmp_path) -> ActivationStore:
 
 def test_probes_are_those_of_linear_discriminant_analysis(labelled):
     tree = concepts()
-    classes = read_classes(labelled, tree, label="current_token", vocab_size=64)
-    probes = child_probes(classes, rows_per_child=20, shrinkage=0.0)
+    data = ConceptData(labelled, tree, "current_token", 64, shrinkage=0.0)
+    probes, _ = child_probes(data, rows_per_child=20)
     acts = labelled.acts("train", torch.arange(4000)).double()
     child = tree.token_to_child(vocab_size=64, folds=("train",))[labelled.column("train", "token").long()].long()
     class_N = torch.where(child < 0, tree.n_children, child)

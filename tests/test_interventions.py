@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import torch
 from fakes import Store
 
 from polytope_hsae.evaluation.agreement import teacher_agreement
+from polytope_hsae.evaluation.concepts import ConceptData
 from polytope_hsae.evaluation.interventions import COLUMNS, evaluate_interventions
 from polytope_hsae.evaluation.pushing import (
     Contexts,
@@ -175,12 +177,13 @@ def test_along_a_written_concept_each_logit_moves_by_alpha_times_its_inner_produ
     torch.testing.assert_close(found_M, odds_M, rtol=1e-3, atol=1e-3)
 
 
+def pushed(world: LinearWorld, teacher: Teacher, **options) -> dict:
+    return evaluate_interventions(world, FINAL_HOOK, world.concepts, teacher, torch.zeros(8, 3).long(), **options)
+
+
 def test_in_a_true_hierarchy_ratios_stay_and_children_are_hit() -> None:
     world = LinearWorld()
-    found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, world.teacher(), torch.zeros(8, 3).long(), max_norms=50, tolerance=1e-3,
-        max_evaluations=40,
-    )  # fmt: skip
+    found = pushed(world, world.teacher(), search=Search(tolerance=1e-3, max_norms=50, max_evaluations=40))
     own, others = found["ratio_invariance"]["own"], found["ratio_invariance"]
     assert own["median"]["value"] == pytest.approx(0, abs=1e-6)  # every word of a parent moves alike
     assert own["passes"]
@@ -213,9 +216,7 @@ def test_a_simplex_of_k_children_has_a_targeting_ratio_of_k_minus_one() -> None:
         teacher.parent_names, teacher.child_names, teacher.child_parent.tolist(), teacher.parent_unified, deltas,
         (teacher.sigma_sqrt, teacher.sigma_inv_sqrt),
     )  # fmt: skip
-    found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, exact, torch.zeros(8, 3).long(), max_norms=50, max_evaluations=40
-    )
+    found = pushed(world, exact, search=Search(max_norms=50, max_evaluations=40))
     own = found["targeting"]["children"]["own"]
     assert own["median_ratio"]["value"] == pytest.approx(4, rel=1e-3)
     assert own["others_mean"]["value"] == pytest.approx(-own["target_shift"]["value"] / 4, rel=1e-3)
@@ -223,9 +224,7 @@ def test_a_simplex_of_k_children_has_a_targeting_ratio_of_k_minus_one() -> None:
 
 def test_what_is_not_reached_is_counted_and_null() -> None:
     world = LinearWorld()
-    found = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, world.teacher(), torch.zeros(8, 3).long(), max_norms=1e-3
-    )
+    found = pushed(world, world.teacher(), search=Search(max_norms=1e-3))
     own = found["ratio_invariance"]["own"]
     assert own["unreached"] == 4
     assert own["passes"] is None
@@ -237,18 +236,16 @@ def test_what_is_not_reached_is_counted_and_null() -> None:
 def test_concepts_are_found_by_name_and_limits_hold() -> None:
     world, teacher = LinearWorld(), LinearWorld().teacher()
     part = teacher.matched(["p2", "p0"], [["c21", "c20"], ["c03"]])
-    options = {"max_norms": 50.0, "max_evaluations": 40}
-    found = evaluate_interventions(world, FINAL_HOOK, world.concepts, part, torch.zeros(8, 3).long(), **options)
+    options = {"search": Search(max_norms=50.0, max_evaluations=40)}
+    found = pushed(world, part, **options)
     assert [record["parent"] for record in found["parents"]] == [2, 0]
     assert [record["child"] for record in found["children"]] == [11, 10, 3]
     assert found["ratio_invariance"]["own"]["median"]["value"] == pytest.approx(0, abs=1e-6)
-    few = evaluate_interventions(
-        world, FINAL_HOOK, world.concepts, teacher, torch.zeros(8, 3).long(), max_concepts=2, max_children=3, **options
-    )
+    few = pushed(world, teacher, max_concepts=2, max_children=3, **options)
     assert [record["parent"] for record in few["parents"]] == [0, 3]
     assert [record["child"] for record in few["children"]] == [0, 4, 19]
     world.has_head = False
-    assert "no output head" in evaluate_interventions(world, FINAL_HOOK, world.concepts, teacher, ids())["why"]
+    assert "no output head" in pushed(world, teacher)["why"]
 
 
 # cos(m, l_tokens)
@@ -275,8 +272,8 @@ def test_agreement_finds_planted_directions_and_nothing_in_noise(planted: bool) 
     carried = owner[token] >= 0
     if planted:
         acts[carried] += teacher.parent_write[owner[token][carried]] * 20
-    store = Store(train={"acts": acts.float(), "next_token": token})
-    found = teacher_agreement(store, concepts, teacher, acts.mean(0), label="next_token", vocab_size=64, min_rows=20)
+    data = ConceptData(Store(train={"acts": acts.float(), "next_token": token}), concepts, "next_token", 64)
+    found = teacher_agreement(data, teacher, acts.mean(0))
     for words in ("same_words", "other_words"):
         own, margin = found[words]["cosine"], found[words]["margin"]
         assert own["n"] == 6
@@ -287,6 +284,6 @@ def test_agreement_finds_planted_directions_and_nothing_in_noise(planted: bool) 
         else:
             assert abs(own["value"]) < 4 / math.sqrt(6 * width)
     assert found["same_words"]["parents"]["parent"] == [0, 1, 2, 3, 4, 5]
-    none = teacher_agreement(store, concepts, teacher, acts.mean(0), label="next_token", vocab_size=64, min_rows=10**6)
+    none = teacher_agreement(replace(data, min_rows=10**6), teacher, acts.mean(0))
     assert none["same_words"]["cosine"]["value"] is None
     assert json.dumps(none, allow_nan=False)

@@ -12,8 +12,7 @@ from models import factored
 from polytope_hsae.config import LatentsConfig
 from polytope_hsae.data import vocabulary
 from polytope_hsae.data.vocabulary import TokenTexts, Words, significant
-from polytope_hsae.evaluation.latents import UNNAMED, Names, describe_latents
-from polytope_hsae.evaluation.words import Lexicon
+from polytope_hsae.evaluation.latents import UNNAMED, Lexicon, Names, describe_latents
 from polytope_hsae.fileio import read_json
 from polytope_hsae.geometry.causal import CausalGeometry, Space
 from polytope_hsae.lm import FINAL_HOOK
@@ -31,6 +30,9 @@ class Rows(Store):
         doc, pos = ([0] * n if doc is None else doc), (range(n) if pos is None else pos)
         labels = {"token": token, "doc": doc, "pos": list(pos)}
         super().__init__(test={"acts": acts, **{name: torch.tensor(column) for name, column in labels.items()}})
+
+    def acts(self, split, rows):
+        return self.rows[rows]
 
     def batches(self, split, batch_size):
         return super().batches(split, 5)

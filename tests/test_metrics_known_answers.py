@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,14 @@ from models import factored
 
 from polytope_hsae.config import TopKConfig
 from polytope_hsae.evaluation.absorption import ParentProbes, absorption_metrics, parent_probes
-from polytope_hsae.evaluation.bootstrap import bootstrap_quantile
-from polytope_hsae.evaluation.concepts import concept_metrics, evaluate_concepts
+from polytope_hsae.evaluation.bootstrap import Resampling, bootstrap_quantile
+from polytope_hsae.evaluation.concepts import ConceptData, concept_metrics, evaluate_concepts
 from polytope_hsae.evaluation.edges import edge_metrics, match_children
 from polytope_hsae.evaluation.firings import Firings, firing_metrics, norm_metrics, usage_metrics
-from polytope_hsae.evaluation.hierarchy import Probes, probe_metrics
+from polytope_hsae.evaluation.hierarchy import Probes, evaluate_structure, labelled_sample, probe_metrics
 from polytope_hsae.evaluation.reconstruction import evaluate_reconstruction
 from polytope_hsae.evaluation.row_codes import SparseActivations, row_codes
 from polytope_hsae.evaluation.splitting import split_metrics
-from polytope_hsae.evaluation.structure import evaluate_structure, labelled_sample
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.codes import Codes
 from polytope_hsae.models.flat import TopKSAE
@@ -94,7 +94,10 @@ def test_concept_metrics_of_permuted_labels_are_at_chance():
     acts = np.maximum(rng.normal(size=(len(labels), 4)), 0).astype(np.float32)
     acts[np.arange(len(labels)), labels] += 2 * (rng.random(len(labels)) < 0.7)
     names = ("purity", "purity_auroc", "leakage", "leakage_all_rows", "recall")
-    found = [concept_metrics(acts, rng.permutation(labels), np.arange(4), bootstrap=1).metrics for _ in range(80)]
+    found = [
+        concept_metrics(acts, rng.permutation(labels), np.arange(4), resampling=Resampling(1)).metrics
+        for _ in range(80)
+    ]
     for name in names:
         assert near([metrics[name].value for metrics in found], [metrics[name].chance for metrics in found]), name
     planted = concept_metrics(acts, labels, np.arange(4)).metrics
@@ -133,7 +136,6 @@ def test_split_takes_at_most_five_latents_and_measures_on_other_rows():
     assert found.units["f1_best_few"].numerator_U[0] == pytest.approx(2 * 50 / (60 + 50))
     silent = SparseActivations(acts.index_Nk, np.zeros_like(acts.value_Nk), acts.n_latents)
     assert split_metrics(acts, labels, silent, labels, np.arange(8)).metrics["f1_best_few"].value == 0
-    assert split_metrics(acts, labels * 0, acts, labels * 0, np.arange(1)).metrics["split"].value is None
 
 
 def test_split_thresholds_and_ties_by_hand():
@@ -153,7 +155,7 @@ def test_split_of_permuted_labels_is_at_chance():
     draws = []
     for seed in range(40):
         found = split_metrics(
-            acts, rng.permutation(labels), acts, rng.permutation(labels), np.arange(8), bootstrap=1, seed=seed
+            acts, rng.permutation(labels), acts, rng.permutation(labels), np.arange(8), Resampling(1, seed)
         ).metrics
         draws.append([(found[name].value, found[name].chance) for name in names])
     for (values, chances), name in zip(np.array(draws).transpose(1, 2, 0), names, strict=True):
@@ -173,14 +175,14 @@ def absorbing_rows(share: float, n: int = 100):
     return 2 * rows, labels
 
 
-def absorbed(model, share: float, latent_Q=(0, 1, 2), bootstrap=200):
+def absorbed(model, share: float, latent_Q=(0, 1, 2), resamples=200):
     rows, labels = absorbing_rows(share)
     read = torch.zeros(3, D, dtype=torch.float64)
     read[range(3), range(3)] = 0.5  # concepts' rows project to 1
     codes = row_codes(model, Store(test={"acts": rows}), "test", np.arange(len(rows)))
     probes = ParentProbes(read, torch.zeros(D, dtype=torch.float64))
     return absorption_metrics(
-        model, codes, rows, labels, np.array(latent_Q), probes, np.arange(3), bootstrap=bootstrap
+        model, codes, rows, labels, np.array(latent_Q), probes, np.arange(3), Resampling(resamples)
     ).metrics
 
 
@@ -238,7 +240,7 @@ def test_a_concept_without_a_latent_is_absorbed_by_whatever_writes_it():
 @pytest.mark.parametrize("make", [absorbing_flat, absorbing_child, foreign_child])
 def test_the_chance_of_absorption_is_the_mean_over_all_ways_to_deal_the_latents(make):
     model = make()
-    ways = [absorbed(model, 0.35, order, bootstrap=1) for order in itertools.permutations(range(3))]
+    ways = [absorbed(model, 0.35, order, resamples=1) for order in itertools.permutations(range(3))]
     for name in ("absorb", "absorb_with_children"):
         assert np.mean([found[name].value for found in ways]) == pytest.approx(ways[0][name].chance)
         assert {round(found[name].chance, 12) for found in ways} == {round(ways[0][name].chance, 12)}
@@ -254,7 +256,7 @@ def test_the_probe_is_that_of_discriminant_analysis_and_projects_a_concept_to_on
     probes = parent_probes(stats, [0, 0, 1], 3, shrinkage=0.0)
     rows = means[labels + 1] + noise + 5
     for parent, members in ((0, (labels == 0) | (labels == 1)), (1, labels == 2)):
-        projected = probes.project(rows, torch.full((4000,), parent))
+        projected = ((rows.double() - probes.mean_d) * probes.read_Pd[parent]).sum(1)
         assert float(projected[members].mean()) == pytest.approx(1, abs=1e-6)
         assert float(projected.mean()) == pytest.approx(0, abs=1e-6)
         deviation = torch.linalg.solve(stats.within_covariance(), (rows[members].mean(0) - rows.mean(0)).double())
@@ -285,7 +287,7 @@ def test_the_chance_of_edges_is_the_mean_over_all_ways_to_deal_the_latents():
     for order in itertools.permutations(latent_E[matched]):
         dealt = latent_E.copy()
         dealt[matched] = order
-        found = edge_metrics(dealt, parent_E, latent_P, 2, bootstrap=1).metrics
+        found = edge_metrics(dealt, parent_E, latent_P, 2, resampling=Resampling(1)).metrics
         recall.append(found["edge_recall"].value)
         precision.append(found["edge_precision"].value)
     found = edge_metrics(latent_E, parent_E, latent_P, 2).metrics
@@ -307,7 +309,7 @@ def test_children_are_matched_one_to_one_and_only_where_they_say_something():
     values, chances = [], []
     for _ in range(40):
         latent_E = match_children(sparse(codes), rng.permutation(np.arange(600) % 30), 30)
-        found = edge_metrics(latent_E, parent_E, latent_P, 3, bootstrap=1).metrics["edge_recall"]
+        found = edge_metrics(latent_E, parent_E, latent_P, 3, resampling=Resampling(1)).metrics["edge_recall"]
         values.append(found.value)
         chances.append(found.chance)
     assert near(values, chances)
@@ -329,7 +331,7 @@ def test_rates_of_codes_that_know_nothing_of_each_other_are_at_chance():
         children = torch.from_numpy((rng.random((800, 8)) < 0.25).astype(np.float32))
         slots = [torch.arange(size).expand(800, -1) for size in (4, 8)]
         found.add(Codes(slots[0], parents, slots[1], children))
-        metrics = firing_metrics(found, bootstrap=1)
+        metrics = firing_metrics(found, resampling=Resampling(1))
         draws.append([(metrics[name].value, metrics[name].chance) for name in names])
     for (values, chances), name in zip(np.array(draws).transpose(1, 2, 0), names, strict=True):
         assert near(values, chances), name
@@ -375,11 +377,12 @@ def test_probes_of_latents_dealt_out_at_random_are_at_chance():
     rows = EYE[labels // 2] + atoms[labels]
     probe = torch.nn.functional.normalize(EYE[torch.arange(6) // 2] + 2 * atoms + 0.1, dim=1).double()
     store, root = Store(train={"acts": rows}), torch.eye(D, dtype=torch.float64)
-    planted = probe_metrics(model, store, Probes(probe, root, torch.arange(60), labels))
+    codes = row_codes(model, store, "train", np.arange(60)).children
+    planted = probe_metrics(model, codes, Probes(probe, root, torch.arange(60), labels))
     values, chances = [], []
     for seed in range(60):
         dealt = torch.from_numpy(rng.permutation(6))[labels]
-        found = probe_metrics(model, store, Probes(probe, root, torch.arange(60), dealt), seed)["probe_child"]
+        found = probe_metrics(model, codes, Probes(probe, root, torch.arange(60), dealt), seed)["probe_child"]
         values.append(found.value)
         chances.append(found.chance)
     assert near(values, chances)
@@ -476,15 +479,16 @@ def planted_store(seed: int = 0) -> Store:
 def test_a_model_that_is_the_planted_tree_has_all_the_known_answers(kind):
     store, concepts = planted_store(), tiny.concepts()
     model = tree() if kind == "hierarchical" else flat(EYE[:10], EYE[:10])
-    labels = {"label": "current_token", "vocab_size": tiny.VOCAB}
-    sample = labelled_sample(store, concepts, fold="test", **labels)
-    mapped = evaluate_concepts(model, store, concepts, **labels)
-    found = evaluate_structure(model, store, concepts, sample, mapped).metrics
+    data = ConceptData(store, concepts, "current_token", tiny.VOCAB)
+    mapped = evaluate_concepts(model, data)
+    found = evaluate_structure(model, data, labelled_sample(data), mapped).metrics
     assert len(mapped.parents_Q) == 3
     assert (found["f1_best"].value, found["split"].value) == pytest.approx((1, 0))
     assert (found["absorb"].value, found["absorb_with_children"].value) == (0, 0)
     assert found["probe_recall"].value == 1
     assert found["absorb"].n == found["split"].n == 3
+    few = evaluate_structure(model, data, labelled_sample(data), replace(mapped, parents_Q=np.arange(1), lacking="few"))
+    assert few.metrics["split"].why == few.metrics["absorb"].why == "2 concepts are needed, 1 has enough rows: few"
     if kind == "flat":
         assert "no children" in found["edge_recall"].why
         return

@@ -11,10 +11,11 @@ from fakes import Store
 from models import factored
 
 from polytope_hsae.config import TopKConfig
-from polytope_hsae.evaluation.child_latents import map_children
-from polytope_hsae.evaluation.concepts import LabelledChildren
-from polytope_hsae.evaluation.latent_moves import directions, overrides
-from polytope_hsae.evaluation.steering import STEERING_METRICS, Steered, evaluate_steering
+from polytope_hsae.evaluation.bootstrap import Resampling
+from polytope_hsae.evaluation.concepts import ConceptData, LabelledChildren
+from polytope_hsae.evaluation.edges import map_children
+from polytope_hsae.evaluation.pushing import Search
+from polytope_hsae.evaluation.steering import STEERING_METRICS, Steered, directions, evaluate_steering, overrides
 from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.flat import TopKSAE
@@ -111,11 +112,11 @@ def aimed(kind: str, lm: LanguageModel) -> SparseAutoencoder:
 @pytest.mark.parametrize("kind", ["hsae", "flat"])
 def test_both_forms_of_both_levels_reach_the_effect_at_every_dose_and_layer(kind, lm) -> None:
     model, concepts = aimed(kind, lm), tiny.concepts(3, 2)
-    options = {"max_norms": 60.0, "max_evaluations": 60, "doses": [0.2], "layers": ["model.norm"], "bootstrap": 50}
+    options = {"doses": [0.2], "layers": ["model.norm"], "resampling": Resampling(50)}
     children = Steered([0, 3, 5], np.array([*CHILDREN[kind], -1]))
     found = evaluate_steering(
-        model, lm, FINAL_HOOK, concepts, [0, 1, 2], np.array([0, 1, 2]), IDS, children=children,
-        target_nats=0.4, **options,
+        model, lm, FINAL_HOOK, concepts, Steered([0, 1, 2], np.arange(3)), IDS, children=children,
+        search=Search(0.4, max_norms=60.0, max_evaluations=60), **options,
     )  # fmt: skip
     assert tuple(found.result.metrics) == STEERING_METRICS
     assert json.dumps([found.records, found.children, found.grid], allow_nan=False)
@@ -148,13 +149,13 @@ def test_a_bfloat16_models_concepts_are_within_the_tolerance_or_unreached(hook) 
     rounded = tiny.model("llama").to(torch.bfloat16)
     low = LanguageModel(rounded, tiny.tokenizer(), name="low", has_head=True)
     high = LanguageModel(copy.deepcopy(rounded).float(), tiny.tokenizer(), name="high", has_head=True)
-    common = {"max_norms": 60.0, "target_nats": 0.5, "bootstrap": 50}
+    common = {"search": Search(0.5, max_norms=60.0), "resampling": Resampling(50)}
     for kind in ("hsae", "flat"):
         model, concepts = aimed(kind, high), tiny.concepts(3, 2)
         children = Steered([0, 3], np.array(CHILDREN[kind]))
         options = {"children": children, **common}
         found, same = (
-            evaluate_steering(model, lm, hook, concepts, [0, 1, 2], np.array([0, 1, 2]), IDS, **options)
+            evaluate_steering(model, lm, hook, concepts, Steered([0, 1, 2], np.arange(3)), IDS, **options)
             for lm in (low, high)
         )
         assert (found.records, found.children, found.grid) == (same.records, same.children, same.grid)
@@ -187,13 +188,13 @@ def test_children_are_mapped_to_the_latents_that_tell_them_from_their_siblings()
             rows += [row + 0.05 * torch.randn(20, D_MODEL)]
             labels += [3 * parent + child] * 20
     acts = torch.cat(rows)
-    store = Store(train={"acts": acts})
+    data = ConceptData(Store(train={"acts": acts}), concepts, "current_token", tiny.VOCAB)
     train = LabelledChildren(np.arange(len(acts)), np.array(labels))
-    found = map_children(model, store, concepts, train, [0, 1, 2, 4], latent_P)
+    found = map_children(model, data, train, [0, 1, 2, 4], latent_P)
     on = [latent_P[child // 3] * C + order[child // 3][child % 3] for child in (0, 1, 2, 4)]
     assert found.tolist() == on
-    without = map_children(model, store, concepts, train, [0, 4], np.array([3, -1]))
+    without = map_children(model, data, train, [0, 4], np.array([3, -1]))
     assert without.tolist() == [on[0], -1]
-    flat_found = map_children(flat(), store, concepts, train, [0, 1, 4], latent_P)
+    flat_found = map_children(flat(), data, train, [0, 1, 4], latent_P)
     assert len(set(flat_found.tolist())) == 3
     assert (flat_found >= 0).all()

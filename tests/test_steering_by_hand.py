@@ -11,8 +11,10 @@ import torch
 from fakes import FakeConcepts, FakeSAE
 
 from polytope_hsae.evaluation.pushing import Search, evenly_spaced, solve_alpha
-from polytope_hsae.evaluation.steering import evaluate_steering
+from polytope_hsae.evaluation.steering import Steered, evaluate_steering
 from polytope_hsae.lm import FINAL_HOOK
+
+BOTH = Steered([0, 1], np.array([0, 1]))
 
 
 def test_alpha_is_found_for_known_effects():
@@ -30,7 +32,7 @@ def test_alpha_is_found_for_known_effects():
         calls.extend(concepts)
         return np.array([[functions[c](a), 2 * a, 0.0] for c, a in zip(concepts, alphas, strict=True)])
 
-    found = solve_alpha(evaluate, len(functions), Search(3.0, 0.005, 40.0, 10))
+    found = solve_alpha(evaluate, Search(), 40.0, np.full(len(functions), np.nan))
     assert np.isnan(found.alpha_G).tolist() == [False, False, False, True, True, False]
     for c in (0, 1, 2, 5):
         assert functions[c](found.alpha_G[c]) == pytest.approx(3.0, abs=0.005)
@@ -71,7 +73,7 @@ def linear_case(directions):
 def test_a_clean_direction_has_no_leakage_and_alpha_is_known():
     lm, sae, concepts, ids = linear_case([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     found = evaluate_steering(
-        sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, tolerance=1e-3, max_evaluations=40
+        sae, lm, FINAL_HOOK, concepts, BOTH, ids, search=Search(tolerance=1e-3, max_evaluations=40)
     )
     for record in found.records:
         assert record["alpha"] == pytest.approx(3.0, abs=2e-3)
@@ -87,7 +89,7 @@ def test_a_clean_direction_has_no_leakage_and_alpha_is_known():
 def test_leakage_and_sibling_kl_equal_a_direct_computation():
     mixed = [math.sqrt(0.5), 0, math.sqrt(0.5), 0]
     lm, sae, concepts, ids = linear_case([mixed, [0.6, 0.8, 0, 0], [0, 0, 0, 1.0]])
-    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_norms=20)
+    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids, search=Search(max_norms=20))
     record = found.records[0]
     before = lm.table[ids[:, -1]].double() @ lm.unembedding.T.double()
     after = before + record["alpha"] * (lm.unembedding.double() @ torch.tensor(mixed).double())
@@ -112,9 +114,7 @@ def test_leakage_and_sibling_kl_equal_a_direct_computation():
 def test_an_example_shows_the_likeliest_next_tokens_before_and_after():
     directions = [[0.6, 0, 0.8, 0], [0, -1.0, 0, 0]]
     lm, sae, concepts, ids = linear_case(directions)
-    found = evaluate_steering(
-        sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_norms=20, text="t{}".format
-    )
+    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids, search=Search(max_norms=20), text="t{}".format)
     record, unreached = found.records
     assert record["example"]["context"] == [f"t{token}" for token in ids[0].tolist()]
     before = lm.table[ids[0, -1]].double() @ lm.unembedding.T.double()
@@ -126,26 +126,26 @@ def test_an_example_shows_the_likeliest_next_tokens_before_and_after():
         assert [share for _, share in record["example"][key]] == pytest.approx(shares[best].tolist(), rel=6e-3)
         assert sum(share for _, share in record["example"][key]) <= 1
     assert unreached["alpha"] is unreached["example"] is None
-    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([-1, 0]), ids, max_norms=20)
+    unmapped = evaluate_steering(
+        sae, lm, FINAL_HOOK, concepts, Steered([0, 1], np.array([-1, 0])), ids, search=Search(max_norms=20)
+    )
     assert unmapped.records[0]["example"] is None
 
 
 def test_unreached_and_unmapped_concepts_have_no_leakage():
     lm, sae, concepts, ids = linear_case([[-1.0, 0, 0, 0], [0, 1.0, 0, 0]])
-    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids)
+    found = evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids)
     assert [record["alpha"] is None for record in found.records] == [True, False]
     assert found.result.metrics["steering_unreached"].value == 0.5
     assert found.result.metrics["steering_leakage"].n == 1
-    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([-1, 1]), ids)
+    unmapped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, Steered([0, 1], np.array([-1, 1])), ids)
     assert [record["steering_leakage"] is None for record in unmapped.records] == [True, False]
     assert np.isnan(unmapped.result.units["steering_leakage"].numerator_U).tolist() == [True, False]
-    stuck = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0], np.array([0, 1]), ids)
+    stuck = evaluate_steering(sae, lm, FINAL_HOOK, concepts, Steered([0], np.array([0])), ids)
     assert stuck.result.metrics["steering_leakage"].why == "no units with a value"
     assert stuck.result.metrics["steering_unreached"].value == 1
-    capped = evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids, max_concepts=1)
-    assert [record["parent"] for record in capped.records] == [0]
     with pytest.raises(ValueError, match=r"found shape \(8, 1\)"):
-        evaluate_steering(sae, lm, FINAL_HOOK, concepts, [0, 1], np.array([0, 1]), ids[:, :1])
+        evaluate_steering(sae, lm, FINAL_HOOK, concepts, BOTH, ids[:, :1])
 
 
 def test_the_steered_concepts_are_evenly_spaced_in_file_order():

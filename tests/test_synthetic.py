@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from polytope_hsae.config import TopKConfig
-from polytope_hsae.evaluation.synthetic.counts import Counts, count, decoders, slots
 from polytope_hsae.evaluation.synthetic.edges import (
     best_cofiring,
     cofiring,
@@ -18,7 +17,7 @@ from polytope_hsae.evaluation.synthetic.edges import (
     structure,
     two_level_bound,
 )
-from polytope_hsae.evaluation.synthetic.recovery import detection, match, recovery
+from polytope_hsae.evaluation.synthetic.recovery import Counts, count, decoders, detection, match, recovery, slots
 from polytope_hsae.evaluation.synthetic.rows import Rows, SyntheticStream, draw
 from polytope_hsae.evaluation.synthetic.world import World, WorldConfig
 from polytope_hsae.models.codes import Codes

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from polytope_hsae.config.evaluation import TargetsConfig
 from polytope_hsae.evaluation.bootstrap import Metric, Units
-from polytope_hsae.evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets, verdict
+from polytope_hsae.evaluation.targets import MIN_UNITS, assess_targets, format_targets, verdict
 
 
 def test_verdicts():
@@ -56,7 +57,7 @@ def test_targets_from_two_arms():
     assert passed[4]["required"] == [-0.05, 0.05]
     failed = assess_targets(Metric(60.0, (55.0, 65.0), None, 50), *arms(0.05, 0.1, -0.2))
     assert [row["verdict"] for row in failed] == ["FAIL"] * 5, "parity is two-sided: a better fit is no parity either"
-    looser = Thresholds(purity_gain_pp=4.0, reconstruction_parity=0.3)
+    looser = TargetsConfig(purity_gain_pp=4.0, reconstruction_parity=0.3)
     verdicts = [row["verdict"] for row in assess_targets(angle, *arms(0.05, 0.1, -0.2), thresholds=looser)]
     assert verdicts == ["PASS", "PASS", "FAIL", "FAIL", "PASS"]
 

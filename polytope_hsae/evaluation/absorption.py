@@ -15,8 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise, unavailable
-from polytope_hsae.evaluation.concepts import too_few_concepts
+from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
+    Evaluation,
+    FloatArray,
+    Resampling,
+    Units,
+    summarise,
+    unavailable,
+)
 from polytope_hsae.evaluation.row_codes import IntArray, RowCodes
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
@@ -35,10 +42,6 @@ class ParentProbes:
 
     read_Pd: Tensor
     mean_d: Tensor
-
-    def project(self, acts_Nd: Tensor, parent_N: Tensor) -> Tensor:
-        """Projections [N] of rows onto the probe of one concept each."""
-        return ((acts_Nd.double() - self.mean_d) * self.read_Pd[parent_N]).sum(1)
 
 
 def parent_probes(
@@ -71,12 +74,9 @@ def absorption_metrics(
     latent_Q: IntArray,
     probes: ParentProbes,
     keys_Q: IntArray,
-    *,
-    lacking: str = "",
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> Evaluation:
-    """`absorb`, `absorb_with_children` and `probe_recall`, means over concepts of shares of their rows.
+    """`absorb`, `absorb_with_children` and `probe_recall`, means over two or more concepts of shares of their rows.
 
     Rows [N, d] with their codes and labels 0 .. Q-1; `latent_Q` is each concept's mapped latent (-1: one that is always
     silent) and `keys_Q` the concept's row in `probes`. A row is probe-positive where its own concept's probe projects
@@ -85,13 +85,11 @@ def absorption_metrics(
     chance: the mapped latents dealt out at random among the concepts. For a flat model both rates are the same.
     """
     n_concepts = len(keys_Q)
-    if n_concepts < 2:
-        return too_few_concepts(ABSORB_METRICS, n_concepts, lacking)
-    projected_NQ = ((acts_Nd.double().cpu() - probes.mean_d) @ probes.read_Pd[torch.from_numpy(keys_Q)].T).numpy()
+    read_Qd = probes.read_Pd[torch.from_numpy(keys_Q)]
+    projected_NQ = ((acts_Nd.double().cpu() - probes.mean_d) @ read_Qd.T).numpy()
     found_NQ = projected_NQ > 0.5
     own_N = projected_NQ[np.arange(len(label_N)), label_N]
     kept_N = np.flatnonzero(own_N > 0.5)
-    read_Qd = probes.read_Pd[torch.from_numpy(keys_Q)]
     silent, covered = _carried(sae, codes.of_rows(kept_N), own_N[kept_N], label_N[kept_N], latent_Q, read_Qd)
 
     rows_Q = np.bincount(label_N, minlength=n_concepts)
@@ -106,7 +104,7 @@ def absorption_metrics(
             dealt_Q = np.bincount(label_N[kept_N], weights=absorbed_NQ.mean(1), minlength=n_concepts) / positive_Q
         units[name] = Units.mean(rate_Q, keys_Q)
         chance[name] = float(np.nanmean(dealt_Q)) if positive_Q.any() else None
-    result = summarise(units, chance, bootstrap, seed)
+    result = summarise(units, chance, *resampling)
     if not positive_Q.any():
         nothing = unavailable("the probes find no concept in these rows")
         return Evaluation(result.metrics | dict.fromkeys(("absorb", "absorb_with_children"), nothing), units)

@@ -10,7 +10,7 @@ Shapes: U units, n resamples.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,16 @@ Comparison = Literal["difference", "ratio", "relative_change", "relative_reducti
 
 _DRAWS_AT_ONCE = 1 << 22
 _LEVELS = (0.025, 0.975)
+
+
+class Resampling(NamedTuple):
+    """How intervals are made: `n` bootstrap resamples, drawn with `seed`, which deals out chance levels, too."""
+
+    n: int = 1000
+    seed: int = 0
+
+
+RESAMPLING = Resampling()
 
 
 @dataclass(frozen=True)
@@ -146,11 +156,6 @@ def bootstrap_units(units: Units, n: int = 1000, seed: int = 0, chance: float | 
     return bootstrap_sums(columns_UK, lambda sums: sums[..., 0] / sums[..., 1], n, seed, chance)
 
 
-def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, n: int = 1000, seed: int = 0) -> Metric:
-    """Sum of numerators [U] over sum of denominators [U]: the pooled value, not a mean of ratios."""
-    return bootstrap_units(Units.ratio(numerator, denominator), n, seed)
-
-
 def bootstrap_mean(values: ArrayLike, n: int = 1000, seed: int = 0, chance: float | None = None) -> Metric:
     """Mean of values [U]; NaN marks a unit without a value, which is left out of value and `n`."""
     return bootstrap_units(Units.mean(values), n, seed, chance)
@@ -185,14 +190,12 @@ def bootstrap_quantile(values: ArrayLike, place: float, chance: float | None = N
     return Metric(value, (low, high), chance, n_units)
 
 
-def _compare(first: FloatArray, second: FloatArray, how: Comparison) -> FloatArray:
-    if how == "difference":
-        return second - first
-    if how == "ratio":
-        return second / first
-    if how == "relative_change":
-        return (second - first) / first
-    return (first - second) / first
+_COMPARE: dict[Comparison, Callable[[FloatArray, FloatArray], FloatArray]] = {
+    "difference": lambda first, second: second - first,
+    "ratio": lambda first, second: second / first,
+    "relative_change": lambda first, second: (second - first) / first,
+    "relative_reduction": lambda first, second: (first - second) / first,
+}
 
 
 def paired(first: Units, second: Units, how: Comparison = "difference", n: int = 1000, seed: int = 0) -> Metric:
@@ -208,13 +211,11 @@ def paired(first: Units, second: Units, how: Comparison = "difference", n: int =
     columns = [first.numerator_U, first.denominator_U, second.numerator_U, second.denominator_U]
     columns_UK = np.stack(columns, axis=1)[first.present_U & second.present_U]
     chance = 1.0 if how == "ratio" else 0.0
-    return bootstrap_sums(
-        columns_UK,
-        lambda sums: _compare(sums[..., 0] / sums[..., 1], sums[..., 2] / sums[..., 3], how),
-        n,
-        seed,
-        chance,
-    )
+
+    def compared(sums: FloatArray) -> FloatArray:
+        return _COMPARE[how](sums[..., 0] / sums[..., 1], sums[..., 2] / sums[..., 3])
+
+    return bootstrap_sums(columns_UK, compared, n, seed, chance)
 
 
 def summarise(units: dict[str, Units], chance: Mapping[str, float | None], n: int = 1000, seed: int = 0) -> Evaluation:

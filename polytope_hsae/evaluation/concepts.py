@@ -25,7 +25,15 @@ from scipy.optimize import linear_sum_assignment
 
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise, unavailable
+from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
+    Evaluation,
+    FloatArray,
+    Resampling,
+    Units,
+    summarise,
+    unavailable,
+)
 from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
 from polytope_hsae.models.base import SparseAutoencoder
 
@@ -73,48 +81,49 @@ class ConceptEvaluation:
         return out
 
 
-def labelled_rows(
-    store: ActivationStore,
-    split: str,
-    concepts: Concepts,
-    *,
-    label: Label,
-    fold: str,
-    vocab_size: int,
-    belief_threshold: float = 0.3,
-) -> LabelledRows:
-    """Rows of a split that carry a parent through a word of `fold`; arguments as for `labelled_children`."""
-    row_N, child_N = labelled_children(
-        store, split, concepts, label=label, fold=fold, vocab_size=vocab_size, belief_threshold=belief_threshold
-    )
-    return LabelledRows(row_N, np.asarray(concepts.child_parent_R, dtype=np.int64)[child_N])
+@dataclass(frozen=True)
+class ConceptData:
+    """Rows that carry concepts: what the concept metrics of all models share.
 
-
-def labelled_children(
-    store: ActivationStore,
-    split: str,
-    concepts: Concepts,
-    *,
-    label: Label,
-    fold: str,
-    vocab_size: int,
-    belief_threshold: float = 0.3,
-) -> LabelledChildren:
-    """Rows of a split that carry a child concept through a word of `fold`.
-
-    `current_token`: the row's token is one of the child's; `next_token`: the following token is; `belief`:
-    the model puts at least `belief_threshold` on the concept, and the most probable of the concept's tokens
-    belongs to `fold`.
+    label: `current_token`: a row carries a child concept whose token it is; `next_token`: whose token follows it;
+    `belief`: on which the model puts at least `belief_threshold`, where the most probable of the concept's tokens is in
+    the fold. fold: the held-out split and its words. min_rows: labelled rows that a concept needs. shrinkage: of the
+    covariance behind probes. Raises ValueError for another label.
     """
-    if label not in get_args(Label):
-        raise ValueError(f"label: found {label!r}, allowed: {', '.join(get_args(Label))}")
-    child_of_token_V = concepts.token_to_child(vocab_size=vocab_size, folds=(fold,)).cpu().numpy().astype(np.int64)
-    token_N = store.column(split, LABEL_COLUMN[label]).cpu().numpy().astype(np.int64)
-    child_N = np.where(token_N >= 0, child_of_token_V[np.maximum(token_N, 0)], -1)
-    if label == "belief":
-        believed_N = store.column(split, "belief_prob").cpu().numpy() >= belief_threshold
-        belief_child_N = store.column(split, "belief_concept").cpu().numpy().astype(np.int64)
-        child_N = np.where((child_N >= 0) & believed_N, belief_child_N, -1)
+
+    store: ActivationStore
+    concepts: Concepts
+    label: Label
+    vocab_size: int
+    fold: str = "test"
+    belief_threshold: float = 0.3
+    min_rows: int = 20
+    shrinkage: float = 0.05
+    resampling: Resampling = RESAMPLING
+
+    def __post_init__(self) -> None:
+        if self.label not in get_args(Label):
+            raise ValueError(f"label: found {self.label!r}, allowed: {', '.join(get_args(Label))}")
+
+
+def labelled_rows(data: ConceptData, split: str, words: str | None = None) -> LabelledRows:
+    """Rows of a split that carry a parent through a word of the fold `words` (default: the split's)."""
+    row_N, child_N = labelled_children(data, split, words)
+    return LabelledRows(row_N, np.asarray(data.concepts.child_parent_R, dtype=np.int64)[child_N])
+
+
+def labelled_children(data: ConceptData, split: str, words: str | None = None) -> LabelledChildren:
+    """Rows of a split that carry a child concept through a word of the fold `words` (default: the split's)."""
+    child_of_token_V = data.concepts.token_to_child(vocab_size=data.vocab_size, folds=(words or split,))
+
+    def column(name: str) -> IntArray:
+        return data.store.column(split, name).cpu().numpy().astype(np.int64)
+
+    token_N = column(LABEL_COLUMN[data.label])
+    child_N = np.where(token_N >= 0, child_of_token_V.cpu().numpy().astype(np.int64)[np.maximum(token_N, 0)], -1)
+    if data.label == "belief":
+        believed_N = data.store.column(split, "belief_prob").cpu().numpy() >= data.belief_threshold
+        child_N = np.where((child_N >= 0) & believed_N, column("belief_concept"), -1)
     row_N = np.flatnonzero(child_N >= 0)
     return LabelledChildren(row_N, child_N[row_N])
 
@@ -168,13 +177,7 @@ def too_few_concepts(names: Iterable[str], n_concepts: int, lacking: str) -> Eva
 
 
 def concept_metrics(
-    acts_NQ: NDArray[np.float32],
-    label_N: IntArray,
-    keys_Q: IntArray,
-    *,
-    lacking: str = "",
-    bootstrap: int = 1000,
-    seed: int = 0,
+    acts_NQ: NDArray[np.float32], label_N: IntArray, keys_Q: IntArray, resampling: Resampling = RESAMPLING
 ) -> Evaluation:
     """Metrics of mapped latents [N, Q] (column q is concept q's latent) on rows with labels 0 .. Q-1.
 
@@ -183,14 +186,12 @@ def concept_metrics(
     same with a row without any mapped activation counted as leaked, so that silence is no gain. `recall`: share
     of a concept's rows on which its latent is active; its chance is the rate on other concepts' rows.
     `purity_auroc`: own rows against the other concepts'. `no_fire_rate`: share of rows on which no
-    concept's latent is on. `keys_Q` names the concepts; `lacking` says why there are not more (ConceptEvaluation).
+    concept's latent is on. `keys_Q` names the concepts, at least two.
     """
     n_concepts = acts_NQ.shape[1]
     rows_Q = np.bincount(label_N, minlength=n_concepts)
     assert len(keys_Q) == len(rows_Q)
     assert (rows_Q > 0).all(), "every concept in use has rows"
-    if n_concepts < 2:
-        return too_few_concepts(CONCEPT_METRICS, n_concepts, lacking)
     acts_NQ = acts_NQ.astype(np.float64)
     own_QN = (label_N == np.arange(n_concepts)[:, None]).astype(np.float64)
     mean_QQ = own_QN @ acts_NQ / rows_Q[:, None]  # [concept of the rows, latent]
@@ -225,50 +226,35 @@ def concept_metrics(
         "leakage_all_rows": 1 - float(active_N.mean()) / n_concepts,
         "recall": float(elsewhere),
     }
-    return summarise(units, chance, bootstrap, seed)
+    return summarise(units, chance, *resampling)
 
 
-def evaluate_concepts(
-    sae: SparseAutoencoder,
-    store: ActivationStore,
-    concepts: Concepts,
-    *,
-    label: Label,
-    vocab_size: int,
-    fold: str = "test",
-    belief_threshold: float = 0.3,
-    min_rows: int = 20,
-    mapping: IntArray | None = None,
-    batch_size: int = 4096,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> ConceptEvaluation:
-    """Concept metrics of one model on `fold` (documents and words), intervals over concepts.
+def evaluate_concepts(sae: SparseAutoencoder, data: ConceptData, mapping: IntArray | None = None) -> ConceptEvaluation:
+    """Concept metrics of one model on held-out documents and words, intervals over concepts.
 
     `mapping` [P] gives a latent per parent (-1: none), for instance the teacher's own slots; without it the
     map is chosen on train rows. Raises ValueError for a mapping of the wrong length or that uses a latent
     twice.
     """
-
-    labels: dict[str, Any] = {"label": label, "vocab_size": vocab_size, "belief_threshold": belief_threshold}
-    train, test = (labelled_rows(store, name, concepts, fold=name, **labels) for name in ("train", fold))
-    n_parents = concepts.n_parents
+    train, test = labelled_rows(data, "train"), labelled_rows(data, data.fold)
+    n_parents, min_rows = data.concepts.n_parents, data.min_rows
     if mapping is None:
-        train_acts = row_codes(sae, store, "train", train.row_N, batch_size).parents
+        train_acts = row_codes(sae, data.store, "train", train.row_N).parents
         latent_P = map_concepts(train_acts, train.parent_N, n_parents, min_rows)
     else:
         latent_P = _checked_mapping(mapping, n_parents, sae.n_parents)
-    train_rows_P = np.bincount(train.parent_N, minlength=n_parents)
-    test_rows_P = np.bincount(test.parent_N, minlength=n_parents)
+    train_rows_P, test_rows_P = (np.bincount(found.parent_N, minlength=n_parents) for found in (train, test))
     parents_Q = np.flatnonzero(np.minimum(train_rows_P, test_rows_P) >= max(1, min_rows))
-    used_N = np.isin(test.parent_N, parents_Q)
-    label_N = np.searchsorted(parents_Q, test.parent_N[used_N])
-    test_acts = row_codes(sae, store, fold, test.row_N[used_N], batch_size).parents
-    acts_NQ = test_acts.columns(latent_P[parents_Q])
-    n_lacking = n_parents - len(parents_Q)
-    lacking = f"{n_lacking} of {n_parents} parents have fewer than {min_rows} labelled rows in train or {fold}"
-    lacking = lacking if n_lacking else ""
-    result = concept_metrics(acts_NQ, label_N, parents_Q, lacking=lacking, bootstrap=bootstrap, seed=seed)
+    n_used, n_lacking, lacking = len(parents_Q), n_parents - len(parents_Q), ""
+    if n_lacking:
+        lacking = f"{n_lacking} of {n_parents} parents have fewer than {min_rows} labelled rows in train or {data.fold}"
+    if n_used < 2:
+        result = too_few_concepts(CONCEPT_METRICS, n_used, lacking)
+    else:
+        used_N = np.isin(test.parent_N, parents_Q)
+        test_acts = row_codes(sae, data.store, data.fold, test.row_N[used_N]).parents
+        label_N = np.searchsorted(parents_Q, test.parent_N[used_N])
+        result = concept_metrics(test_acts.columns(latent_P[parents_Q]), label_N, parents_Q, data.resampling)
     return ConceptEvaluation(result, parents_Q, latent_P, test_rows_P[parents_Q], lacking)
 
 

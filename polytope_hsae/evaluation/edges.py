@@ -1,18 +1,20 @@
-"""Are the ontology's edges those of the model? An edge is parent concept -> child concept (docs/method.md section 5).
+"""Which latents stand for child concepts, and are the ontology's edges those of the model? (docs/method.md section 5)
 
-An edge is recovered when the latent matched to the child concept is a child of the latent matched to the parent
-concept. Both matches are made on train rows, each one-to-one, and neither looks at the other.
+An edge is parent concept -> child concept. It is recovered when the latent matched to the child concept is a child of
+the latent matched to the parent concept. Both matches are made on train rows, each one-to-one, and neither looks at the
+other. `map_children`, for steering, takes the parents' latents as given.
 
-Shapes: N rows, E child concepts (edges), P parent concepts, C children per parent of the model.
+Shapes: N rows, E child concepts (edges), R child concepts in all, P parent concepts, C children of a latent.
 """
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from polytope_hsae.evaluation.bootstrap import Evaluation, Units, summarise, unavailable
-from polytope_hsae.evaluation.concepts import auroc_matrix
+from polytope_hsae.evaluation.bootstrap import RESAMPLING, Evaluation, Resampling, Units, summarise, unavailable
+from polytope_hsae.evaluation.concepts import ConceptData, LabelledChildren, auroc_matrix
 from polytope_hsae.evaluation.firings import FLAT
-from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations
+from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
+from polytope_hsae.models.base import SparseAutoencoder
 
 EDGE_METRICS = ("edge_precision", "edge_recall")
 
@@ -40,9 +42,7 @@ def edge_metrics(
     parent_E: IntArray,
     latent_P: IntArray,
     n_children: int,
-    *,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> Evaluation:
     """`edge_recall`, over all edges, and `edge_precision`, over those that the model has between matched latents.
 
@@ -73,4 +73,46 @@ def edge_metrics(
     chance = {"edge_recall": by_chance / len(parent_E)}
     if predicted_E.any():
         chance["edge_precision"] = by_chance / float(predicted_E.sum())
-    return summarise(units, chance, bootstrap, seed)
+    return summarise(units, chance, *resampling)
+
+
+def map_children(
+    sae: SparseAutoencoder, data: ConceptData, train: LabelledChildren, children: list[int], latent_P: IntArray
+) -> IntArray:
+    """Latent of each of `children` (rows of `concepts.json`), one-to-one by Hungarian assignment on AUROC; -1: none.
+
+    In an H-SAE the children of the parent concept's latent are candidates, and they have to tell a child's rows from
+    its siblings'. In a flat model all latents are, against the rows of all child concepts asked for. Of an H-SAE the
+    number is flat, parent * C + child; of a flat model it is a latent. `train`: labelled train rows; `latent_P`: the
+    parents' latents, -1 where a parent has none, and then its children have none.
+    """
+    owner_R = np.asarray(data.concepts.child_parent_R, dtype=np.int64)
+    wanted = np.isin(owner_R[train.child_N], owner_R[children])
+    row_N, child_N = train.row_N[wanted], train.child_N[wanted]
+    latent_R = np.full(data.concepts.n_children, -1, dtype=np.int64)
+    parents, codes, _ = row_codes(sae, data.store, "train", row_N)
+    if not sae.n_children:
+        _assign(parents, child_N, np.unique(child_N), np.arange(sae.n_parents), latent_R)
+        return latent_R[children]
+    for parent in np.unique(owner_R[children]):
+        latent = latent_P[parent]
+        if latent < 0:
+            continue
+        rows = owner_R[child_N] == parent
+        inside = codes.index_Nk[rows] // sae.n_children == latent
+        slots = np.where(inside, codes.index_Nk[rows] % sae.n_children, 0)
+        acts = SparseActivations(slots, np.where(inside, codes.value_Nk[rows], 0), sae.n_children)
+        flat = latent * sae.n_children + np.arange(sae.n_children)
+        _assign(acts, child_N[rows], np.unique(child_N[rows]), flat, latent_R)
+    return latent_R[children]
+
+
+def _assign(
+    acts: SparseActivations, child_N: IntArray, present: IntArray, numbers_L: IntArray, latent_R: IntArray
+) -> None:
+    """Write the latents of the children that are present into `latent_R`; a lone child has no rows to be told from."""
+    if len(present) < 2:
+        return
+    auroc_QL = auroc_matrix(acts, np.searchsorted(present, child_N), len(present))
+    chosen, latents = linear_sum_assignment(auroc_QL, maximize=True)
+    latent_R[present[chosen]] = numbers_L[latents]

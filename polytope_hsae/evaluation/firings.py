@@ -13,13 +13,16 @@ from torch import Tensor
 
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
     FloatArray,
     Metric,
+    Resampling,
+    Units,
     bootstrap_fraction,
     bootstrap_mean,
     bootstrap_quantile,
-    bootstrap_ratio,
     bootstrap_sums,
+    bootstrap_units,
     unavailable,
 )
 from polytope_hsae.models.base import SparseAutoencoder
@@ -107,7 +110,7 @@ def sampled_rows(n_rows: int, max_rows: int | None, seed: int) -> Tensor:
     return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:max_rows].sort().values
 
 
-def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict[str, Metric]:
+def firing_metrics(found: Firings, resampling: Resampling = RESAMPLING) -> dict[str, Metric]:
     """Conditional firing rates of a split, and how evenly parents fire.
 
     `parent_given_child`: of all child codes, those whose parent is on; chance: as often as that parent is on anyway;
@@ -118,7 +121,7 @@ def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict
     intervals are over groups of documents, if there are several. A flat model's latents count as parents.
     """
     names = ("parent_given_child", "child_given_parent", "child_given_parent_q25", "child_given_parent_q75")
-    metrics = _rates(found, bootstrap, seed)
+    metrics = _rates(found, resampling)
     if not found.n_children:
         return metrics | {name: unavailable(FLAT) for name in names}
     parent_P = found.parents_P.double().cpu().numpy()
@@ -130,7 +133,7 @@ def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict
     else:
         chance = float((child_R * parent_R).sum() / found.rows / fired)
         both_P, child_P = (each_R.reshape(-1, found.n_children).sum(1) for each_R in (both_R, child_R))
-        given = bootstrap_ratio(both_P, child_P, bootstrap, seed)
+        given = bootstrap_units(Units.ratio(both_P, child_P), *resampling)
         metrics["parent_given_child"] = Metric(given.value, given.ci95, chance, int(fired), given.why)
     used_R = parent_R >= MIN_PARENT_ROWS
     if not used_R.any():
@@ -142,7 +145,7 @@ def firing_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict
     return metrics
 
 
-def _rates(found: Firings, bootstrap: int, seed: int) -> dict[str, Metric]:
+def _rates(found: Firings, resampling: Resampling) -> dict[str, Metric]:
     """`max_firing_rate` and `entropy`."""
     parents_GP, rows_G = found.parents_GP.double().cpu().numpy(), found.rows_G.double().cpu().numpy()
     used_G = rows_G > 0
@@ -159,12 +162,12 @@ def _rates(found: Firings, bootstrap: int, seed: int) -> dict[str, Metric]:
     chances = {"max_firing_rate": (largest, even), "entropy": (entropy, math.log(found.n_parents))}
     metrics = {}
     for name, (statistic, chance) in chances.items():
-        metric = bootstrap_sums(columns_GK, statistic, bootstrap, seed, chance)
+        metric = bootstrap_sums(columns_GK, statistic, *resampling, chance)
         metrics[name] = Metric(metric.value, metric.ci95, chance, found.rows, metric.why)
     return metrics
 
 
-def usage_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict[str, Metric]:
+def usage_metrics(found: Firings, resampling: Resampling = RESAMPLING) -> dict[str, Metric]:
     """Dead latents of a split; no chance levels.
 
     `dead_parents`: share of parents that never fire. `dead_children`: of the children of parents that fire, the share
@@ -173,17 +176,18 @@ def usage_metrics(found: Firings, bootstrap: int = 1000, seed: int = 0) -> dict[
     parents, for `dead_children` over children.
     """
     on_P = (found.parents_P > 0).cpu().numpy()
-    metrics = {"dead_parents": bootstrap_fraction(int((~on_P).sum()), len(on_P), bootstrap, seed)}
+    metrics = {"dead_parents": bootstrap_fraction(int((~on_P).sum()), len(on_P), *resampling)}
     names = ("dead_children", "dead_children_routed", "atoms_in_use")
     if not found.n_children:
         return metrics | {name: unavailable(FLAT) for name in names}
     used_P = (found.children_R > 0).view(-1, found.n_children).sum(1).cpu().numpy()[on_P]
     rows_P = found.parents_P.double().cpu().numpy()[on_P]
     children = len(used_P) * found.n_children
+    routed = Units.ratio(rows_P * (1 - used_P / found.n_children), rows_P)
     return metrics | {
-        "dead_children": bootstrap_fraction(children - int(used_P.sum()), children, bootstrap, seed),
-        "dead_children_routed": bootstrap_ratio(rows_P * (1 - used_P / found.n_children), rows_P, bootstrap, seed),
-        "atoms_in_use": bootstrap_mean(used_P, bootstrap, seed),
+        "dead_children": bootstrap_fraction(children - int(used_P.sum()), children, *resampling),
+        "dead_children_routed": bootstrap_units(routed, *resampling),
+        "atoms_in_use": bootstrap_mean(used_P, *resampling),
     }
 
 

@@ -1,68 +1,45 @@
-"""Is an H-SAE's hierarchy one in use? What children's atoms say, beside who fires with whom (docs/method.md section 5).
+"""How concepts lie in a model's dictionary, and whether an H-SAE's hierarchy is one in use (docs/method.md section 5).
 
 What no construction gives: the direction that reads a labelled child concept should be written by the best child
-latent's atom as well as by its parent's.
+latent's atom as well as by its parent's. `evaluate_structure` adds what splitting.py, absorption.py and edges.py
+measure.
 
-Shapes: B rows of a batch, N labelled rows, d residual width, P parents, R = P C children, Q child concepts, k, K slots.
+Shapes: N labelled rows, T train rows, d residual width, P parents, R = P C children, Q child concepts, or parent
+concepts in use, E child concepts with enough rows, K positive codes, M concepts with a child latent.
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from polytope_hsae.data.concepts import Concepts
-from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.evaluation.bootstrap import Metric, bootstrap_quantile, unavailable
-from polytope_hsae.evaluation.concepts import Label, labelled_children
+from polytope_hsae.evaluation.absorption import ABSORB_METRICS, ParentProbes, absorption_metrics, parent_probes
+from polytope_hsae.evaluation.bootstrap import Evaluation, Metric, bootstrap_quantile, unavailable
+from polytope_hsae.evaluation.concepts import (
+    ConceptData,
+    ConceptEvaluation,
+    LabelledRows,
+    labelled_children,
+    labelled_rows,
+    too_few_concepts,
+)
+from polytope_hsae.evaluation.edges import edge_metrics, match_children
 from polytope_hsae.evaluation.firings import FLAT, sampled_rows
+from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
+from polytope_hsae.evaluation.splitting import SPLIT_METRICS, split_metrics
 from polytope_hsae.geometry.causal import Space
 from polytope_hsae.geometry.estimators import ActivationClassStats
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 PERMUTATIONS = 20
+MAX_ROWS = 1 << 20  # train rows that probes are made from
+ROWS_PER_CHILD = 64  # train rows of a child concept that are encoded
+ROWS_PER_PARENT = 512  # held-out rows of a parent concept that are encoded
 BATCH = 8192
-
-
-class ClassRows(NamedTuple):
-    """Train rows by child concept: their running sums, and the number and concept [N] of those that carry one."""
-
-    stats: ActivationClassStats
-    row_N: Tensor
-    child_N: Tensor
-
-
-def read_classes(
-    store: ActivationStore,
-    concepts: Concepts,
-    *,
-    label: Label,
-    vocab_size: int,
-    belief_threshold: float = 0.3,
-    max_rows: int = 1 << 20,
-    seed: int = 0,
-) -> ClassRows:
-    """Sums of at most `max_rows` random train rows, labelled by train words."""
-    found = labelled_children(
-        store,
-        "train",
-        concepts,
-        label=label,
-        fold="train",
-        vocab_size=vocab_size,
-        belief_threshold=belief_threshold,
-    )
-    label_T = torch.full((store.n_rows("train"),), -1, dtype=torch.int64)
-    label_T[torch.from_numpy(found.row_N)] = torch.from_numpy(found.child_N)
-    rows = sampled_rows(len(label_T), max_rows, seed)
-    stats = ActivationClassStats(concepts.n_children, store.width)
-    for part in rows.split(BATCH):
-        stats.update(store.acts("train", part), label_T[part])
-    labelled_N = rows[label_T[rows] >= 0]
-    return ClassRows(stats, labelled_N, label_T[labelled_N])
 
 
 @dataclass(frozen=True)
@@ -79,26 +56,32 @@ class Probes:
     child_N: Tensor
 
 
-def child_probes(
-    classes: ClassRows, *, rows_per_child: int = 256, min_rows: int = 20, shrinkage: float = 0.05, seed: int = 0
-) -> Probes:
-    """Shrinkage-LDA probes of the child concepts with `min_rows` of the rows (train words) or more.
+def child_probes(data: ConceptData, rows_per_child: int = ROWS_PER_CHILD) -> tuple[Probes, ActivationClassStats]:
+    """Shrinkage-LDA probes of the child concepts with `data.min_rows` train rows or more, and the sums of all classes.
 
-    A probe is the covector S^-1 (mean of the child's rows - mean of all), S the shrunk covariance within classes. It is
-    paired with atoms in the metric Sigma = S^-1 at every hook, the final residual too: there, too, S says how rows vary
-    and makes a probe dual to the mean difference that it was made from, so that an atom along it has cosine 1.
+    A probe is the covector S^-1 (mean of the child's rows - mean of all), S the shrunk covariance within classes, both
+    of at most MAX_ROWS random train rows, labelled by train words. It is paired with atoms in the metric Sigma = S^-1
+    at every hook, the final residual too: there, too, S says how rows vary and makes a probe dual to the mean
+    difference that it was made from, so that an atom along it has cosine 1.
     """
-    stats = classes.stats
-    geometry = stats.geometry(shrinkage)
-    used_Q = (stats.counts >= min_rows).nonzero().squeeze(1)
+    store, seed = data.store, data.resampling.seed
+    found = labelled_children(data, "train")
+    label_T = torch.full((store.n_rows("train"),), -1, dtype=torch.int64)
+    label_T[torch.from_numpy(found.row_N)] = torch.from_numpy(found.child_N)
+    rows = sampled_rows(len(label_T), MAX_ROWS, seed)
+    stats = ActivationClassStats(data.concepts.n_children, store.width)
+    for part in rows.split(BATCH):
+        stats.update(store.acts("train", part), label_T[part])
+    geometry = stats.geometry(data.shrinkage)
+    used_Q = (stats.counts >= data.min_rows).nonzero().squeeze(1)
     # The mean difference as a vector and the probe made from it as a covector are the same in the unified coordinate.
     probe_Qd = normalize(geometry.whiten(stats.class_differences()[used_Q], Space.VECTOR), dim=1)
     of_concept_R = torch.full((stats.n_classes,), -1, dtype=torch.int64)
     of_concept_R[used_Q] = torch.arange(len(used_Q))
-    child_N = of_concept_R[classes.child_N]
-    row_N, child_N = classes.row_N[child_N >= 0], child_N[child_N >= 0]
-    kept_N = first_of_each(child_N, rows_per_child, seed)
-    return Probes(probe_Qd, geometry.sigma_sqrt, row_N[kept_N], child_N[kept_N])
+    child_T = of_concept_R[label_T.clamp_min(0)].where(label_T >= 0, -1)
+    row_N = rows[child_T[rows] >= 0]
+    kept_N = row_N[first_of_each(child_T[row_N], rows_per_child, seed)]
+    return Probes(probe_Qd, geometry.sigma_sqrt, kept_N, child_T[kept_N]), stats
 
 
 def first_of_each(class_N: Tensor, count: int, seed: int) -> Tensor:
@@ -110,17 +93,25 @@ def first_of_each(class_N: Tensor, count: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes, seed: int = 0) -> dict[str, Metric]:
+def probe_metrics(
+    sae: SparseAutoencoder, children: SparseActivations, probes: Probes, seed: int = 0
+) -> dict[str, Metric]:
     """Cosines of child concepts' probes with the best child latent's atom and with its parent's, medians over concepts.
 
-    The best latent is the child with the largest F1 for the concept on the labelled train rows. `probe_child`,
+    `children`: their codes on the probes' labelled rows. The best latent is the child with the largest F1 for the
+    concept there. `probe_child`,
     `probe_parent` and `probe_min`, the smaller of the two; `n` concepts have a latent. Chance: the same latents dealt
     out at random among the concepts. Intervals are over these concepts.
     """
     names = ("probe_child", "probe_parent", "probe_min")
     if not isinstance(sae, HierarchicalSAE):
         return {name: unavailable(FLAT) for name in names}
-    best_Q, f1_Q = _best_children(sae, store, probes)
+    row_K, latent_K, _ = children.positive()
+    child_N, shape = probes.child_N.numpy(), (len(probes.probe_Qd), children.n_latents)
+    cell_K = child_N[row_K] * children.n_latents + latent_K
+    hits_QR = np.bincount(cell_K, minlength=math.prod(shape)).reshape(shape).astype(np.float64)
+    f1_QR = 2 * hits_QR / (np.bincount(child_N, minlength=shape[0])[:, None] + hits_QR.sum(0))
+    best_Q, f1_Q = torch.from_numpy(f1_QR.argmax(1)), torch.from_numpy(f1_QR.max(1))
     used_Q = (f1_Q > 0).nonzero().squeeze(1)
     if len(used_Q) < 2:
         return {
@@ -144,17 +135,55 @@ def probe_metrics(sae: SparseAutoencoder, store: ActivationStore, probes: Probes
     }
 
 
-def _best_children(sae: HierarchicalSAE, store: ActivationStore, probes: Probes) -> tuple[Tensor, Tensor]:
-    """For each of Q concepts the child latent with the largest F1 on the labelled rows, and that F1: [Q] on the CPU."""
-    Q, R = len(probes.probe_Qd), sae.n_parents * sae.n_children
-    device = sae.write_directions().device
-    both_QR = torch.zeros(Q * R, dtype=torch.int64, device=device)
-    for row_B, child_B in zip(probes.row_N.split(BATCH), probes.child_N.split(BATCH), strict=True):
-        codes = sae.encode(store.acts("train", row_B).to(device))
-        cell_BK = child_B.to(device).unsqueeze(1) * R + codes.child_index
-        both_QR.scatter_add_(0, cell_BK.flatten(), (codes.child_value > 0).long().flatten())
-    hits_QR = both_QR.view(Q, R).double()
-    rows_Q1 = torch.bincount(probes.child_N, minlength=Q).to(device).unsqueeze(1)
-    f1_QR = 2 * hits_QR / (rows_Q1 + hits_QR.sum(0))
-    best = f1_QR.max(1)
-    return best.indices.cpu(), best.values.cpu()
+@dataclass(frozen=True)
+class LabelledSample:
+    """What depends on the store and the labels alone, so that all models share it.
+
+    `probes` of child concepts with enough train rows, and a sample of these rows; `concept_E`: which child concepts
+    these are; `parents`: probes of parent concepts; `held_out`: rows of the fold and the parent concept of each.
+    """
+
+    probes: Probes
+    concept_E: IntArray
+    parents: ParentProbes
+    held_out: LabelledRows
+
+
+def labelled_sample(data: ConceptData) -> LabelledSample:
+    """Probes from at most about a million train rows, and at most so many rows of every concept."""
+    concepts = data.concepts
+    probes, stats = child_probes(data)
+    concept_E = (stats.counts >= data.min_rows).nonzero().squeeze(1).numpy()
+    parents = parent_probes(stats, concepts.child_parent_R, concepts.n_parents, data.shrinkage)
+    found = labelled_rows(data, data.fold)
+    kept_N = first_of_each(torch.from_numpy(found.parent_N), ROWS_PER_PARENT, data.resampling.seed).numpy()
+    return LabelledSample(probes, concept_E, parents, LabelledRows(found.row_N[kept_N], found.parent_N[kept_N]))
+
+
+def evaluate_structure(
+    sae: SparseAutoencoder, data: ConceptData, sample: LabelledSample, mapped: ConceptEvaluation
+) -> Evaluation:
+    """Split, absorption, edges and cosines of probes of one model; `mapped` has the concepts in use and their latents.
+
+    Edges and cosines concern all child concepts with enough train rows.
+    """
+    store, probes, parents_Q, resampling = data.store, sample.probes, mapped.parents_Q, data.resampling
+    train_codes = row_codes(sae, store, "train", probes.row_N.numpy())
+    child_N = probes.child_N.numpy()
+    parent_of_E = np.asarray(data.concepts.child_parent_R, dtype=np.int64)[sample.concept_E]
+    result = Evaluation(probe_metrics(sae, train_codes.children, probes, resampling.seed))
+    matched_E = match_children(train_codes.children, child_N, len(sample.concept_E))
+    result |= edge_metrics(matched_E, parent_of_E, mapped.latent_P, sae.n_children, resampling)
+    if len(parents_Q) < 2:
+        return result | too_few_concepts(SPLIT_METRICS + ABSORB_METRICS, len(parents_Q), mapped.lacking)
+
+    used_N = np.isin(sample.held_out.parent_N, parents_Q)
+    row_N, label_N = sample.held_out.row_N[used_N], np.searchsorted(parents_Q, sample.held_out.parent_N[used_N])
+    codes = row_codes(sae, store, data.fold, row_N)
+    in_use_N = np.isin(parent_of_E[child_N], parents_Q)
+    train_label_N = np.searchsorted(parents_Q, parent_of_E[child_N[in_use_N]])
+    train = train_codes.of_rows(in_use_N).together()
+    result |= split_metrics(train, train_label_N, codes.together(), label_N, parents_Q, resampling)
+    acts_Nd = store.acts(data.fold, torch.from_numpy(row_N))
+    latent_Q = mapped.latent_P[parents_Q]
+    return result | absorption_metrics(sae, codes, acts_Nd, label_N, latent_Q, sample.parents, parents_Q, resampling)

@@ -20,11 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_hsae.data.concepts import Concepts
-from polytope_hsae.evaluation.bootstrap import FloatArray, bootstrap_mean, bootstrap_quantile
+from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
+    FloatArray,
+    Resampling,
+    bootstrap_mean,
+    bootstrap_quantile,
+)
 from polytope_hsae.evaluation.pushing import (
-    TOLERANCE,
+    SEARCH,
     Contexts,
-    Measure,
     Moves,
     Search,
     Target,
@@ -52,15 +57,10 @@ def evaluate_interventions(
     teacher: Teacher,
     ids_MT: Tensor,
     *,
-    target_nats: float = 3.0,
-    tolerance: float = TOLERANCE,
-    max_norms: float = 4.0,
-    max_evaluations: int = 10,
+    search: Search = SEARCH,
     max_concepts: int | None = None,
     max_children: int | None = None,
-    per_forward: int = 8,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> dict[str, Any]:
     """Ratio invariance and targeting of the teacher's parents and differences, on contexts [M, T] without padding.
 
@@ -74,14 +74,13 @@ def evaluate_interventions(
         return {"why": NO_HEAD}
     with lm.in_float32():
         contexts = Contexts(lm, hook, ids_MT)
-        search = Search(target_nats, tolerance, max_norms * contexts.typical_norm, max_evaluations)
         parents, children = _chosen(teacher, max_concepts, max_children)
         parent_rows, child_rows = _rows_in(concepts, teacher, parents, children)
-        device, random = contexts.before_MV.device, teacher.random_like(seed)
+        device, random = contexts.before_MV.device, teacher.random_like(resampling.seed)
 
         def pushed(targets: Sequence[Target], own_Gd: Tensor, random_Gd: Tensor, owners: Sequence[int]) -> Pushed:
             along = {"own": own_Gd, "other": own_Gd[next_of_another(owners)], "random": random_Gd}
-            return {name: _push(contexts, targets, along[name], search, per_forward, name != "own") for name in ALONG}
+            return {name: _push(contexts, targets, along[name], search, name != "own") for name in ALONG}
 
         of_parents = pushed(
             parent_targets(concepts, parent_rows, device),
@@ -98,9 +97,17 @@ def evaluate_interventions(
     return {
         "hook": hook,
         "source": teacher.metadata.get("source"),
-        "target_nats": target_nats,
+        "target_nats": search.target_nats,
         "contexts": len(ids_MT),
-        **_summaries(of_parents, of_children, bootstrap, seed),
+        "ratio_invariance": {
+            "thresholds": {"median": MEDIAN_KL, "p90": P90_KL},
+            **{name: _ratio_invariance(of_parents[name], resampling) for name in ALONG},
+        },
+        "targeting": {
+            "threshold": TARGETING,
+            "parents": {name: _targeting(of_parents[name], resampling) for name in ALONG},
+            "children": {name: _targeting(of_children[name], resampling) for name in ALONG},
+        },
         "parents": _records("parent", parent_rows, of_parents),
         "children": _records("child", child_rows, of_children),
     }
@@ -129,22 +136,12 @@ def _rows_in(
     )
 
 
-Pushed = dict[str, FloatArray]  # by ALONG, COLUMNS of every push [G, 1 + K]; NaN where it was not reached
+Columns = dict[str, FloatArray]  # by COLUMNS, of every push [G]; NaN where the target was not reached
+Pushed = dict[str, Columns]  # by ALONG
 
 
-def _push(
-    contexts: Contexts, targets: Sequence[Target], rows_Gd: Tensor, search: Search, per_forward: int, either_sign: bool
-) -> FloatArray:
-    """COLUMNS of a push along every row [G, 1 + K]; NaN where the target was not reached."""
-    moves, measure = Moves.along(rows_Gd.to(contexts.last_Md)), _measure_in(contexts)
-    found = push(
-        contexts, targets, moves, search, measure, len(MEASURED), per_forward=per_forward, either_sign=either_sign
-    )
-    return np.column_stack([found.alpha_G, found.measured_GK])
-
-
-def _measure_in(contexts: Contexts) -> Measure:
-    """The numbers of MEASURED."""
+def _push(contexts: Contexts, targets: Sequence[Target], rows_Gd: Tensor, search: Search, either_sign: bool) -> Columns:
+    """Pushes along every row [G, d]."""
 
     def measure(after_MV: Tensor, target: Target) -> list[float]:
         effect = float(contexts.odds_rise(after_MV, target.tokens).mean())
@@ -154,11 +151,9 @@ def _measure_in(contexts: Contexts) -> Measure:
         others = (float(np.abs(rises).mean()), float(np.mean(rises))) if rises else (np.nan, np.nan)
         return [effect, *ratios, shift, *others]
 
-    return measure
-
-
-def _column(values_GK: FloatArray, name: str) -> FloatArray:
-    return values_GK[:, COLUMNS.index(name)]
+    moves = Moves.along(rows_Gd.to(contexts.last_Md))
+    found = push(contexts, targets, moves, search, measure, len(MEASURED), either_sign=either_sign)
+    return dict(zip(COLUMNS, [found.alpha_G, *found.measured_GK.T], strict=True))
 
 
 def _share(values_G: FloatArray, holds_G: NDArray[np.bool_]) -> FloatArray:
@@ -166,48 +161,33 @@ def _share(values_G: FloatArray, holds_G: NDArray[np.bool_]) -> FloatArray:
     return np.where(np.isfinite(values_G), holds_G, np.nan)
 
 
-def _summaries(of_parents: Pushed, of_children: Pushed, bootstrap: int, seed: int) -> dict[str, Any]:
-    """What is said over all concepts, by direction."""
-    return {
-        "ratio_invariance": {
-            "thresholds": {"median": MEDIAN_KL, "p90": P90_KL},
-            **{name: _ratio_invariance(of_parents[name], bootstrap, seed) for name in ALONG},
-        },
-        "targeting": {
-            "threshold": TARGETING,
-            "parents": {name: _targeting(of_parents[name], bootstrap, seed) for name in ALONG},
-            "children": {name: _targeting(of_children[name], bootstrap, seed) for name in ALONG},
-        },
-    }
-
-
-def _ratio_invariance(values_GK: FloatArray, bootstrap: int, seed: int) -> dict[str, Any]:
+def _ratio_invariance(found: Columns, resampling: Resampling) -> dict[str, Any]:
     """KL among a parent's tokens over the parents reached, judged by the published thresholds."""
-    kl_G = _column(values_GK, "tokens_kl")
+    kl_G = found["tokens_kl"]
     median = bootstrap_quantile(kl_G, 0.5)
     p90 = bootstrap_quantile(kl_G, 0.9)
     given = median.value is not None and p90.value is not None
     return {
-        "unreached": int(np.isnan(_column(values_GK, "alpha")).sum()),
+        "unreached": int(np.isnan(found["alpha"]).sum()),
         "median": median.to_json(),
         "p90": p90.to_json(),
-        "share_below_p90": bootstrap_mean(_share(kl_G, kl_G < P90_KL), bootstrap, seed).to_json(),
+        "share_below_p90": bootstrap_mean(_share(kl_G, kl_G < P90_KL), *resampling).to_json(),
         "passes": bool(median.value < MEDIAN_KL and p90.value < P90_KL) if given else None,  # type: ignore[operator]
-        "children_median": bootstrap_quantile(_column(values_GK, "parts_kl"), 0.5).to_json(),
+        "children_median": bootstrap_quantile(found["parts_kl"], 0.5).to_json(),
     }
 
 
-def _targeting(values_GK: FloatArray, bootstrap: int, seed: int) -> dict[str, Any]:
+def _targeting(found: Columns, resampling: Resampling) -> dict[str, Any]:
     """How many times as far as the others the target moves, over the concepts reached."""
-    target_G, others_G = _column(values_GK, "target_shift"), _column(values_GK, "others_shift")
+    target_G, others_G = found["target_shift"], found["others_shift"]
     ratio_G = target_G / others_G
     return {
-        "unreached": int(np.isnan(_column(values_GK, "alpha")).sum()),
+        "unreached": int(np.isnan(found["alpha"]).sum()),
         "median_ratio": bootstrap_quantile(ratio_G, 0.5).to_json(),
-        "share_above_threshold": bootstrap_mean(_share(ratio_G, ratio_G >= TARGETING), bootstrap, seed).to_json(),
+        "share_above_threshold": bootstrap_mean(_share(ratio_G, ratio_G >= TARGETING), *resampling).to_json(),
         "target_shift": bootstrap_quantile(target_G, 0.5).to_json(),
         "others_shift": bootstrap_quantile(others_G, 0.5).to_json(),
-        "others_mean": bootstrap_quantile(_column(values_GK, "others_mean"), 0.5).to_json(),
+        "others_mean": bootstrap_quantile(found["others_mean"], 0.5).to_json(),
     }
 
 
@@ -215,9 +195,9 @@ def _records(kind: str, rows: Sequence[int], values: Pushed) -> list[dict[str, A
     """One object per concept: by direction, what was measured; null where it was not reached."""
     records: list[dict[str, Any]] = []
     for place, row in enumerate(rows):
-        found = {}
-        for name in ALONG:
-            numbers = (value if np.isfinite(value) else None for value in values[name][place].tolist())
-            found[name] = dict(zip(COLUMNS, numbers, strict=True))
-        records.append({kind: row} | found)
+        record: dict[str, Any] = {kind: row}
+        for name, columns in values.items():
+            numbers = {column: float(of_G[place]) for column, of_G in columns.items()}
+            record[name] = {column: number if np.isfinite(number) else None for column, number in numbers.items()}
+        records.append(record)
     return records

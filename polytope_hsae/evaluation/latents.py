@@ -1,31 +1,34 @@
 """A model's latents: how often they fire, on which tokens, where, and which words they read and write.
 
-The split is encoded once and only the positive codes are kept. Then the parents that are named (by a concept) or fire
-most often, and their children, are described (docs/design.md, latents.json).
+The parents that are named (by a concept) or fire most often, and their children, are described (docs/design.md,
+latents.json). How words are paired with directions: data/vocabulary.py.
 
 Shapes: M positive codes, n rows of one latent, P parents, C children per parent, L described parents, d residual width.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from polytope_hsae.config import LatentsConfig
 from polytope_hsae.data.store import ActivationStore
-from polytope_hsae.data.vocabulary import TokenTexts, significant
+from polytope_hsae.data.vocabulary import TokenTexts, Words, significant, written_words
 from polytope_hsae.evaluation.bootstrap import FloatArray
-from polytope_hsae.evaluation.row_codes import IntArray
-from polytope_hsae.evaluation.words import Lexicon, WordList
+from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations, row_codes
+from polytope_hsae.geometry.causal import CausalGeometry, Space
+from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
 from polytope_hsae.models.hsae import HierarchicalSAE
 
 MIN_TOKEN_ROWS = 3  # rows of a token, for `fires_on`
+MIN_WORD_ROWS = 5  # of a word, for a mean activation
 CHILD_CONTEXTS = 2
-BATCH = 4096
+
+WordList = list[list[Any]]  # [[text, score], ...], best first
 
 
 @dataclass(frozen=True)
@@ -43,46 +46,22 @@ class Names:
 UNNAMED: dict[str, Any] = {"concept": None, "mapped": False, "purity": None, "leakage": None, "recall": None}
 
 
-class Codes(NamedTuple):
-    """The positive codes of a split, rows ascending: row, latent (a child as p * C + j), value; [M] each."""
+class RowsOf:
+    """The rows on which some latents fire, each latent's together."""
 
-    row_M: NDArray[np.int32]
-    latent_M: NDArray[np.int32]
-    value_M: NDArray[np.float32]
-
-
-@torch.no_grad()
-def positive_codes(sae: SparseAutoencoder, store: ActivationStore, split: str) -> tuple[Codes, Codes]:
-    """The parents' and the children's codes on a whole split."""
-    device = sae.write_directions().device
-    empty = Codes(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-    parts: tuple[list[Codes], list[Codes]] = ([empty], [empty])
-    for acts_Bd, start in store.batches(split, BATCH):
-        codes = sae.encode(acts_Bd.to(device))
-        pairs = ((codes.parent_index, codes.parent_value), (codes.child_index, codes.child_value))
-        for kept, (index_Bk, value_Bk) in zip(parts, pairs, strict=True):
-            row_M, slot_M = (value_Bk > 0).nonzero(as_tuple=True)
-            columns = ((row_M + start).int(), index_Bk[row_M, slot_M].int(), value_Bk[row_M, slot_M].float())
-            kept.append(Codes(*(column.cpu().numpy() for column in columns)))
-    parents, children = (Codes(*map(np.concatenate, zip(*kept, strict=True))) for kept in parts)
-    return parents, children
-
-
-class Firings:
-    """The codes of some latents, each latent's together."""
-
-    def __init__(self, codes: Codes, latents_L: IntArray, n_latents: int) -> None:
-        wanted_P = np.zeros(n_latents, dtype=bool)
+    def __init__(self, codes: SparseActivations, latents_L: IntArray) -> None:
+        wanted_P = np.zeros(codes.n_latents, dtype=bool)
         wanted_P[latents_L] = True
-        kept_M = np.flatnonzero(wanted_P[codes.latent_M])
-        kept_M = kept_M[np.argsort(codes.latent_M[kept_M], kind="stable")]
-        self._row_M, self._value_M = codes.row_M[kept_M], codes.value_M[kept_M]
-        self._starts_P = np.searchsorted(codes.latent_M[kept_M], np.arange(n_latents + 1))
+        row_M, slot_M = np.nonzero((codes.value_Nk > 0) & wanted_P[codes.index_Nk])
+        order_M = np.argsort(codes.index_Nk[row_M, slot_M], kind="stable")
+        self._row_M, slot_M = row_M[order_M], slot_M[order_M]
+        self._value_M = codes.value_Nk[self._row_M, slot_M].astype(np.float64)
+        self._starts_P = np.searchsorted(codes.index_Nk[self._row_M, slot_M], np.arange(codes.n_latents + 1))
 
     def of(self, latent: int) -> tuple[IntArray, FloatArray]:
         """Rows [n], ascending, and values [n] of one latent."""
         part = slice(self._starts_P[latent], self._starts_P[latent + 1])
-        return self._row_M[part].astype(np.int64), self._value_M[part].astype(np.float64)
+        return self._row_M[part], self._value_M[part]
 
 
 class Places:
@@ -127,6 +106,80 @@ class Places:
         }
 
 
+class Lexicon:
+    """The words at one hook, made once for all models. `how_reads`, `how_writes`: a sentence each for the reader.
+
+    Writes: rows of the unembedding, paired with a write direction. At the final residual that is the next-token logits
+    it raises (before any soft-cap); at an inner hook it is a logit lens.
+
+    Reads: at the final residual an encoder row is a covector like the unembedding's rows, and a word's vector is its
+    dual, so the pairing is E^T Sigma^-1 (gamma - mean). At an inner hook, and without an output head, the unembedding
+    does not say what is read: there a word's vector is the mean activation of its rows, less the train mean, and the
+    metric is that of these means.
+
+    Args: geometry: of the unembedding's rows; split: whose rows give mean activations; train_mean_d [d].
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: str,
+        geometry: CausalGeometry,
+        store: ActivationStore,
+        split: str,
+        train_mean_d: Tensor,
+    ) -> None:
+        self.text = TokenTexts(lm.tokenizer)
+        self.geometry = geometry
+        self._read: Words | None = None
+        self._written, self.how_writes = written_words(lm, hook, store.width, geometry)
+        self._dual = hook == FINAL_HOOK and self._written is not None
+        if self._dual:
+            self._read = self._written
+            self.how_reads = "Causal cosine of the encoder row with the word's unembedding row, less the mean row."
+        else:
+            self._read = _mean_activations(store, split, train_mean_d)
+            self.how_reads = (
+                "Causal cosine of the encoder row with the mean activation of the word's rows, less the train mean "
+                f"(words with at least {MIN_WORD_ROWS} rows of the {split} split)."
+            )
+
+    def reads(self, encoder_Ld: Tensor, n: int) -> list[WordList]:
+        """The n words that each encoder row [L, d] reads best; empty lists where there are no words."""
+        if self._dual:
+            whitened_Ld = self.geometry.whiten(encoder_Ld, Space.COVECTOR)
+            encoder_Ld = self.geometry.unwhiten(whitened_Ld, Space.VECTOR)
+        return self._named(self._read, encoder_Ld, n)
+
+    def writes(self, decoder_Ld: Tensor, n: int) -> list[WordList]:
+        """The n words that each write direction [L, d] raises most; empty lists where there are no words."""
+        return self._named(self._written, decoder_Ld, n)
+
+    def _named(self, words: Words | None, directions_Ld: Tensor, n: int) -> list[WordList]:
+        if words is None:
+            return [[] for _ in directions_Ld]
+        found = words.top(directions_Ld, n)
+        return [[[self.text(token), significant(score)] for token, score in best] for best in found]
+
+
+def _mean_activations(store: ActivationStore, split: str, train_mean_d: Tensor) -> Words | None:
+    """The mean row of every token with enough rows of the split; None where no token has."""
+    token_N = store.column(split, "token").long()
+    counts_V = torch.bincount(token_N)
+    ids_W = (counts_V >= MIN_WORD_ROWS).nonzero().squeeze(1)
+    if not len(ids_W):
+        return None
+    place_V = torch.full_like(counts_V, len(ids_W))  # all other tokens share one more row
+    place_V[ids_W] = torch.arange(len(ids_W))
+    sums_Wd = torch.zeros(len(ids_W) + 1, store.width)
+    for acts_Bd, start in store.batches(split, 8192):
+        sums_Wd.index_add_(0, place_V[token_N[start : start + len(acts_Bd)]], acts_Bd)
+    means_Wd = sums_Wd[:-1] / counts_V[ids_W, None]
+    centred_Wd = (means_Wd - train_mean_d).double()
+    geometry = CausalGeometry.from_activation_covariance(centred_Wd.T @ centred_Wd / len(ids_W))
+    return Words(ids_W, means_Wd, train_mean_d, geometry, Space.VECTOR)
+
+
 def describe_latents(
     sae: SparseAutoencoder,
     store: ActivationStore,
@@ -140,17 +193,17 @@ def describe_latents(
     Described are all parents that `names` names, and those of the highest firing rates until there are
     `options.parents`, by number. For a flat model the parents are its latents.
     """
-    parent_codes, child_codes = positive_codes(sae, store, split)
     n_rows, n_children = store.n_rows(split), sae.n_children
-    used_P = np.bincount(parent_codes.latent_M, minlength=sae.n_parents)
+    parent_codes, child_codes, _ = row_codes(sae, store, split, np.arange(n_rows))
+    used_P = np.bincount(parent_codes.index_Nk[parent_codes.value_Nk > 0], minlength=sae.n_parents)
     chosen_L = _chosen(used_P, sorted(names.parents), options.parents)
     children_LC = chosen_L[:, None] * n_children + np.arange(n_children)
-    parent_firings = Firings(parent_codes, chosen_L, sae.n_parents)
-    child_firings = Firings(child_codes, children_LC.ravel(), sae.n_parents * n_children)
+    parent_firings = RowsOf(parent_codes, chosen_L)
+    child_firings = RowsOf(child_codes, children_LC.ravel())
     places = Places(store, split, lexicon.text, options)
     parent_words, child_words = _words(sae, chosen_L, lexicon, options.words)
 
-    def described(firings: Firings, latent: int, words: dict[str, WordList], contexts: int) -> dict[str, Any]:
+    def described(firings: RowsOf, latent: int, words: dict[str, WordList], contexts: int) -> dict[str, Any]:
         row_n, value_n = firings.of(latent)
         return {
             **words,

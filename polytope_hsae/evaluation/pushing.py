@@ -23,7 +23,6 @@ from polytope_hsae.lm import FINAL_HOOK, LanguageModel
 from polytope_hsae.lm.edits import LastPosition
 
 EFFECT = 0
-TOLERANCE = 0.005  # nats around the effect sought
 FIRST = 1 / 16  # the first alpha tried, as a share of the largest
 
 # Given numbers of pushes [A] and their alphas [A]: rows [A, K] of measured values, the effect first.
@@ -77,44 +76,42 @@ class Moves(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """The effect sought and its tolerance (nats), the largest alpha, the most evaluations."""
+    """How a push is found: the effect sought and its tolerance (nats), the largest alpha in typical row norms at the
+    hook, the most evaluations, and how many pushes share a forward pass.
+    """
 
-    target_nats: float
-    tolerance: float
-    largest: float
-    max_evaluations: int
+    target_nats: float = 3.0
+    tolerance: float = 0.005
+    max_norms: float = 4.0
+    max_evaluations: int = 10
+    per_forward: int = 8
+
+
+SEARCH = Search()
 
 
 def parent_targets(concepts: Concepts, parents: Sequence[int], device: torch.device) -> list[Target]:
     """The parents as targets."""
     parts_P: list[list[Tensor]] = [[] for _ in range(concepts.n_parents)]
     for ids, owner in zip(concepts.child_tokens(), concepts.child_parent_R, strict=True):
-        if ids:
-            parts_P[owner].append(torch.tensor(ids, device=device))
+        parts_P[owner] += [torch.tensor(ids, device=device)] if ids else []
     whole_P = [torch.cat(parts) for parts in parts_P]
-    return [
-        Target(whole_P[p], parts_P[p], whole_P[p], [whole for other, whole in enumerate(whole_P) if other != p])
-        for p in parents
-    ]
+    return [Target(whole_P[p], parts_P[p], whole_P[p], whole_P[:p] + whole_P[p + 1 :]) for p in parents]
 
 
 def child_targets(concepts: Concepts, children: Sequence[int], device: torch.device) -> list[Target]:
     """The children (rows of `concepts.json`, each with tokens) as targets."""
-    tokens_R = [torch.tensor(ids, device=device) for ids in concepts.child_tokens()]
-    owner_R = concepts.child_parent_R
+    tokens_R, owner_R = [torch.tensor(ids, device=device) for ids in concepts.child_tokens()], concepts.child_parent_R
     targets = []
     for child in children:
-        siblings = [
-            tokens
-            for row, tokens in enumerate(tokens_R)
-            if row != child and owner_R[row] == owner_R[child] and len(tokens)
-        ]
+        others = [row for row, owner in enumerate(owner_R) if row != child and owner == owner_R[child]]
+        siblings = [tokens_R[row] for row in others if len(tokens_R[row])]
         targets.append(Target(tokens_R[child], siblings, torch.cat([tokens_R[child], *siblings]), siblings))
     return targets
 
 
 def solve_alpha(
-    evaluate: Evaluate, n_pushes: int, search: Search, n_measured: int = 3, start_G: FloatArray | None = None
+    evaluate: Evaluate, search: Search, largest: float, start_G: FloatArray, n_measured: int = 3
 ) -> Solution:
     """Find alpha in (0, largest] with |effect - target| <= tolerance, for all pushes together.
 
@@ -122,14 +119,12 @@ def solve_alpha(
     where it does not within the bracket, the bracket's middle. A push that needs more than `largest`, or more
     evaluations than allowed, is NaN. `start_G`: the first alpha tried, where it is known what it may be (else NaN).
     """
-    target, largest = search.target_nats, search.largest
+    target, n_pushes = search.target_nats, len(start_G)
     solution = Solution(np.full(n_pushes, np.nan), np.full((n_pushes, n_measured), np.nan))
     low, high = np.zeros(n_pushes), np.full(n_pushes, np.inf)
     tried_G3, gap_G3 = np.full((n_pushes, 3), np.nan), np.full((n_pushes, 3), np.nan)
     tried_G3[:, -1], gap_G3[:, -1] = 0.0, -target
-    alpha = np.full(n_pushes, FIRST * largest)
-    if start_G is not None:
-        alpha = np.where(np.isfinite(start_G), np.minimum(start_G, largest), alpha)
+    alpha = _first(start_G, largest)
     open_A = np.arange(n_pushes)
     for _ in range(search.max_evaluations):
         measured_AK = evaluate(open_A, alpha[open_A])
@@ -151,6 +146,11 @@ def solve_alpha(
         outside = np.minimum(np.where(guess > low, np.clip(guess, 1.02 * low, 4 * low), 4 * low), largest)
         alpha = np.where(np.isfinite(high), inside, outside)
     return solution
+
+
+def _first(start_G: FloatArray, largest: float) -> FloatArray:
+    """The first alphas tried."""
+    return np.where(np.isfinite(start_G), np.minimum(start_G, largest), FIRST * largest)
 
 
 def _parabola_root(x_G3: FloatArray, f_G3: FloatArray) -> FloatArray:
@@ -258,25 +258,24 @@ def push(
     measure: Measure,
     n_measured: int,
     *,
-    per_forward: int = 8,
     either_sign: bool = False,
     start_G: FloatArray | None = None,
 ) -> Solution:
-    """Every target pushed by its move until the effect is reached; `per_forward` of them in one pass.
+    """Every target pushed by its move until the effect is reached.
 
     `either_sign` turns a direction around where it lowers the target's odds. `start_G`: as for `solve_alpha`.
     """
     solutions = [Solution(np.zeros(0), np.zeros((0, n_measured)))]
     start_G = np.full(len(targets), np.nan) if start_G is None else start_G
-    first_G = np.where(np.isfinite(start_G), np.minimum(start_G, search.largest), FIRST * search.largest)
-    for first in range(0, len(targets), per_forward):
-        group = slice(first, first + per_forward)
+    largest = search.max_norms * contexts.typical_norm
+    for first in range(0, len(targets), search.per_forward):
+        group = slice(first, first + search.per_forward)
         evaluate = _evaluator(contexts, targets[group], moves.rows(group), measure)
         if either_sign:
-            probe_GK = evaluate(np.arange(len(targets[group])), first_G[group])
+            probe_GK = evaluate(np.arange(len(targets[group])), _first(start_G[group], largest))
             sign_G = torch.from_numpy(np.where(probe_GK[:, EFFECT] < 0, -1.0, 1.0))
             evaluate = _evaluator(contexts, targets[group], moves.rows(group).turned(sign_G), measure)
-        solutions.append(solve_alpha(evaluate, len(targets[group]), search, n_measured, start_G[group]))
+        solutions.append(solve_alpha(evaluate, search, largest, start_G[group], n_measured))
     return Solution(*(np.concatenate(parts) for parts in zip(*solutions, strict=True)))
 
 

@@ -16,9 +16,11 @@ from torch.nn.functional import log_softmax
 
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
     Evaluation,
     FloatArray,
     Metric,
+    Resampling,
     Units,
     bootstrap_sums,
     summarise,
@@ -45,8 +47,7 @@ def evaluate_reconstruction(
     massive: ActivationStore | None = None,
     sigma_dd: Tensor | None = None,
     batch_size: int = 4096,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> Evaluation:
     """EV in several metrics, L0, and how the latents are used, over one split.
 
@@ -94,9 +95,9 @@ def evaluate_reconstruction(
     if root_dd is not None:
         units["ev_causal"] = Units.ratio(causal_sst_U - causal_sse_U, causal_sst_U, docs_U)
     chance = {"ev": 0.0, "fvu": 1.0, "ev_causal": 0.0, "ev_all_rows": 0.0, "fvu_all_rows": 1.0, "ev_row_mean": 0.0}
-    result = summarise(units, chance, bootstrap, seed)
-    used = usage_metrics(firings, bootstrap, seed) | firing_metrics(firings, bootstrap, seed)
-    return Evaluation(result.metrics | _of_dimension(of_dimension_2Gd.cpu().numpy(), bootstrap, seed) | used, units)
+    result = summarise(units, chance, *resampling)
+    used = usage_metrics(firings, resampling) | firing_metrics(firings, resampling)
+    return Evaluation(result.metrics | _of_dimension(of_dimension_2Gd.cpu().numpy(), resampling) | used, units)
 
 
 def _row_columns(error_Bd: Tensor, deviation_Bd: Tensor) -> list[Tensor]:
@@ -139,7 +140,7 @@ def _root(sigma_dd: Tensor) -> Tensor:
     return vectors_dd * values_d.clamp_min(0).sqrt()
 
 
-def _of_dimension(sums_2Gd: FloatArray, n: int, seed: int) -> dict[str, Metric]:
+def _of_dimension(sums_2Gd: FloatArray, resampling: Resampling) -> dict[str, Metric]:
     """Mean and 5 % quantile of the EV of the coordinates that vary."""
     varies_d = sums_2Gd[1].sum(0) > 0
     columns_GK = np.concatenate(list(sums_2Gd[:, :, varies_d]), axis=1)
@@ -151,8 +152,10 @@ def _of_dimension(sums_2Gd: FloatArray, n: int, seed: int) -> dict[str, Metric]:
     if not varies_d.any():
         return dict.fromkeys(("ev_dimension", "ev_dimension_q05"), unavailable("no coordinate varies", 0.0))
     return {
-        "ev_dimension": bootstrap_sums(columns_GK, lambda sums: ev(sums).mean(-1), n, seed, 0.0),
-        "ev_dimension_q05": bootstrap_sums(columns_GK, lambda sums: np.quantile(ev(sums), 0.05, axis=-1), n, seed, 0.0),
+        "ev_dimension": bootstrap_sums(columns_GK, lambda sums: ev(sums).mean(-1), *resampling, 0.0),
+        "ev_dimension_q05": bootstrap_sums(
+            columns_GK, lambda sums: np.quantile(ev(sums), 0.05, axis=-1), *resampling, 0.0
+        ),
     }
 
 
@@ -257,8 +260,7 @@ def evaluate_language_model(
     mask_NT: Tensor | None = None,
     norm_limit: float | None = None,
     batch_size: int = 8,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> dict[str, Evaluation]:
     """By model, cross-entropy and KL (nats per token) with its reconstruction spliced in at `hook`, on contexts [N, T].
 
@@ -286,46 +288,38 @@ def evaluate_language_model(
         for name, sums_B14 in of_batch.items():
             sums_N14[name][members_B.numpy()] = sums_B14
     keys = np.arange(len(ids_NT)) if documents is None else np.asarray(documents, dtype=np.int64)
-    return {name: _language_model_metrics(sums, keys, lm.n_named, bootstrap, seed) for name, sums in sums_N14.items()}
+    return {name: _language_model_metrics(sums, keys, lm.n_named, resampling) for name, sums in sums_N14.items()}
 
 
 def _language_model_metrics(
-    sums_N14: FloatArray, keys: NDArray[np.int64], n_tokens: int, n: int, seed: int
+    sums_N14: FloatArray, keys: NDArray[np.int64], n_tokens: int, resampling: Resampling
 ) -> Evaluation:
     docs_U, doc_of_context_N = np.unique(keys, return_inverse=True)
     sums_U14 = np.zeros((len(docs_U), sums_N14.shape[1]))
     np.add.at(sums_U14, doc_of_context_N, sums_N14)
-    tokens_U, clean_U, *rest = sums_U14.T
-    ablated_U, kl_ablated_U, far_U, spliced_U, kl_spliced_U, near_U = rest[:6]
-    kept_ablated_U, kept_kl_ablated_U, _, kept_spliced_U, kept_kl_spliced_U, _ = rest[6:]
-    units = {
-        "ce_recovered": Units.ratio(ablated_U - spliced_U, ablated_U - clean_U, docs_U),
-        "delta_ce": Units.ratio(spliced_U - clean_U, tokens_U, docs_U),
-        "kl": Units.ratio(kl_spliced_U, tokens_U, docs_U),
-        "ev_logit": Units.ratio(far_U - near_U, far_U, docs_U),
-        "ce_clean": Units.ratio(clean_U, tokens_U, docs_U),
-        "ce_ablated": Units.ratio(ablated_U, tokens_U, docs_U),
-        "ce_spliced": Units.ratio(spliced_U, tokens_U, docs_U),
-        "ce_recovered_massive_kept": Units.ratio(kept_ablated_U - kept_spliced_U, kept_ablated_U - clean_U, docs_U),
-        "delta_ce_massive_kept": Units.ratio(kept_spliced_U - clean_U, tokens_U, docs_U),
-        "kl_massive_kept": Units.ratio(kept_kl_spliced_U, tokens_U, docs_U),
-    }
+    tokens_U, clean_U, *compared = sums_U14.T
     tokens = tokens_U.sum()
     if tokens == 0:
         raise ValueError("contexts: found no position to count, allowed: three unmasked tokens in a row")
-    chance = {
-        "ce_recovered": 0.0,
-        "delta_ce": float((ablated_U - clean_U).sum() / tokens),
-        "kl": float(kl_ablated_U.sum() / tokens),
-        "ev_logit": 0.0,
-        "ce_clean": float(np.log(n_tokens)),
-        "ce_ablated": float(np.log(n_tokens)),
-        "ce_spliced": float(np.log(n_tokens)),
-        "ce_recovered_massive_kept": 0.0,
-        "delta_ce_massive_kept": float((kept_ablated_U - clean_U).sum() / tokens),
-        "kl_massive_kept": float(kept_kl_ablated_U.sum() / tokens),
-    }
-    result = summarise(units, chance, n, seed)
+    units: dict[str, Units] = {}
+    chance: dict[str, float] = {}
+    for kept, columns in (("", compared[:6]), ("_massive_kept", compared[6:])):
+        ablated_U, kl_ablated_U, far_U, spliced_U, kl_spliced_U, near_U = columns
+        units |= {
+            f"ce_recovered{kept}": Units.ratio(ablated_U - spliced_U, ablated_U - clean_U, docs_U),
+            f"delta_ce{kept}": Units.ratio(spliced_U - clean_U, tokens_U, docs_U),
+            f"kl{kept}": Units.ratio(kl_spliced_U, tokens_U, docs_U),
+        }
+        chance |= {
+            f"ce_recovered{kept}": 0.0,
+            f"delta_ce{kept}": float((ablated_U - clean_U).sum() / tokens),
+            f"kl{kept}": float(kl_ablated_U.sum() / tokens),
+        }
+        if not kept:
+            units["ev_logit"], chance["ev_logit"] = Units.ratio(far_U - near_U, far_U, docs_U), 0.0
+            for name, ce_U in (("ce_clean", clean_U), ("ce_ablated", ablated_U), ("ce_spliced", spliced_U)):
+                units[name], chance[name] = Units.ratio(ce_U, tokens_U, docs_U), float(np.log(n_tokens))
+    result = summarise(units, chance, *resampling)
     why = "mean ablation does not raise the cross-entropy, so there is nothing to recover"
     for kept in ("", "_massive_kept"):
         if chance[f"delta_ce{kept}"] <= 0:

@@ -3,12 +3,11 @@
 Shapes: N rows, k slots of a row, L latents, P parents, C children per parent, Q chosen latents, M positive codes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from polytope_hsae.data.store import ActivationStore
 from polytope_hsae.models.base import SparseAutoencoder
@@ -75,34 +74,25 @@ def row_codes(
 ) -> RowCodes:
     """Codes of the given rows of a split, kept sparse. Raises ValueError for a model in training mode."""
     device = sae.write_directions().device
-    parents, children = _Parts(), _Parts()
-    scale = [np.zeros(0, np.float32)]
+    empty = np.zeros((0, 0))
+    parents, children, scale = [(empty, empty)], [(empty, empty)], [np.zeros(0, np.float32)]
     for start in range(0, len(row_N), batch_size):
         acts_Bd = store.acts(split, torch.from_numpy(row_N[start : start + batch_size])).to(device)
         codes = sae.encode(acts_Bd)
-        parents.add(codes.parent_index, codes.parent_value)
-        children.add(codes.child_index, codes.child_value)
+        parents.append((codes.parent_index.cpu().numpy(), codes.parent_value.float().cpu().numpy()))
+        children.append((codes.child_index.cpu().numpy(), codes.child_value.float().cpu().numpy()))
         scale_B = sae.data_scale.expand(len(acts_Bd)) if codes.row_scale is None else codes.row_scale
         scale.append(scale_B.float().cpu().numpy())
     n_children = sae.n_parents * sae.n_children
-    return RowCodes(parents.joined(sae.n_parents), children.joined(n_children), np.concatenate(scale))
+    return RowCodes(_joined(parents, sae.n_parents), _joined(children, n_children), np.concatenate(scale))
 
 
-class _Parts:
-    """Codes of batches, whose numbers of slots may differ."""
-
-    def __init__(self) -> None:
-        self.index = [np.zeros((0, 0), np.int64)]
-        self.value = [np.zeros((0, 0), np.float32)]
-
-    def add(self, index_Bk: Tensor, value_Bk: Tensor) -> None:
-        self.index.append(index_Bk.cpu().numpy().astype(np.int64))
-        self.value.append(value_Bk.float().cpu().numpy())
-
-    def joined(self, n_latents: int) -> SparseActivations:
-        slots = max(part.shape[1] for part in self.index)
-        index, value = (
-            np.concatenate([np.pad(part, ((0, 0), (0, slots - part.shape[1]))) for part in parts])
-            for parts in (self.index, self.value)
-        )
-        return SparseActivations(index, value, n_latents)
+def _joined(batches: list[tuple[NDArray[Any], NDArray[Any]]], n_latents: int) -> SparseActivations:
+    """Indices and values [B, k] of batches, whose numbers of slots may differ."""
+    shape = sum(len(index_Bk) for index_Bk, _ in batches), max(index_Bk.shape[1] for index_Bk, _ in batches)
+    index_Nk, value_Nk, start = np.zeros(shape, np.int64), np.zeros(shape, np.float32), 0
+    for index_Bk, value_Bk in batches:
+        place = slice(start, start + len(index_Bk)), slice(index_Bk.shape[1])
+        index_Nk[place], value_Nk[place] = index_Bk, value_Bk
+        start += len(index_Bk)
+    return SparseActivations(index_Nk, value_Nk, n_latents)

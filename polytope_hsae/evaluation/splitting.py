@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from polytope_hsae.evaluation.bootstrap import Evaluation, FloatArray, Units, summarise
-from polytope_hsae.evaluation.concepts import too_few_concepts
+from polytope_hsae.evaluation.bootstrap import RESAMPLING, Evaluation, FloatArray, Resampling, Units, summarise
 from polytope_hsae.evaluation.row_codes import IntArray, SparseActivations
 
 LATENTS = 5  # of the sparse probe: the j of `split`
@@ -74,15 +73,11 @@ def sparse_probe(entries: _Entries, positive_N: NDArray[np.bool_]) -> list[tuple
     return rule
 
 
-def _called(acts: SparseActivations, rule: list[tuple[int, float]]) -> NDArray[np.bool_]:
-    """Which rows [N] a rule calls positive."""
+def _f1(acts: SparseActivations, rule: list[tuple[int, float]], positive_N: NDArray[np.bool_]) -> float:
+    """2 hits / (called + positive) of a rule; 0 where there is neither."""
     dense_Nj = acts.columns(np.array([latent for latent, _ in rule], dtype=np.int64))
     threshold_j = np.array([threshold for _, threshold in rule], dtype=np.float32)
-    return np.asarray((dense_Nj >= threshold_j).any(axis=1))
-
-
-def f1_score(called_N: NDArray[np.bool_], positive_N: NDArray[np.bool_]) -> float:
-    """2 hits / (called + positive); 0 where there is neither."""
+    called_N = (dense_Nj >= threshold_j).any(axis=1)
     return 2 * float((called_N & positive_N).sum()) / max(1, int(called_N.sum() + positive_N.sum()))
 
 
@@ -96,7 +91,7 @@ def probe_scores(
     for concept in range(n_concepts):
         rule = sparse_probe(entries, train_label_N == concept)
         for column, part in enumerate((rule[:1], rule)):
-            f1_Q2[concept, column] = f1_score(_called(held_out, part), label_N == concept)
+            f1_Q2[concept, column] = _f1(held_out, part, label_N == concept)
     return f1_Q2
 
 
@@ -106,26 +101,21 @@ def split_metrics(
     held_out: SparseActivations,
     label_N: IntArray,
     keys_Q: IntArray,
-    *,
-    lacking: str = "",
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> Evaluation:
-    """`f1_best`, `f1_best_few` and `split`, the second minus the first, over concepts (named by `keys_Q`).
+    """`f1_best`, `f1_best_few` and `split`, the second minus the first, over concepts: two or more, named by `keys_Q`.
 
     Labels are 0 .. Q-1; rows of other concepts are the negative ones. Chance: the same with labels permuted, among
     train rows and among held-out rows.
     """
-    if len(keys_Q) < 2:
-        return too_few_concepts(SPLIT_METRICS, len(keys_Q), lacking)
 
     def three(labels: tuple[IntArray, IntArray]) -> FloatArray:
         one_Q, few_Q = probe_scores(train, labels[0], held_out, labels[1]).T
         return np.stack([few_Q - one_Q, one_Q, few_Q])
 
     found_3Q = three((train_label_N, label_N))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(resampling.seed)
     permuted = [three((rng.permutation(train_label_N), rng.permutation(label_N))) for _ in range(PERMUTATIONS)]
     chance = dict(zip(SPLIT_METRICS, np.mean(permuted, axis=(0, 2)).tolist(), strict=True))
     units = {name: Units.mean(values_Q, keys_Q) for name, values_Q in zip(SPLIT_METRICS, found_3Q, strict=True)}
-    return summarise(units, chance, bootstrap, seed)
+    return summarise(units, chance, *resampling)

@@ -7,12 +7,12 @@ reconstruction error stays in place in both. The gate is not asked in an overrid
 parent is off, too. alpha is never fixed: it is found per concept so that the log-odds of the concept's tokens, averaged
 over contexts, rise by the same number of nats. In an override alpha is the code's value, in units of the residual.
 
-Shapes: M contexts, T positions, d residual width, Q concepts of a level.
+Shapes: M contexts, T positions, d residual width, Q concepts of a level and their latents, k or K slots of a row.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,8 +22,10 @@ from torch import Tensor
 from polytope_hsae.data.concepts import Concepts
 from polytope_hsae.data.vocabulary import significant
 from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
     Evaluation,
     FloatArray,
+    Resampling,
     Units,
     bootstrap_mean,
     bootstrap_units,
@@ -31,23 +33,24 @@ from polytope_hsae.evaluation.bootstrap import (
     unavailable,
 )
 from polytope_hsae.evaluation.concepts import IntArray
-from polytope_hsae.evaluation.latent_moves import Level, directions, overrides
 from polytope_hsae.evaluation.pushing import (
-    TOLERANCE,
+    SEARCH,
     Contexts,
     Moves,
     Search,
     Solution,
     Target,
     child_targets,
-    evenly_spaced,
     next_of_another,
     parent_targets,
     push,
 )
 from polytope_hsae.lm import NO_HEAD, LanguageModel
 from polytope_hsae.models.base import SparseAutoencoder
+from polytope_hsae.models.codes import Codes
+from polytope_hsae.models.hsae import HierarchicalSAE
 
+Level = Literal["parent", "child"]
 Form = Literal["inject", "override"]
 LEVELS: tuple[Level, ...] = ("parent", "child")
 FORMS: tuple[Form, ...] = ("inject", "override")
@@ -72,6 +75,9 @@ class Steered(NamedTuple):
     latents: IntArray
 
 
+NOTHING = Steered([], np.zeros(0, dtype=np.int64))
+
+
 @dataclass(frozen=True)
 class SteeringEvaluation:
     """`result`: metrics and per-concept units; `records` and `children`: a JSON object per parent and child concept,
@@ -93,28 +99,18 @@ class _Place(NamedTuple):
     target_nats: float
 
 
-@dataclass(frozen=True)
-class _Pusher:
-    """How every push of an evaluation is made."""
+def _solve(
+    contexts: Contexts, targets: list[Target], moves: Moves, search: Search, start_Q: FloatArray, either_sign: bool
+) -> Solution:
+    """Pushes to the effect sought, with effect, leakage off the target set, and KL among the target's parts."""
 
-    tolerance: float
-    max_norms: float
-    max_evaluations: int
-    per_forward: int
+    def measure(after_MV: Tensor, target: Target) -> list[float]:
+        effect = float(contexts.odds_rise(after_MV, target.tokens).mean())
+        leakage = float(contexts.side_effect(after_MV, target.tokens).mean())
+        return [effect, leakage, contexts.parts_kl(after_MV, target.parts)]
 
-    def solve(
-        self, contexts: Contexts, targets: list[Target], moves: Moves, nats: float, start: Any, either_sign: bool
-    ) -> Solution:
-        """Pushes to `nats`, with effect, leakage off the target set, and KL among the target's parts."""
-
-        def measure(after_MV: Tensor, target: Target) -> list[float]:
-            effect = float(contexts.odds_rise(after_MV, target.tokens).mean())
-            leakage = float(contexts.side_effect(after_MV, target.tokens).mean())
-            return [effect, leakage, contexts.parts_kl(after_MV, target.parts)]
-
-        search = Search(nats, self.tolerance, self.max_norms * contexts.typical_norm, self.max_evaluations)
-        options: dict[str, Any] = {"per_forward": self.per_forward, "either_sign": either_sign, "start_G": start}
-        return push(contexts, targets, moves, search, measure, len(MEASURED) - 1, **options)
+    n_measured = len(MEASURED) - 1
+    return push(contexts, targets, moves, search, measure, n_measured, either_sign=either_sign, start_G=start_Q)
 
 
 class _OfLevel:
@@ -135,27 +131,28 @@ class _OfLevel:
         moves: Moves,
         contexts: Contexts,
         doses: Sequence[float],
-        pusher: _Pusher,
+        search: Search,
         start_Q8: FloatArray | None = None,
     ) -> FloatArray:
         """Tables of all doses; the first dose's is given back. The others are sought from what it took."""
-        first_Q8 = self._table(moves, contexts, doses[0], pusher, start_Q8)
+        if start_Q8 is None:
+            start_Q8 = np.full((len(self.steered.concepts), len(COLUMNS)), math.nan)
+        first_Q8 = start_Q8
         for nats in doses:
-            scaled_Q8 = first_Q8 * (nats / doses[0])
-            table_Q8 = first_Q8 if nats == doses[0] else self._table(moves, contexts, nats, pusher, scaled_Q8)
+            first = nats == doses[0]
+            start_Q8 = start_Q8 if first else first_Q8 * (nats / doses[0])
+            table_Q8 = self._table(moves, contexts, replace(search, target_nats=nats), start_Q8)
+            first_Q8 = table_Q8 if first else first_Q8
             self.tables[_Place(self.level, form, contexts.hook, nats)] = table_Q8
         return first_Q8
 
-    def _table(
-        self, moves: Moves, contexts: Contexts, nats: float, pusher: _Pusher, start_Q8: FloatArray | None
-    ) -> FloatArray:
-        start_Q8 = np.full((len(self.steered.concepts), len(COLUMNS)), math.nan) if start_Q8 is None else start_Q8
+    def _table(self, moves: Moves, contexts: Contexts, search: Search, start_Q8: FloatArray) -> FloatArray:
         alpha_Q, chance_alpha_Q = (start_Q8[self.mapped, COLUMNS.index(name)] for name in ("alpha", "chance_alpha"))
-        own = pusher.solve(contexts, self.targets, moves, nats, alpha_Q, False)
+        own = _solve(contexts, self.targets, moves, search, alpha_Q, False)
         other = Solution(np.full_like(own.alpha_G, math.nan), np.full_like(own.measured_GK, math.nan))
         if len(self.mapped) > 1:
             swapped = moves.rows(torch.tensor(self.others))
-            other = pusher.solve(contexts, self.targets, swapped, nats, chance_alpha_Q, True)
+            other = _solve(contexts, self.targets, swapped, search, chance_alpha_Q, True)
         table_Q8 = np.full_like(start_Q8, math.nan)
         table_Q8[self.mapped] = np.column_stack([own.alpha_G, own.measured_GK, other.alpha_G, other.measured_GK])
         return table_Q8
@@ -168,13 +165,12 @@ class _OfLevel:
         units["steering_unreached"] = Units.mean(np.isnan(column["alpha"]), self.steered.concepts)
         return units, chance
 
-    def metrics(self, form: Form, table_Q8: FloatArray, bootstrap: int, seed: int) -> Evaluation:
+    def metrics(self, form: Form, table_Q8: FloatArray, resampling: Resampling) -> Evaluation:
         """The metrics of results.json."""
-        found, chance = self.units(table_Q8)
+        found, levels = self.units(table_Q8)
         units = {metric_name(name, self.level, form): each for name, each in found.items()}
-        return summarise(
-            units, {metric_name(name, self.level, form): each for name, each in chance.items()}, bootstrap, seed
-        )
+        chance = {metric_name(name, self.level, form): level for name, level in levels.items()}
+        return summarise(units, chance, *resampling)
 
     def records(self, table_Q8: FloatArray) -> list[dict[str, Any]]:
         """One JSON object per concept."""
@@ -184,7 +180,7 @@ class _OfLevel:
             records.append({self.level: concept, "latent": int(latent)} | dict(zip(COLUMNS, finite, strict=True)))
         return records
 
-    def grid(self, bootstrap: int, seed: int) -> list[dict[str, Any]]:
+    def grid(self, resampling: Resampling) -> list[dict[str, Any]]:
         """One JSON object per table: how many concepts were not reached, and means over those that were."""
         cells = []
         for place, table_Q8 in self.tables.items():
@@ -199,9 +195,52 @@ class _OfLevel:
                 "mean_effect": float(effect_Q[reached_Q].mean()) if reached_Q.any() else None,
             }
             for name in ("steering_leakage", "sibling_kl"):
-                cell[name] = bootstrap_units(units[name], bootstrap, seed, chance[name]).to_json()
+                cell[name] = bootstrap_units(units[name], *resampling, chance[name]).to_json()
             cells.append(place._asdict() | cell)
         return cells
+
+
+def directions(sae: SparseAutoencoder, level: Level, latents: IntArray) -> Tensor:
+    """Unit write directions [Q, d]: D_p, or A_pc of a child's flat number p * C + c (a flat model: D of a latent)."""
+    if level == "parent" or not isinstance(sae, HierarchicalSAE):
+        write_Pd = sae.write_directions()
+        return write_Pd[torch.as_tensor(latents, device=write_Pd.device)]
+    rows_Q = torch.as_tensor(latents, device=sae.D.device)
+    atoms_QCd = sae.atoms(rows_Q // sae.n_children).detach()
+    atoms_Qd = atoms_QCd[torch.arange(len(rows_Q), device=rows_Q.device), rows_Q % sae.n_children]
+    return torch.nn.functional.normalize(atoms_Qd, dim=-1)
+
+
+@torch.no_grad()
+def overrides(sae: SparseAutoencoder, level: Level, latents: IntArray, last_Md: Tensor) -> Moves:
+    """Moves h + x_hat(edited codes) - x_hat(codes) that set each latent's code to one value in all contexts.
+
+    `last_Md` is the residual at the hook. What one unit of a code writes is x_hat(codes, it raised by 1) -
+    x_hat(codes), by the model's own decoding; alpha is the code's value times that step's length (its median over
+    contexts, which differ only where rows are scaled one by one).
+    """
+    codes = sae.encode(last_Md.to(sae.write_directions().device, torch.float32))
+    before_Md = sae.decode(codes)
+    children = level == "child" and sae.n_children > 0
+    index_Mk, value_Mk = (codes.child_index, codes.child_value) if children else codes[:2]
+    steps, offsets = [], []
+    for latent in latents.tolist():
+        step_Md = sae.decode(_raised(codes, latent, children)) - before_Md
+        code_M1 = (value_Mk * (index_Mk == latent)).sum(1, keepdim=True)
+        steps.append(step_Md / step_Md.norm(dim=-1).median())
+        offsets.append(-code_M1 * step_Md)
+    empty = last_Md.new_zeros(0, *last_Md.shape)
+    return Moves(*(torch.stack(rows).to(last_Md) if rows else empty for rows in (steps, offsets)))
+
+
+def _raised(codes: Codes, latent: int, children: bool) -> Codes:
+    """The codes with one latent's raised by 1, by a slot of its own: slots of one latent add up."""
+    index, value = ("child_index", "child_value") if children else ("parent_index", "parent_value")
+    old_index, old_value = getattr(codes, index), getattr(codes, value)
+    rows = len(old_index)
+    grown_index = torch.cat([old_index, old_index.new_full((rows, 1), latent)], dim=1)
+    grown_value = torch.cat([old_value, old_value.new_ones(rows, 1)], dim=1)
+    return codes._replace(**{index: grown_index, value: grown_value})
 
 
 @torch.no_grad()
@@ -210,72 +249,56 @@ def evaluate_steering(
     lm: LanguageModel,
     hook: str,
     concepts: Concepts,
-    parents_Q: Sequence[int] | IntArray,
-    latent_P: IntArray,
+    parents: Steered,
     ids_MT: Tensor,
     *,
-    children: Steered | None = None,
-    target_nats: float = 3.0,
+    children: Steered = NOTHING,
+    search: Search = SEARCH,
     doses: Sequence[float] = (),
     layers: Sequence[str] = (),
-    tolerance: float = TOLERANCE,
-    max_norms: float = 4.0,
-    max_evaluations: int = 10,
-    max_concepts: int | None = None,
-    per_forward: int = 8,
     text: Callable[[int], str] = str,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> SteeringEvaluation:
-    """Side effects of steering each concept in use by the same effect, on contexts [M, T] without padding.
+    """Side effects of steering concepts by the same effect, on contexts [M, T] without padding.
 
     `steering_leakage`: mean over contexts of KL(before || after) of the next-token distribution renormalised
     off the target set (all the concept's tokens). `sibling_kl`: the same over a parent's children, or a child's
-    siblings, each with the mass of its tokens, renormalised. Both in nats, at an effect of `target_nats` +-
-    `tolerance`; chance is another mapped concept's latent (the next one, cyclically, for a child the next of another
-    parent; with the sign that raises the target) at the same effect, over the concepts where it reaches it. alpha is
-    at most `max_norms` times the median row norm at the hook. `steering_unreached` is the share of concepts whose
-    effect is not reached within that and `max_evaluations` (or which have no latent); they have no leakage.
+    siblings, each with the mass of its tokens, renormalised. Both in nats, at the effect of `search`. Chance is another
+    mapped concept's latent (the next one, cyclically, for a child the next of another parent; with the sign that raises
+    the target) at the same effect, over the concepts where it reaches it. `steering_unreached` is the share of concepts
+    whose effect is not reached within the limits of `search`, or which have no latent; they have no leakage.
 
-    Of more than `max_concepts` concepts in use (`parents_Q`), that many are steered: evenly spaced in file order, from
-    the first to the last, so that every arm steers the same ones. `children`: child concepts to steer, None for none.
-    The grid has every level and form at `target_nats` and at each of `doses` (nats), and, injected, at each of the
-    hooks `layers`. Every parent's record has an `example`: the likeliest next tokens before and after, in the context
-    whose next token is least certain, with `text` of each token. A model without an output head gets nulls.
+    The grid has every level and form at the effect of `search` and at each of `doses` (nats), and, injected, at each of
+    the hooks `layers`. Every parent's record has an `example`: the likeliest next tokens before and after, in the
+    context whose next token is least certain, with `text` of each token. A model without an output head gets nulls.
     """
     if not lm.has_head:
         return SteeringEvaluation(Evaluation({name: unavailable(NO_HEAD) for name in STEERING_METRICS}), [], [], [])
     with lm.in_float32():
         contexts = Contexts(lm, hook, ids_MT)
-        selected = evenly_spaced(parents_Q, max_concepts)
-        steered = {
-            "parent": Steered(selected, latent_P[selected]),
-            "child": children if children is not None else Steered([], np.zeros(0, dtype=np.int64)),
-        }
-        pusher = _Pusher(tolerance, max_norms, max_evaluations, per_forward)
-        nats = [target_nats, *(dose for dose in doses if dose != target_nats)]
+        nats = [search.target_nats, *(dose for dose in doses if dose != search.target_nats)]
         elsewhere = [Contexts(lm, layer, ids_MT) for layer in layers]
         for there in elsewhere:
             if there.last_Md.shape != contexts.last_Md.shape:
                 width, allowed = there.last_Md.shape[1], contexts.last_Md.shape[1]
                 raise ValueError(f"eval.steering.layers: found {there.hook} of width {width}, allowed: width {allowed}")
         result, records, grid = Evaluation(), {}, []
-        for level in LEVELS:
-            of_level = _OfLevel(level, steered[level], concepts, contexts.before_MV.device)
+        for level, steered in zip(LEVELS, (parents, children), strict=True):
+            of_level = _OfLevel(level, steered, concepts, contexts.before_MV.device)
             injected = Moves.along(directions(sae, level, of_level.latents).to(contexts.last_Md))
-            table_Q8 = of_level.add("inject", injected, contexts, nats, pusher)
-            result |= of_level.metrics("inject", table_Q8, bootstrap, seed)
+            table_Q8 = of_level.add("inject", injected, contexts, nats, search)
+            result |= of_level.metrics("inject", table_Q8, resampling)
             records[level] = of_level.records(table_Q8)
             overridden = overrides(sae, level, of_level.latents, contexts.last_Md)
-            result |= of_level.metrics(
-                "override", of_level.add("override", overridden, contexts, nats, pusher, table_Q8), bootstrap, seed
-            )
+            overridden_Q8 = of_level.add("override", overridden, contexts, nats, search, table_Q8)
+            result |= of_level.metrics("override", overridden_Q8, resampling)
             for there in elsewhere:
-                of_level.add("inject", injected, there, nats, pusher)
-            grid += of_level.grid(bootstrap, seed) if steered[level].concepts else []
+                of_level.add("inject", injected, there, nats, search)
+            grid += of_level.grid(resampling) if steered.concepts else []
         # where the model is sure of the next token, little shows
         open_context = ids_MT[int(contexts.entropy_M.argmax())]
-        _add_examples(records["parent"], sae, Contexts(lm, hook, open_context[None]), open_context, per_forward, text)
+        in_open = Contexts(lm, hook, open_context[None])
+        _add_examples(records["parent"], sae, in_open, open_context, search.per_forward, text)
     return SteeringEvaluation(result, records["parent"], records["child"], grid)
 
 

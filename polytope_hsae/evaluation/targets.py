@@ -6,13 +6,22 @@ measured, or on fewer than MIN_UNITS units, whose interval is not to be trusted.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from polytope_hsae.evaluation.bootstrap import Comparison, Metric, Units, paired, unavailable
+from polytope_hsae.config.evaluation import TargetsConfig
+from polytope_hsae.evaluation.bootstrap import (
+    RESAMPLING,
+    Comparison,
+    Metric,
+    Resampling,
+    Units,
+    paired,
+    unavailable,
+)
 
 Interval = tuple[float | None, float | None]
 
@@ -24,17 +33,6 @@ UNITS = {  # what a target's n counts: what its interval resamples
     "steering_leakage_reduction": "reached concept",  # by both arms
     "reconstruction_parity": "document",
 }
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Bounds of the five targets: degrees, percentage points, then shares of the baseline's value."""
-
-    median_angle_deg: tuple[float, float] = (80.0, 100.0)
-    purity_gain_pp: float = 10.0
-    leakage_reduction: float = 0.20
-    steering_leakage_reduction: float = 0.20
-    reconstruction_parity: float = 0.05
 
 
 def counted_units(name: str, n: int) -> str:
@@ -91,10 +89,9 @@ def assess_targets(
     baseline: Mapping[str, Units],
     teacher: Mapping[str, Units],
     *,
-    thresholds: Thresholds | None = None,
+    thresholds: TargetsConfig | None = None,
     few: str = "",
-    bootstrap: int = 1000,
-    seed: int = 0,
+    resampling: Resampling = RESAMPLING,
 ) -> list[dict[str, Any]]:
     """The five targets, teacher arm against baseline arm, from their per-unit values (Evaluation.units).
 
@@ -104,7 +101,7 @@ def assess_targets(
     threshold. `few` says why there are not more concepts, for targets that lack them. Raises ValueError when the arms
     were measured on different units.
     """
-    limits = thresholds or Thresholds()
+    limits = thresholds or TargetsConfig()
     parity = limits.reconstruction_parity
 
     def compare(target: str, metric: str, how: Comparison) -> Metric:
@@ -115,7 +112,7 @@ def assess_targets(
             if metric not in units:
                 why = f"{metric} was not measured for the {arm} arm"
                 return unavailable(f"{why}: {why_few}" if why_few else why)
-        return _enough(paired(baseline[metric], teacher[metric], how, bootstrap, seed), target, why_few)
+        return _enough(paired(baseline[metric], teacher[metric], how, *resampling), target, why_few)
 
     gain = _scaled(compare("purity_gain_pp", "purity", "difference"), 100.0)
     leakage = compare("leakage_reduction", "leakage", "relative_reduction")
@@ -123,19 +120,12 @@ def assess_targets(
     fvu = compare("reconstruction_parity", "fvu", "relative_change")
     angle = _enough(angle, "median_angle_deg", "") if angle else unavailable("no angle was measured")
     return [
-        target("median_angle_deg", angle, limits.median_angle_deg),
+        target("median_angle_deg", angle, limits.angle_deg),
         target("purity_gain_pp", gain, (limits.purity_gain_pp, None)),
         target("leakage_reduction", leakage, (limits.leakage_reduction, None)),
         target("steering_leakage_reduction", steering, (limits.steering_leakage_reduction, None)),
         target("reconstruction_parity", fvu, (-parity, parity)),
     ]
-
-
-def _range_text(bounds: Sequence[float | None]) -> str:
-    low, high = bounds
-    if high is None:
-        return f">= {low:g}"
-    return f"{low:g} to {high:g}"
 
 
 def format_targets(targets: Sequence[Mapping[str, Any]]) -> Table:
@@ -149,6 +139,8 @@ def format_targets(targets: Sequence[Mapping[str, Any]]) -> Table:
         measured = "-" if row["measured"] is None else f"{row['measured']:.3f}"
         interval = "-" if row["ci95"] is None else f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
         shown = f"[{colours[row['verdict']]}]{row['verdict']}[/]"
+        low, high = row["required"]
+        required = f">= {low:g}" if high is None else f"{low:g} to {high:g}"
         n = counted_units(row["name"], row["n"])
-        table.add_row(row["name"], _range_text(row["required"]), measured, interval, n, shown)
+        table.add_row(row["name"], required, measured, interval, n, shown)
     return table

@@ -1,7 +1,7 @@
 """Measuring trained models on documents and words that they were not trained on: phase 4 and `hsae evaluate`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..data.corpus import Documents, context_ids, padded_contexts
 from ..data.vocabulary import TokenTexts
-from ..evaluation.bootstrap import Evaluation, unavailable
-from ..evaluation.child_latents import map_children
-from ..evaluation.concepts import ConceptEvaluation, evaluate_concepts, labelled_children
+from ..evaluation.bootstrap import Evaluation, Resampling, unavailable
+from ..evaluation.concepts import ConceptData, ConceptEvaluation, IntArray, evaluate_concepts, labelled_children
+from ..evaluation.edges import map_children
 from ..evaluation.firings import norm_metrics
-from ..evaluation.pushing import evenly_spaced
+from ..evaluation.hierarchy import evaluate_structure, labelled_sample
+from ..evaluation.pushing import Search, evenly_spaced
 from ..evaluation.reconstruction import evaluate_language_model, evaluate_reconstruction
 from ..evaluation.steering import Steered, SteeringEvaluation, evaluate_steering
-from ..evaluation.structure import evaluate_structure, labelled_sample
 from ..geometry.causal import CausalGeometry
 from ..models.base import SparseAutoencoder
 from .preflight import check_contexts
@@ -61,7 +61,7 @@ def measure_models(
     for the user; `held_out`: the split's contexts, if they are known; `steering`: measure that, too.
     """
     held_out = held_out or HeldOut(run, split)
-    common: dict[str, Any] = {"bootstrap": run.config.eval.bootstrap, "seed": run.config.run.seed}
+    resampling = held_out.data.resampling
     sigma_dd: Tensor | None = CausalGeometry.load(run.phase(1) / "geometry.safetensors").sigma
     without_sigma = Evaluation()
     if run.store.width != run.lm.width:
@@ -76,7 +76,7 @@ def measure_models(
         documents=held_out.documents,
         mask_NT=held_out.mask,
         norm_limit=run.norm_limit,
-        **common,
+        resampling=resampling,
     )
     found = {}
     with run.progress(step, "models") as ticker:
@@ -85,9 +85,15 @@ def measure_models(
             own = (teacher_parents or {}).get(name, ())
             evaluation = of_language_model[name] | Evaluation(norm_metrics(sae)) | without_sigma
             evaluation |= evaluate_reconstruction(
-                sae, run.store, split, run.train_moments[0], massive=run.massive, sigma_dd=sigma_dd, **common
+                sae,
+                run.store,
+                split,
+                run.train_moments[0],
+                massive=run.massive,
+                sigma_dd=sigma_dd,
+                resampling=resampling,
             )
-            found[name] = _measure(run, sae, held_out, evaluation, own, steering, common)
+            found[name] = _measure(run, sae, held_out, evaluation, own, steering)
         ticker(len(models), len(models))
     return found
 
@@ -96,22 +102,19 @@ class HeldOut:
     """Contexts and labelled rows of a split, the same for every model.
 
     ids, mask [N, T] and documents [N]: whole contexts, padded on the right; steering_ids [M, T'] without padding;
-    sample: probes of the concepts and the rows that carry them.
+    data, sample: rows that carry concepts, and the concepts' probes.
     """
 
     def __init__(self, run: Run, split: str):
         config = run.config
-        self.split = split
         rows, documents = check_contexts(run, split), run.documents[0]
         steering = config.eval.steering
         self.steering_ids = _steering_contexts(documents, rows, steering.contexts, steering.context_length)
         rows = of_each_document(rows, config.eval.lm_contexts)
         self.documents = rows[:, 0].numpy()
         self.ids, self.mask = padded_contexts(documents, rows)
-        shrinkage, seed = config.geometry.shrinkage, config.run.seed
-        self.sample = labelled_sample(
-            run.store, run.concepts, fold=split, shrinkage=shrinkage, seed=seed, **labels(run)
-        )
+        self.data = concept_data(run, split)
+        self.sample = labelled_sample(self.data)
 
 
 def of_each_document(rows_n3: Tensor, most: int) -> Tensor:
@@ -128,15 +131,20 @@ def _steering_contexts(documents: Documents, rows: Tensor, count: int, length: i
     return torch.stack([text[:length] for text in texts if len(text) >= length][:count])
 
 
-def labels(run: Run) -> dict[str, Any]:
-    """Which rows carry a concept, and how many of them a concept needs."""
-    options = run.config.concepts
-    return {
-        "label": run.label,
-        "vocab_size": run.lm.vocab_size,
-        "belief_threshold": options.belief_threshold,
-        "min_rows": options.min_test_rows,
-    }
+def concept_data(run: Run, fold: str) -> ConceptData:
+    """The run's rows that carry concepts."""
+    config = run.config
+    return ConceptData(
+        run.store,
+        run.concepts,
+        run.label,
+        run.lm.vocab_size,
+        fold,
+        config.concepts.belief_threshold,
+        config.concepts.min_test_rows,
+        config.geometry.shrinkage,
+        Resampling(config.eval.bootstrap, config.run.seed),
+    )
 
 
 def _measure(
@@ -146,59 +154,56 @@ def _measure(
     evaluation: Evaluation,
     teacher_parents: Sequence[int],
     steering: bool,
-    common: Mapping[str, Any],
 ) -> Measured:
     """Add to the metrics of reconstruction all that concern concepts."""
-    options = run.config.eval
-    label = {**labels(run), "fold": held_out.split}
-    concepts = evaluate_concepts(sae, run.store, run.concepts, **label, **common)
-    evaluation |= concepts.result
-    evaluation |= evaluate_structure(sae, run.store, run.concepts, held_out.sample, concepts, **common)
+    options, data = run.config.eval, held_out.data
+    concepts = evaluate_concepts(sae, data)
+    evaluation |= concepts.result | evaluate_structure(sae, data, held_out.sample, concepts)
     own_slots = None
     if teacher_parents:
         slots = np.full(run.concepts.n_parents, -1)
         slots[list(teacher_parents)] = np.arange(len(teacher_parents))
-        own_slots = evaluate_concepts(sae, run.store, run.concepts, mapping=slots, **label, **common)
-        metrics = {f"{key}_own_slots": metric for key, metric in own_slots.result.metrics.items()}
-        units = {f"{key}_own_slots": units for key, units in own_slots.result.units.items()}
-        evaluation |= Evaluation(metrics, units)
+        own_slots = evaluate_concepts(sae, data, slots)
+        evaluation |= _renamed(own_slots.result, "own_slots")
     if run.from_templates is not None:
         # concepts that text has too few contexts of: a map and numbers of their own, never pooled with natural rows
-        templated = evaluate_concepts(sae, run.from_templates, run.concepts, **label, **common).result
-        metrics = {f"{key}_templated": metric for key, metric in templated.metrics.items()}
-        evaluation |= Evaluation(metrics, {f"{key}_templated": units for key, units in templated.units.items()})
+        templated = evaluate_concepts(sae, replace(data, store=run.from_templates)).result
+        evaluation |= _renamed(templated, "templated")
     if not steering:
         return Measured(evaluation, concepts, own_slots, SteeringEvaluation(Evaluation(), [], [], []))
+    steering_of = options.steering
+    parents = evenly_spaced(concepts.parents_Q, steering_of.max_concepts)  # the same for every model
     steered = evaluate_steering(
         sae,
         run.lm,
         run.hook,
         run.concepts,
-        concepts.parents_Q,
-        concepts.latent_P,
+        Steered(parents, concepts.latent_P[parents]),
         held_out.steering_ids,
-        children=_children_to_steer(run, sae, concepts),
-        target_nats=options.steering.target_nats,
-        doses=options.steering.doses,
-        layers=[run.lm.resolve_hook(layer) for layer in options.steering.layers],
-        max_concepts=options.steering.max_concepts,
+        children=_children_to_steer(sae, data, parents, concepts.latent_P, steering_of.max_children),
+        search=Search(steering_of.target_nats),
+        doses=steering_of.doses,
+        layers=[run.lm.resolve_hook(layer) for layer in steering_of.layers],
         text=TokenTexts(run.lm.tokenizer),
-        **common,
+        resampling=data.resampling,
     )
     return Measured(evaluation | steered.result, concepts, own_slots, steered)
 
 
-def _children_to_steer(run: Run, sae: SparseAutoencoder, concepts: ConceptEvaluation) -> Steered:
+def _renamed(result: Evaluation, suffix: str) -> Evaluation:
+    metrics = {f"{key}_{suffix}": metric for key, metric in result.metrics.items()}
+    return Evaluation(metrics, {f"{key}_{suffix}": units for key, units in result.units.items()})
+
+
+def _children_to_steer(
+    sae: SparseAutoencoder, data: ConceptData, parents: list[int], latent_P: IntArray, at_most: int
+) -> Steered:
     """Children of the steered parents with enough train rows, the same for every model, and the model's latents."""
-    steering = run.config.eval.steering
-    label = labels(run)
-    min_rows = label.pop("min_rows")
-    train = labelled_children(run.store, "train", run.concepts, fold="train", **label)
-    parents = evenly_spaced(concepts.parents_Q, steering.max_concepts)
-    rows_R = np.bincount(train.child_N, minlength=run.concepts.n_children)
-    enough_R = (rows_R >= min_rows) & np.isin(run.concepts.child_parent_R, parents)
-    children = evenly_spaced(np.flatnonzero(enough_R), steering.max_children)
-    return Steered(children, map_children(sae, run.store, run.concepts, train, children, concepts.latent_P))
+    train = labelled_children(data, "train")
+    rows_R = np.bincount(train.child_N, minlength=data.concepts.n_children)
+    enough_R = (rows_R >= data.min_rows) & np.isin(data.concepts.child_parent_R, parents)
+    children = evenly_spaced(np.flatnonzero(enough_R), at_most)
+    return Steered(children, map_children(sae, data, train, children, latent_P))
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Table:

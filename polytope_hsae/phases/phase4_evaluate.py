@@ -6,11 +6,11 @@ from typing import Any
 
 from ..config import ArmConfig
 from ..evaluation.agreement import teacher_agreement
-from ..evaluation.bootstrap import Evaluation, Metric, paired
+from ..evaluation.bootstrap import Evaluation, Metric, Resampling, paired
 from ..evaluation.interventions import evaluate_interventions
-from ..evaluation.latents import Names, describe_latents
-from ..evaluation.targets import MIN_UNITS, Thresholds, assess_targets, format_targets
-from ..evaluation.words import Lexicon
+from ..evaluation.latents import Lexicon, Names, describe_latents
+from ..evaluation.pushing import Search
+from ..evaluation.targets import MIN_UNITS, assess_targets, format_targets
 from ..fileio import read_json, write_json
 from ..geometry.causal import CausalGeometry
 from ..lm import NO_HEAD
@@ -48,11 +48,14 @@ def run_phase4(run: Run) -> None:
     models = {name: SparseAutoencoder.from_pretrained(model, device=run.device) for name, model in saved.items()}
     trained = {name: read_json(run.arm_folder(name) / "train.json", Train) for name in models}
     teacher_parents = {name: record["teacher_parents"] for name, record in trained.items()}
-    measured = measure_models(run, models, options.split, teacher_parents=teacher_parents, step="phase 4")
+    held_out = HeldOut(run, options.split)
+    measured = measure_models(
+        run, models, options.split, teacher_parents=teacher_parents, step="phase 4", held_out=held_out
+    )
     arms = {name: found.evaluation for name, found in measured.items()}
     write_json(folder / "latents.json", latents(run, models, measured, teacher_parents))
     write_json(folder / "steering.json", steering_file(run, measured))
-    write_json(folder / "interventions.json", interventions(run))
+    write_json(folder / "interventions.json", interventions(run, held_out))
     concepts = {name: found.concepts.to_json() for name, found in measured.items()}
     write_json(folder / "ablations.json", {**differences(arms, options.bootstrap, seed), "concepts": concepts})
     of_labels = next(iter(measured.values())).concepts  # the same rows for every arm
@@ -72,35 +75,23 @@ def steering_file(run: Run, measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {"target_nats": run.config.eval.steering.target_nats, **found}
 
 
-def interventions(run: Run) -> dict[str, Any]:
+def interventions(run: Run, held_out: HeldOut) -> dict[str, Any]:
     """The object of interventions.json: the teacher's own directions in the language model, on the split's contexts."""
     options, teacher = run.config.eval, Teacher.load(run.phase(1) / "teacher.safetensors")
-    common: dict[str, Any] = {"bootstrap": options.bootstrap, "seed": run.config.run.seed}
     found = evaluate_interventions(
         run.lm,
         run.hook,
         run.concepts,
         teacher,
-        HeldOut(run, options.split).steering_ids,
-        target_nats=options.steering.target_nats,
+        held_out.steering_ids,
+        search=Search(options.steering.target_nats),
         max_concepts=options.steering.max_concepts,
         max_children=options.steering.max_children,
-        **common,
+        resampling=held_out.data.resampling,
     )
     if not (run.at_final_residual and run.lm.has_head):
         return found | {"agreement": {"why": "measured at the final residual of a model with an output head"}}
-    agreement = teacher_agreement(
-        run.store,
-        run.concepts,
-        teacher,
-        run.train_moments[0],
-        label=run.label,
-        vocab_size=run.lm.vocab_size,
-        belief_threshold=run.config.concepts.belief_threshold,
-        min_rows=run.config.concepts.min_test_rows,
-        **common,
-    )
-    return found | {"agreement": agreement}
+    return found | {"agreement": teacher_agreement(held_out.data, teacher, run.train_moments[0])}
 
 
 def latents(
@@ -179,17 +170,15 @@ def differences(arms: Mapping[str, Evaluation], resamples: int, seed: int) -> di
 def results(run: Run, arms: Mapping[str, Evaluation], few: str) -> dict[str, Any]:
     """The object of results.json; it holds no times, paths or host names. few: why there are not more concepts."""
     config = run.config
-    limits = config.eval.targets.model_dump()
     evidence = read_json(run.phase(1) / "evidence.json", Evidence)
     angles = evidence["main"]["angles"]
     angle = Metric(angles["median_angle_deg"], tuple(angles["median_ci95"]), 90.0, run.concepts.n_parents)
     targets = assess_targets(
         angle,
         *(arms[name].units if name in arms else {} for name in ("baseline", "teacher")),
-        thresholds=Thresholds(limits.pop("angle_deg"), **limits),
+        thresholds=config.eval.targets,
         few=few,
-        bootstrap=config.eval.bootstrap,
-        seed=config.run.seed,
+        resampling=Resampling(config.eval.bootstrap, config.run.seed),
     )
     for target in targets:
         if target["name"] == "steering_leakage_reduction" and not run.lm.has_head:

@@ -3,6 +3,8 @@
 Shapes: N labelled rows, T distinct tokens of them, P concepts, Q of them in the teacher: the model's first parents.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from ..data.concepts import Concepts
 from ..data.store import ActivationStore
 from ..evaluation.concepts import LABEL_COLUMN, labelled_rows
 from ..models.hsae import HierarchicalSAE
+from .measure import concept_data
 from .run import Run
 
 BATCH_ROWS = 8192
@@ -41,16 +44,8 @@ def mean_logits(run: Run, concepts: Concepts, n_slots: int, model: HierarchicalS
     """Mean logit [P, Q] (float64, CPU) of every concept's train rows at the first parents, every token counting alike;
     NaN for a concept without rows.
     """
-    vocab_size, options = run.lm.vocab_size, run.config.concepts
-    row_N, parent_N = labelled_rows(
-        store,
-        "train",
-        concepts,
-        label=run.label,
-        fold="train",
-        vocab_size=vocab_size,
-        belief_threshold=options.belief_threshold,
-    )
+    data = replace(concept_data(run, run.config.eval.split), store=store, concepts=concepts)
+    row_N, parent_N = labelled_rows(data, "train")
     token_N = store.column("train", LABEL_COLUMN[run.label]).cpu().numpy()[row_N]
     token_T, place_N, rows_T = np.unique(token_N, return_inverse=True, return_counts=True)
     sum_TQ = torch.zeros(len(token_T), n_slots, dtype=torch.float64)

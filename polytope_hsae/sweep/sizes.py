@@ -23,8 +23,8 @@ def tables(results: Results) -> list[str]:
         f"# Study {sweep.name}",
         "",
         f"{first['steps']:,} steps of {first['tokens'] // first['steps']:,} rows; {SPLITS[results.split]} values"
-        f" ({first['val']['rows']:,} validation rows), mean ± standard deviation over seeds. The learning rate is the one"
-        f" of {len(sweep.lr)} with the largest validation EV at seed {sweep.seeds[0]}; the other seeds use it."
+        f" ({first['val']['rows']:,} validation rows), mean ± standard deviation over seeds. The learning rate is the"
+        f" one of {len(sweep.lr)} with the largest validation EV at seed {sweep.seeds[0]}; the other seeds use it."
         f" Differences are paired by seed; *equal* means within {TOLERANCE:.0%}. Training times are of"
         f" {listed([str(count) for count in workers])} workers on {devices(results)}. {len(results.runs)} runs.",
         *of_versions(results),

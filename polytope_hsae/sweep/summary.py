@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import Config
-from ..evaluation.bootstrap import Metric, Units, paired
-from ..evaluation.targets import Thresholds, assess_targets
+from ..evaluation.bootstrap import Metric, Resampling, Units, paired
+from ..evaluation.targets import assess_targets
 from .plan import Cell, RunKey, Sweep, load_sweep, settings_hash
 from .records import read_hooks, read_runs, unpack_units
 from .run import best_trial, trials_of
@@ -146,20 +146,12 @@ class Results:
         if asked not in self._known:
             config = self.configs[result.cell.hook]
             first, second = self._pooled(result, seeds)
-            limits = config.eval.targets
             self._known[asked] = assess_targets(
                 self.angle(result.cell.hook),
                 first,
                 second,
-                thresholds=Thresholds(
-                    limits.angle_deg,
-                    limits.purity_gain_pp,
-                    limits.leakage_reduction,
-                    limits.steering_leakage_reduction,
-                    limits.reconstruction_parity,
-                ),
-                bootstrap=config.eval.bootstrap,
-                seed=config.run.seed,
+                thresholds=config.eval.targets,
+                resampling=Resampling(config.eval.bootstrap, config.run.seed),
             )
         return self._known[asked]
 

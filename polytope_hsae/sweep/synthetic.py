@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..evaluation.synthetic.counts import Counts, count, decoders
 from ..evaluation.synthetic.edges import best_cofiring, cofiring, edge_scores, forest, structure, two_level_bound
-from ..evaluation.synthetic.recovery import detection, match, recovery
+from ..evaluation.synthetic.recovery import Counts, count, decoders, detection, match, recovery
 from ..evaluation.synthetic.rows import BATCHES_AT_ONCE, SyntheticStream, draw
 from ..evaluation.synthetic.world import World
 from ..fileio import sha256_json

@@ -15,8 +15,7 @@ Shapes: L latents, P router parents, C children per parent, N features.
 import torch
 from torch import Tensor
 
-from .counts import Counts
-from .recovery import Match
+from .recovery import Counts, Match
 from .world import World
 
 COVERED = 0.9  # of b's rows, for a to be above b
