@@ -15,6 +15,7 @@ from polytope_hsae.evaluation.concepts import ConceptData
 from polytope_hsae.evaluation.interventions import COLUMNS, evaluate_interventions
 from polytope_hsae.evaluation.pushing import (
     Contexts,
+    Search,
     child_targets,
     parent_targets,
 )
