@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from running import ARMS, SMOKE, hsae
+
+from polytope_hsae.sweep.plan import SweepArm
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {"LOG.md", "LOG-speed.md", "method.md", "design.md", "results.md"}  # what was done and how, not guides
@@ -73,7 +76,8 @@ def test_hsae_commands_run(folder, command):
 def test_guide_to_sweeps_runs(tmp_path, monkeypatch):
     """Its example, then the arm that it adds: only that arm's runs are made, and the table has all three."""
     monkeypatch.chdir(tmp_path)
-    first, added = blocks(SWEEP, "yaml")
+    first, added, others = blocks(SWEEP, "yaml")
+    assert [SweepArm.model_validate(arm).kind for arm in yaml.safe_load(others)] == ["hsae", "batchtopk"]
     study = Path(first.splitlines()[0].removeprefix("# "))
     study.parent.mkdir()
     study.write_text(first, encoding="utf-8")

@@ -31,9 +31,6 @@ class Rows(Store):
         labels = {"token": token, "doc": doc, "pos": list(pos)}
         super().__init__(test={"acts": acts, **{name: torch.tensor(column) for name, column in labels.items()}})
 
-    def acts(self, split, rows):
-        return self.rows[rows]
-
     def batches(self, split, batch_size):
         return super().batches(split, 5)
 
