@@ -130,10 +130,18 @@ def accelerators() -> Iterator[Check]:
         device = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         found = f"{device.name}, {size(total)}, {size(free)} free, capability {device.major}.{device.minor}"
-        yield Check(f"cuda:{number}", found)
+        oldest = min(torch.cuda.get_arch_list(), key=_capability, default="sm_00")
+        old = 10 * device.major + device.minor < _capability(oldest)
+        advice = f"this build of torch begins at {oldest}: install one for older devices" if old else None
+        yield Check(f"cuda:{number}", found, advice)
     triton = _version("triton")
     advice = "there is a CUDA device: pip install triton" if cuda and not triton else None
     yield Check("triton", triton or "not installed", advice)
+
+
+def _capability(architecture: str) -> int:
+    """90 of sm_90 or sm_90a."""
+    return int("".join(filter(str.isdigit, architecture)))
 
 
 def disk(folder: Path) -> Check:

@@ -120,3 +120,22 @@ def test_advice_on_too_little_of_anything(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8, total=1e12))
     assert doctor.disk(tmp_path).found == f"100 MB free of 1.0 TB in {tmp_path}"
     assert "--out" in doctor.disk(tmp_path).advice
+
+
+def test_cuda_devices(monkeypatch):
+    cards = [SimpleNamespace(name="New", major=9, minor=0), SimpleNamespace(name="Old", major=6, minor=1)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (10e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90a", "sm_75", "compute_120"])
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert list(doctor.accelerators()) == [
+        Check("cuda:0", "New, 80 GB, 10 GB free, capability 9.0"),
+        Check(
+            "cuda:1",
+            "Old, 80 GB, 10 GB free, capability 6.1",
+            "this build of torch begins at sm_75: install one for older devices",
+        ),
+        Check("triton", "not installed", "there is a CUDA device: pip install triton"),
+    ]

@@ -20,6 +20,7 @@ from polytope_hsae.sweep.summary import read_results
 from polytope_hsae.sweep.workers import results, threads_each, worker_pool
 
 STUDIES = Path(__file__).parents[1] / "studies"
+ARMS = GRID["arms"]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,27 @@ def test_a_changed_arm_is_made_again_and_not_mixed(grid, fixtures, tmp_path):
     assert len(read_runs(out)) == 6  # records that are not valid stay until they are replaced
 
 
+def test_a_flat_arm_is_sized_by_the_present_form_of_its_match(fixtures, tmp_path):
+    once = {"seeds": [0], "lr": [1e-3]}
+    path, out = written(tmp_path, GRID, **once), tmp_path / "out"
+    assert run(path, out, fixtures, "--only", "nested").code == 0
+    smaller = {**ARMS[0], "hsae": {**ARMS[0]["hsae"], "n_parents": 8}}
+    answer = run(written(tmp_path, GRID, **once, arms=[smaller, ARMS[1]]), out, fixtures, "--only", "topk")
+    assert answer.code == 0, answer.err
+    nested, flat = records(out)
+    assert nested["atoms"] == 32
+    assert flat["parameters"] == pytest.approx(nested["parameters"], rel=0.05)
+
+
+def test_a_run_that_waits_for_one_that_failed_is_named(fixtures, tmp_path):
+    arms = [{**ARMS[0], "lr": 1e30}, ARMS[1]]
+    answer = run(written(tmp_path, GRID, seeds=[0], lr=[1e-3], arms=arms), tmp_path / "out", fixtures)
+    assert answer.code == 0, answer.err
+    (failed,) = records(tmp_path / "out")
+    assert failed["failed"]
+    assert f"{HOOKS[0]}/topk-l0_4-lr0.001-s0: not made, because nested, which sizes it, failed" in answer.out
+
+
 def read_results_of(folder: Path) -> set[str]:
     try:
         return {cell.arm for cell in read_results(folder).found}
@@ -130,6 +152,7 @@ def test_text_held_out_by_file_and_test_values(fixtures, tmp_path):
     assert "has no test values, is measured again" in answer.out
     (again,) = records(out)
     assert set(again["test"]["metrics"]) == set(found["val"]["metrics"])
+    assert again["seconds"]["train"] == found["seconds"]["train"] > 0  # it was not trained again
     refused(run(path, out, fixtures, "--set", "corpus.path=nowhere.txt"), "corpus.path", "nowhere.txt")
 
 
@@ -146,9 +169,6 @@ def test_an_hsae_finds_planted_trees_far_above_chance(world):
     assert {record["rows"] for name, record in found.items() if name != "random"} == {99_840}
     assert all(part["l0"] == pytest.approx(4, abs=0.15) for part in (nested, frozen, random))
     assert nested["two_level_bound"] == 40
-
-
-ARMS = GRID["arms"]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +192,11 @@ ARMS = GRID["arms"]
         (CONCEPTS, {"arms": [{"name": "one", "seed": 3}]}, ["arms.one.seed", "null"]),
         (WORLD, {"world": {**WORLD["world"], "trees": 30}}, ["world.trees"]),
         (WORLD, {"arms": [{"name": "a", "kind": "topk", "flat": {"k": 0}}]}, ["flat", "k"]),
+        (
+            WORLD,
+            {"arms": [{"name": "a"}, {"name": "b", "kind": "topk", "match": {"params": "a"}}]},
+            ["arms.b.match", "allowed: nothing with a world"],
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_in_one_line(tmp_path, base, changes, words):
@@ -234,6 +259,13 @@ def test_a_changed_config_is_seen_and_a_field_stated_by_the_sweep_is_as_in_the_c
     config.write_text("teacher: {init: literal}\ntraining: {lr: 3.0e-3, log_every: 20}\n")
     assert stated(**{"hsae.l1_child": 1e-6}) != before
     assert stated(**{"teacher.init": "dual", "training": {"lr": 1e-5}, "hsae.l1_child": 1e-6}) == before
+
+
+@pytest.mark.parametrize("measured", [{"steering": True}, {"units": ["fvu"]}])
+def test_what_is_measured_is_a_setting(tmp_path, measured):
+    one, other = (load_sweep(written(tmp_path, GRID, **fields))[0] for fields in ({}, measured))
+    key = RunKey("nested", HOOKS[0], 4, 1e-3, 0)
+    assert settings_hash(one, key) != settings_hash(other, key)
 
 
 def test_workers_have_the_threads_that_were_asked_for_or_their_share_of_the_cores(monkeypatch):

@@ -52,17 +52,18 @@ def trained_models(run: Run, phase: int) -> list[Path]:
     return [folder / name for folder in arms for name in OUTPUTS]
 
 
-def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool = True) -> None:
+def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool = True) -> bool:
     """Train an arm to phase{2,3}/ARM/{model, checkpoints, train.json}; resumes, and skips what is done.
 
     store: the run's, on the device where that has room for it. tracked: write metrics, to files that arms share.
+    Returns whether it had to be trained.
     """
     folder = run.arm_folder(arm.name)
     identity = arm_identity(run, arm)
     trained = all((folder / name).is_file() for name in OUTPUTS)
     if trained and read_json(folder / "train.json", Train)["identity"] == identity:
         run.say(f"phase {arm.phase}: {arm.name} done before")
-        return
+        return False
     training, seed = run.config.arm_training(arm), run.config.arm_seed(arm)
     rows = RowStream(store, "train", training.batch_size, seed)
     model = initial_model(run, arm, store)
@@ -114,6 +115,7 @@ def train_arm(run: Run, arm: ArmConfig, store: ActivationStore, *, tracked: bool
     run.say(f"phase {arm.phase}: {arm.name}: validation EV {final['val_ev']:.3f}, L0 {final['val_l0']:.1f}")
     if match:
         run.say(f"phase {arm.phase}: {match_line(arm, match)}")
+    return True
 
 
 def arm_identity(run: Run, arm: ArmConfig) -> dict[str, str]:

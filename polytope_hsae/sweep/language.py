@@ -145,7 +145,10 @@ class LanguageRuns:
         return (self.folders[key.hook] / f"phase{phase}" / key.name / "train.json").is_file()
 
     def record(self, key: RunKey) -> dict[str, Any]:
-        """Train a model, unless it is there, and measure it. A loss that is not finite is a record, too."""
+        """Train a model, unless it is there, and measure it. A loss that is not finite is a record, too.
+
+        Without seconds.train and peak_bytes where the model was there.
+        """
         run = self._run(key.hook)
         arm, device = run.config.arm(key.name), run.device
         record: dict[str, Any] = {
@@ -161,10 +164,11 @@ class LanguageRuns:
         clock, peak = synchronised(device), PeakMemory(device)
         try:
             with faster_products(device, run.config.training.precision):
-                train_arm(run, arm, run.store, tracked=False)
+                trained_now = train_arm(run, arm, run.store, tracked=False)
         except Diverged as error:
             return {**record, "failed": str(error).split(";")[0]}
-        seconds = {"train": round(synchronised(device) - clock, 1)}
+        seconds = {"train": round(synchronised(device) - clock, 1)} if trained_now else {}
+        record |= {"peak_bytes": peak.record()} if trained_now else {}
         folder = run.arm_folder(arm.name)
         discard_checkpoints(folder)  # the model is there; its optimiser's state would take twice as much room
         trained = read_json(folder / "train.json", Train)
@@ -173,7 +177,7 @@ class LanguageRuns:
             torch.cuda.empty_cache()  # each run trains on a stream of its own, whose memory no other stream takes over
         record |= {name: trained[name] for name in ("steps", "tokens", "parameters", "flops_per_row")}
         sae = SparseAutoencoder.from_pretrained(folder / "model", device=device)
-        record |= {"atoms": sae.n_parents * (1 + sae.n_children), "peak_bytes": peak.record()}
+        record["atoms"] = sae.n_parents * (1 + sae.n_children)
         for split in self.splits:
             clock = synchronised(device)
             record[split] = self._measured(run, key, sae, split, trained["teacher_parents"])

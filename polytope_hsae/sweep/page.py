@@ -16,7 +16,7 @@ def write_page(folders: list[Path], page: Path, split: str) -> list[Path]:
     """Write the page, its tables and figures; the same records give the same bytes."""
     beside, lines, written = page.with_suffix(""), ["# Results", ""], []
     command = f"hsae sweep page {' '.join(folder.as_posix() for folder in folders)}{' --test' * (split == 'test')}"
-    lines += [f"Written by `{command} --page {page.name}` from the records in `runs.jsonl` alone.", ""]
+    lines += [f"Written by `{command} --page {page.name}` from the files of these studies alone.", ""]
     for folder in folders:
         results = read_results(folder, split)
         name = results.sweep.name

@@ -151,6 +151,8 @@ class Sweep(Block):
                 raise ValueError(f"{where}.l0: found nothing, allowed: fields of hsae for every L0 that it runs at")
             if arm.chance is not None and self.world is None:
                 raise ValueError(f"{where}.chance: found {arm.chance!r}, allowed: null without a world")
+            if arm.match and self.world is not None:
+                raise ValueError(f"{where}.match: found {shown(arm.match)}, allowed: nothing with a world")
         asked = {f"hooks.{plan.hook}.{of}": getattr(plan, of) for plan in self.hooks for of in ("teacher", "control")}
         asked = {f"arms.{arm.name}.against": arm.against for arm in self.arms} | asked
         asked |= {f"arms.{arm.name}.match.{of}": other for arm in self.arms for of, other in arm.match.items()}
@@ -303,6 +305,9 @@ def settings_hash(sweep: Sweep, key: RunKey) -> str:
         tree = arm.model_dump(mode="json", exclude={"against", "l0"}, exclude_defaults=True)
         arms.append([tree, arm.l0.get(key.l0) if key.l0 is not None else None])
     settings = {"run": [*key], "arms": arms, "config": stated_config(sweep, key.hook)}
+    measured = sweep.model_dump(mode="json", include={"steering", "units"}, exclude_defaults=True)
+    if measured:
+        settings["measured"] = measured
     if sweep.world is not None:
         world = sweep.world.model_dump(mode="json", exclude_defaults=True)
         settings["world"] = [world, sweep.sample_rows, sweep.test_rows]

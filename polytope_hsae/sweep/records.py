@@ -38,7 +38,7 @@ def key_of(record: Mapping[str, Any]) -> RunKey:
 
 
 def read_runs(folder: Path) -> dict[RunKey, Any]:
-    """All records of a sweep's folder. Raises ValueError naming the line that is none."""
+    """All records of a sweep's folder, of equal runs the last. Raises ValueError naming the line that is none."""
     path = folder / "runs.jsonl"
     if not path.is_file():
         return {}

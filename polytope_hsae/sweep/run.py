@@ -56,12 +56,20 @@ def run_sweep(path: Path, overrides: list[str], out: Path | None, options: Optio
     work = Work(sweep, configs, identity, cache, ["val", "test"] if options.test else ["val"], devices)
     try:
         for number_made, (key, record) in enumerate(_made(work, kept, options, folder, say), start=1):
-            records[key] = record
+            records[key] = _with_training(records.get(key), record)
             write_runs(folder, {key: records[key] for key in _in_order(sweep, records)})
             say(f"{number_made}: {key.path}: {_line(record)}")
     except Interrupted as error:
         raise InterruptedError("the same command goes on; records that are written are kept") from error
     return folder
+
+
+def _with_training(before: Mapping[str, Any] | None, record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a model that was only measured again, with what its training took."""
+    if before is None or "train" in record.get("seconds", {"train": 0}):
+        return record
+    of_training = {name: before[name] for name in ("peak_bytes",) if name in before}
+    return {**record, **of_training, "seconds": {**before.get("seconds", {}), **record["seconds"]}}
 
 
 def _claim(folder: Path, path: Path, changes: list[str]) -> None:
@@ -178,22 +186,30 @@ def _made(
 ) -> Iterator[tuple[RunKey, dict[str, Any]]]:
     """Make what is due, as long as something is; adds each record to `kept` and yields it.
 
-    A flat run that is sized by another one is started when that one's model lies in the cache.
+    A flat run that is sized by another one is started when that one's model lies in the cache, in its present form.
     """
     sweep, runs = work.sweep, work.open(0)
-    begun: list[RunKey] = []
+    begun: set[RunKey] = set()
     running: set[RunKey] = set()
 
     def asked() -> list[RunKey]:
         return [key for key in due(sweep, kept) if wanted(key, options.only)]
 
+    def has_failed(key: RunKey) -> bool:
+        return key in kept and kept[key]["failed"] is not None
+
+    def is_there(key: RunKey) -> bool:
+        return key in kept and runs.is_trained(key)
+
     def ready() -> list[tuple[RunKey, int]]:
-        needed = [other for key in asked() for other in sweep.matched(key) if not runs.is_trained(other)]
+        needed = [
+            other for key in asked() for other in sweep.matched(key) if not (is_there(other) or has_failed(other))
+        ]
         waiting = [key for key in dict.fromkeys([*needed, *asked()]) if key not in begun]
-        free = [key for key in waiting if all(runs.is_trained(other) for other in sweep.matched(key))]
+        free = [key for key in waiting if all(map(is_there, sweep.matched(key)))]
         room = options.workers - len(running)
         chosen = free[: room if options.limit is None else max(0, min(room, options.limit - len(begun)))]
-        begun.extend(chosen)
+        begun.update(chosen)
         running.update(chosen)
         return [(key, options.workers) for key in chosen]
 
@@ -210,6 +226,9 @@ def _made(
             running.discard(key)
             kept[key] = record
             yield key, record
+    for key in asked():
+        for other in filter(has_failed, sweep.matched(key)):
+            say(f"{key.path}: not made, because {other.arm}, which sizes it, failed")
 
 
 # in the processes

@@ -81,10 +81,6 @@ class Result:
         """Mean and deviation of a metric of the split."""
         return self.spread(self.split, "metrics", name)
 
-    def chance(self, name: str) -> Spread | None:
-        """Mean chance level of a metric of the split."""
-        return self.spread(self.split, "metrics", name, "chance")
-
 
 @dataclass(frozen=True)
 class Results:
